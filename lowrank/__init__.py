@@ -1,0 +1,67 @@
+"""Make trained PyTorch models smaller and faster by low-rank factorization.
+
+from lowrank import compress
+
+compress(model, keep=0.5)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from lowrank import _transformers
+from lowrank.benchmarking import benchmark
+from lowrank.checkpoint import load, save
+from lowrank.errors import (
+    BudgetError,
+    CheckpointError,
+    LowRankError,
+    PlanError,
+    RankError,
+    TargetError,
+    WeightError,
+)
+from lowrank.nn import LowRankLinear
+from lowrank.pipeline import apply, compress, decompress, plan, spectra
+from lowrank.planning import LayerPlan, Plan
+from lowrank.plot import plot_ranks, plot_spectra
+from lowrank.reporting import report
+
+if TYPE_CHECKING:
+    from lowrank.hf import LowRankConfig
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BudgetError",
+    "CheckpointError",
+    "LayerPlan",
+    "LowRankConfig",
+    "LowRankError",
+    "LowRankLinear",
+    "Plan",
+    "PlanError",
+    "RankError",
+    "TargetError",
+    "WeightError",
+    "apply",
+    "benchmark",
+    "compress",
+    "decompress",
+    "load",
+    "plan",
+    "plot_ranks",
+    "plot_spectra",
+    "report",
+    "save",
+    "spectra",
+]
+
+_transformers.watch()
+
+
+def __getattr__(name: str) -> Any:
+    """Import transformers only when `LowRankConfig`, which needs it, is asked for."""
+    if name == "LowRankConfig":
+        from lowrank.hf import LowRankConfig
+
+        return LowRankConfig
+    raise AttributeError(f"module 'lowrank' has no attribute {name!r}")

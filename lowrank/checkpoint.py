@@ -1,0 +1,367 @@
+"""Save and load: safetensors for the tensors, JSON for the structure, never pickle.
+
+A folder is written beside its final place and renamed when it is complete, so that an interrupt
+leaves the old one whole. Transformers models become ordinary ``save_pretrained`` folders; for any
+other module the folder holds ``model.safetensors`` and ``lowrank.json``:
+
+    {"format": 1, "plan": {...}, "tensors": {name: sha256}, "aliases": {name: name}}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lowrank._transformers import plugin
+from lowrank.errors import CheckpointError, PlanError
+from lowrank.obstacles import check_model
+from lowrank.planning import LayerPlan, Plan
+from lowrank.surgery import restructure
+from lowrank.targets import draft
+
+FORMAT = 1
+"""Version of ``lowrank.json``; a reader refuses anything newer."""
+
+TENSORS = "model.safetensors"
+STRUCTURE = "lowrank.json"
+_METADATA = {"format": "pt"}
+
+
+def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> Path:
+    """Write ``model`` to ``folder`` so that `load` gives it back bit for bit.
+
+    Args:
+        model: A compressed (or dense) module. A transformers model is written by its own
+            ``save_pretrained``, for ``from_pretrained``.
+        folder: A new or empty folder; its parents are made.
+        overwrite: Replace a folder that has files. The old one stays until the new one is complete.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: If the folder is not empty or cannot be written, or the model holds state
+            that is no tensor.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 64))
+        >>> path = save(model, tempfile.mkdtemp())
+        >>> sorted(file.name for file in path.iterdir())
+        ['lowrank.json', 'model.safetensors']
+    """
+    check_model(model)
+    with _staged(Path(folder), overwrite) as staging:
+        hf = plugin()
+        if hf is not None and hf.is_pretrained(model):
+            hf.save(model, staging)
+        else:
+            _write(model, staging)
+    return Path(folder)
+
+
+def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Load what `save` wrote.
+
+    Args:
+        folder: The folder.
+        model: The dense architecture, freshly built, for a folder that is not a transformers one;
+            best under ``with torch.device("meta")``, so that no dense weight is ever allocated. Its
+            linear layers are replaced and its tensors loaded, in place. Tensors go to the devices of
+            the model's, and from the meta device to the CPU.
+
+    Returns:
+        The model, with the dtypes of the checkpoint.
+
+    Raises:
+        CheckpointError: If a file is missing, damaged, tampered with or newer, if a tensor is missing,
+            extra or of another shape, or the architecture is another. The model is then as before.
+    """
+    folder = Path(folder)
+    if (folder / STRUCTURE).is_file():
+        if model is None:
+            raise CheckpointError(
+                f"{folder}: holds tensors, not code. Build the dense architecture and pass it: "
+                "load(folder, model=MyModel())."
+            )
+        return _read(folder, check_model(model))
+    if (folder / "config.json").is_file():
+        if model is not None:
+            raise CheckpointError(f"{folder}: a transformers folder. Call load(folder) without a model.")
+        from lowrank import hf
+
+        return hf.load(folder)
+    raise CheckpointError(f"{folder}: no {STRUCTURE} and no config.json here. Is this the right folder?")
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Predict the exact size of a safetensors file in bytes, with its header.
+
+    Source: the safetensors format: 8 bytes, JSON padded to 8 bytes, then the tensors, sorted by
+    falling dtype and rising name.
+    """
+    order = sorted(tensors, key=lambda name: (-_DTYPE_ORDER.index(tensors[name].dtype), name))
+    header: dict[str, Any] = {"__metadata__": _METADATA}
+    offset = 0
+    for name in order:
+        tensor = tensors[name]
+        stop = offset + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, stop],
+        }
+        offset = stop
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-length // 8) * 8 + offset
+
+
+_DTYPE_NAMES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+}
+_DTYPE_ORDER = list(_DTYPE_NAMES)
+
+
+def stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors that a checkpoint of ``model`` holds, and the names that share one of them.
+
+    Raises:
+        CheckpointError: If the state dict holds something that is no tensor, or has no data.
+    """
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    owner: dict[tuple[Any, ...], str] = {}
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(
+                f"{name}: the model's state is a {type(tensor).__name__}, not a tensor, and nothing is "
+                "ever pickled. Keep it in a buffer, or save it yourself."
+            )
+        if tensor.is_meta:
+            raise CheckpointError(f"{name}: on the meta device, without data. Load the weights first.")
+        key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and key in owner:
+            aliases[name] = owner[key]
+        else:
+            owner[key] = name
+            tensors[name] = tensor
+    return tensors, aliases
+
+
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """Check that `save` may write to ``folder``, before the work that is to be saved.
+
+    Raises:
+        CheckpointError: If it is a file, or has files that must not be replaced.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder}: a file is in the way. Choose another folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise CheckpointError(
+            f"{folder}: the folder is not empty. Choose another one, or overwrite it explicitly."
+        )
+
+
+@contextmanager
+def _staged(folder: Path, overwrite: bool) -> Iterator[Path]:
+    """Give a folder to write to, and put it in the place of ``folder`` if all went well."""
+    try:
+        check_folder(folder, overwrite)
+        target = folder.resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        mode = target.stat().st_mode & 0o777 if target.exists() else 0o777 & ~_umask()
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written: {error}.") from error
+    try:
+        yield staging
+        staging.chmod(mode)
+        _replace(staging, target)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written: {error}.") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _umask() -> int:
+    """Return the process's file creation mask; it can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _replace(staging: Path, target: Path) -> None:
+    for file in staging.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+    if not target.exists():
+        staging.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    target.rename(old / target.name)
+    try:
+        staging.rename(target)
+    except BaseException:
+        (old / target.name).rename(target)
+        raise
+    finally:
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _write(model: nn.Module, folder: Path) -> None:
+    tensors, aliases = stored_tensors(model)
+    unknown = next((n for n, t in tensors.items() if t.dtype not in _DTYPE_NAMES), None)
+    if unknown is not None:
+        raise CheckpointError(f"{unknown}: {tensors[unknown].dtype} cannot be stored.")
+    ready = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    separate = {name: t.clone() if _is_view(t) else t for name, t in ready.items()}
+    save_file(separate, folder / TENSORS, metadata=_METADATA)
+    structure = {
+        "format": FORMAT,
+        "plan": draft(model).to_dict(),
+        "tensors": {name: _digest(tensor) for name, tensor in ready.items()},
+        "aliases": aliases,
+    }
+    (folder / STRUCTURE).write_text(json.dumps(structure, indent=1), encoding="utf-8")
+
+
+def _is_view(tensor: Tensor) -> bool:
+    """Tell whether the tensor is part of a larger storage, which safetensors would refuse."""
+    return tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
+
+
+def _digest(tensor: Tensor) -> str:
+    data = tensor.reshape(-1).view(torch.uint8).cpu().numpy()
+    return hashlib.sha256(data.data).hexdigest()
+
+
+def _read(folder: Path, model: nn.Module) -> nn.Module:
+    digests, aliases, plan = _read_structure(folder / STRUCTURE)
+    file = folder / TENSORS
+    try:
+        with safe_open(file, framework="pt") as stored:
+            _check_names(file, set(stored.keys()), set(digests))
+            shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in digests}
+            _check_architecture(file, model, plan, shapes, aliases)
+            tensors = {name: _checked(file, name, stored.get_tensor(name), digests[name]) for name in digests}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}.") from error
+    try:
+        restructure(model, plan)
+    except PlanError as error:
+        raise CheckpointError(f"{folder / STRUCTURE}: does not fit the architecture: {error}") from error
+    _assign(model, tensors, aliases)
+    return model
+
+
+def _read_structure(file: Path) -> tuple[dict[str, str], dict[str, str], Plan]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}.") from error
+    if not isinstance(data, dict) or not isinstance(data.get("format"), int):
+        raise CheckpointError(f'{file}: has no "format" number. It was not written by lowrank.')
+    if data["format"] > FORMAT:
+        raise CheckpointError(
+            f"{file}: has format {data['format']}; this version of lowrank reads up to {FORMAT}. "
+            "Install a newer lowrank."
+        )
+    for key in ("tensors", "aliases"):
+        table = data.get(key)
+        if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
+            raise CheckpointError(f'{file}: "{key}" must map names to strings.')
+    try:
+        return data["tensors"], data["aliases"], Plan.from_dict(data.get("plan"))
+    except PlanError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def _check_names(file: Path, got: set[str], expected: set[str]) -> None:
+    for name in sorted(expected - got):
+        raise CheckpointError(f"{file}: lacks the tensor {name}. The file is damaged; copy it again.")
+    for name in sorted(got - expected):
+        raise CheckpointError(f"{file}: has the tensor {name}, which {STRUCTURE} does not list.")
+
+
+def _check_architecture(
+    file: Path,
+    model: nn.Module,
+    plan: Plan,
+    shapes: Mapping[str, tuple[int, ...]],
+    aliases: Mapping[str, str],
+) -> None:
+    expected = _expected_shapes(model, plan)
+    got = {**shapes, **{alias: shapes.get(name, ()) for alias, name in aliases.items()}}
+    for name in sorted(expected.keys() ^ got.keys()):
+        where = "the checkpoint" if name in got else type(model).__name__
+        other = type(model).__name__ if name in got else "the checkpoint"
+        raise CheckpointError(f"{file}: the tensor {name} is in {where}, but not in {other}.")
+    for name, shape in expected.items():
+        if got[name] != shape:
+            raise CheckpointError(
+                f"{file}: the tensor {name} has shape {got[name]}; the model needs {shape}."
+            )
+
+
+def _expected_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Return the state dict's shapes as they will be once ``model`` has the structure of ``plan``."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for layer in plan.factorized:
+        if f"{layer.name}.down.weight" in shapes:
+            continue  # factorized already
+        shapes.update(_factor_shapes(layer))
+        if f"{layer.name}.bias" in shapes:
+            shapes[f"{layer.name}.up.bias"] = shapes.pop(f"{layer.name}.bias")
+    return shapes
+
+
+def _factor_shapes(layer: LayerPlan) -> dict[str, tuple[int, ...]]:
+    rank = layer.rank or 0
+    return {
+        f"{layer.name}.weight": (0,),
+        f"{layer.name}.down.weight": (rank, layer.in_features),
+        f"{layer.name}.up.weight": (layer.out_features, rank),
+    }
+
+
+def _checked(file: Path, name: str, tensor: Tensor, digest: str) -> Tensor:
+    if _digest(tensor) != digest:
+        raise CheckpointError(f"{file}: the tensor {name} is not the one that was saved. Copy it again.")
+    return tensor
+
+
+def _assign(model: nn.Module, tensors: dict[str, Tensor], aliases: Mapping[str, str]) -> None:
+    devices = {name: tensor.device for name, tensor in model.state_dict().items()}
+    cpu = torch.device("cpu")
+    placed = {
+        name: tensor.to(cpu if devices[name].type == "meta" else devices[name])
+        for name, tensor in tensors.items()
+    }
+    complete = {**placed, **{alias: placed[name] for alias, name in aliases.items()}}
+    model.load_state_dict(complete, assign=True)
+    for alias, name in aliases.items():  # assigning has made them separate parameters
+        parent, _, child = alias.rpartition(".")
+        owner, _, key = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, getattr(model.get_submodule(owner), key))

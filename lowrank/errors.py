@@ -1,0 +1,34 @@
+"""What can go wrong, as one family: every error of this library is a `LowRankError`.
+
+A message says where (the layer or the file), what (with numbers), and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class LowRankError(Exception):
+    """Base of every error that `lowrank` raises on purpose."""
+
+
+class BudgetError(LowRankError):
+    """The budget is malformed, or no choice of ranks meets it."""
+
+
+class TargetError(LowRankError):
+    """A pattern matches nothing, or names a layer that must stay as it is."""
+
+
+class RankError(LowRankError):
+    """A rank is not an integer, or lies outside ``1 .. min(out, in)``."""
+
+
+class WeightError(LowRankError):
+    """A weight cannot be factorized: NaN, infinite, integer, or without data."""
+
+
+class PlanError(LowRankError):
+    """A plan does not fit the model, or would not save anything."""
+
+
+class CheckpointError(LowRankError):
+    """A file is missing, damaged, foreign or from a newer version; or a folder cannot be written."""

@@ -1,0 +1,252 @@
+"""The transformers plug-in, the only file that imports transformers.
+
+It teaches ``from_pretrained`` two things: a folder whose config says ``"quant_method": "lowrank"``
+is loaded into factorized layers, without the dense weights ever existing; and
+``from_pretrained(dense, quantization_config=LowRankConfig(rank=100))`` compresses after loading.
+Importing this file registers both; `lowrank` imports it as soon as transformers' models are loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lowrank.errors import CheckpointError, PlanError
+from lowrank.nn import DenseKind, LowRankLinear, register
+from lowrank.planning import Budget, Plan
+from lowrank.surgery import restructure
+from lowrank.targets import draft
+
+METHOD = "lowrank"
+
+
+def _build_conv1d(in_features: int, out_features: int, bias: bool) -> nn.Module:
+    with torch.device("meta"):
+        return Conv1D(out_features, in_features)
+
+
+register(DenseKind(name="conv1d", module=Conv1D, transposed=True, build=_build_conv1d))
+
+
+@register_quantization_config(METHOD)
+class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What to do with a dense checkpoint, or what was done to a compressed one.
+
+    Args:
+        rank, keep, energy, error: The budget, exactly one of them, as in `lowrank.compress`.
+        targets, ignore, allocation, round_to, tolerance, seed: As in `lowrank.compress`.
+        plan: The plan that was carried out, as `Plan.to_dict` gives it; then no budget is needed.
+
+    Raises:
+        LowRankError: If the budget is malformed, or the plan is damaged or from a newer version.
+
+    Example:
+        >>> LowRankConfig(rank=100).budget.value
+        100
+    """
+
+    def __init__(
+        self,
+        rank: int | Mapping[str, int] | None = None,
+        keep: float | None = None,
+        energy: float | None = None,
+        error: float | None = None,
+        targets: Sequence[str] | None = None,
+        ignore: Sequence[str] | None = None,
+        allocation: str = "global",
+        round_to: int = 8,
+        tolerance: float = 1e-3,
+        seed: int = 0,
+        plan: dict[str, Any] | None = None,
+        quant_method: str = METHOD,
+    ) -> None:
+        self.quant_method = quant_method
+        self.plan = plan
+        if plan is not None:
+            Plan.from_dict(plan)  # a damaged or newer plan is refused here
+            return
+        Budget.of(rank=rank, keep=keep, energy=energy, error=error)
+        self.rank, self.keep, self.energy, self.error = rank, keep, energy, error
+        self.targets, self.ignore = targets, ignore
+        self.allocation, self.round_to = allocation, round_to
+        self.tolerance, self.seed = tolerance, seed
+
+    @property
+    def budget(self) -> Budget:
+        """The budget of a config that asks for compression."""
+        return Budget.of(rank=self.rank, keep=self.keep, energy=self.energy, error=self.error)
+
+    def request(self) -> dict[str, Any]:
+        """Return the keyword arguments for `lowrank.compress`."""
+        return {k: v for k, v in vars(self).items() if k not in ("quant_method", "plan")}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Read the config from ``config.json``; raises `CheckpointError` for an unknown field."""
+        try:
+            return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+        except TypeError as error:
+            raise CheckpointError(f"config.json: the lowrank section is not understood: {error}.") from error
+        except PlanError as error:
+            raise CheckpointError(f"config.json: {error}") from error
+
+
+@register_quantizer(METHOD)
+class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Carries a `LowRankConfig` through ``from_pretrained``; the model keeps nothing of it."""
+
+    quantization_config: LowRankConfig
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if not self.pre_quantized:
+            return
+        for file in checkpoint_files or ():
+            check_safetensors(file)
+        plan = _localized(Plan.from_dict(self.quantization_config.plan), model)
+        try:
+            restructure(model, plan)
+        except PlanError as error:
+            raise CheckpointError(f"config.json does not fit the architecture: {error}") from error
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        # Factors are ordinary parameters: .half(), Trainer and save_pretrained must not see a
+        # quantized model. The config alone remembers.
+        self.remove_quantization_config(model)
+        if self.pre_quantized:
+            _check_loaded(model)
+            record(model)
+        else:
+            from lowrank.pipeline import compress  # upwards: from_pretrained is a front door, too
+
+            compress(model, **self.quantization_config.request())
+
+    def is_serializable(self) -> bool:
+        """Say that the model can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the factors can be trained."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether ``torch.compile`` works."""
+        return True
+
+
+def record(model: nn.Module) -> None:
+    """Write into the config of each transformers model in ``model`` what is factorized in it.
+
+    ``save_pretrained`` stores the config, so that ``from_pretrained`` finds the structure again.
+    """
+    for part in _pretrained_models(model):
+        plan = draft(part)
+        if plan.factorized:
+            part.config.quantization_config = LowRankConfig(plan=plan.to_dict())
+        elif isinstance(getattr(part.config, "quantization_config", None), LowRankConfig):
+            del part.config.quantization_config
+
+
+def check_safetensors(file: str | Path) -> None:
+    """Check that ``file`` is a whole safetensors file, reading its header only.
+
+    Raises:
+        CheckpointError: If it is truncated, has bytes to spare, or is something else.
+    """
+    size = Path(file).stat().st_size
+    try:
+        with Path(file).open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length)) if length <= size else None
+        if header is None:
+            raise ValueError(f"its header claims {length:,} bytes")
+        header.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{file}: not a safetensors file, or damaged: {error}.") from error
+    if size != end:
+        raise CheckpointError(
+            f"{file}: damaged: its tensors need {end:,} bytes, the file has {size:,}. Copy it again."
+        )
+
+
+def _pretrained_models(model: nn.Module) -> Iterator[PreTrainedModel]:
+    """Yield the transformers models in ``model`` that are not inside another one."""
+    if isinstance(model, PreTrainedModel):
+        yield model
+        return
+    for child in model.children():
+        yield from _pretrained_models(child)
+
+
+def _localized(plan: Plan, model: PreTrainedModel) -> Plan:
+    """Translate layer names between a base model and the same model with a head.
+
+    Layers that the model does not have (those of a head) are left out.
+    """
+    names = {name for name, _ in model.named_modules()}
+    prefix = model.base_model_prefix + "."
+    layers = []
+    for layer in plan.factorized:
+        candidates = (layer.name, prefix + layer.name, layer.name.removeprefix(prefix))
+        name = next((name for name in candidates if name in names), None)
+        if name is not None:
+            layers.append(replace(layer, name=name))
+    if not layers:
+        raise CheckpointError(
+            f"config.json: none of the {len(plan.factorized)} factorized layers of {plan.model} "
+            f"(such as {plan.factorized[0].name}) is in {type(model).__name__}."
+        )
+    return replace(plan, layers=tuple(layers))
+
+
+def _check_loaded(model: PreTrainedModel) -> None:
+    """Refuse a model whose factors were not all in the checkpoint: transformers only warns."""
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankLinear):
+            for key, parameter in module.named_parameters():
+                if not getattr(parameter, "_is_hf_initialized", False):
+                    raise CheckpointError(
+                        f"{name}.{key}: the checkpoint lacks this tensor. It is damaged, or was not "
+                        "saved by lowrank. Save the model again."
+                    )
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    """Tell whether ``model`` is a transformers model."""
+    return isinstance(model, PreTrainedModel)
+
+
+def save(model: PreTrainedModel, folder: Path) -> None:
+    """Write ``model`` by its own ``save_pretrained``, its config up to date."""
+    record(model)
+    model.save_pretrained(folder)
+
+
+def load(folder: str | Path) -> PreTrainedModel:
+    """Load a transformers folder, or a name on the hub, as the class that was saved.
+
+    Raises:
+        CheckpointError: If the config names no class of transformers.
+    """
+    config = transformers.AutoConfig.from_pretrained(folder)
+    name = (config.architectures or ["none"])[0]
+    cls = getattr(transformers, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+        raise CheckpointError(f"{folder}/config.json: architecture {name!r} is not one of transformers'.")
+    return cls.from_pretrained(folder)  # type: ignore[attr-defined]

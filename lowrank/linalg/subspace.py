@@ -1,0 +1,138 @@
+r"""Leading eigenvectors of a symmetric matrix by randomized subspace iteration, with a certificate.
+
+A Chebyshev polynomial of the matrix, applied to a random block, damps every eigenvalue below the
+wanted ones (Zhou, Saad, Tiago & Chelikowsky 2006; Halko, Martinsson & Tropp 2011, arXiv:0909.4061).
+What distinguishes this one is that it proves how good it is. Split the matrix by the basis ``X``:
+
+.. math:: A = \begin{pmatrix} H & B^T \\ B & C \end{pmatrix}, \qquad
+          A \preceq \begin{pmatrix} H + B^T (\tau I - C)^{-1} B & 0 \\ 0 & \tau I \end{pmatrix}
+
+for every τ above the eigenvalues of ``C``, because the Schur complement of the difference is zero.
+One Cholesky factorization both checks the condition and yields the inverse, and the sum of the k
+largest eigenvalues of the right-hand side bounds what *any* rank-k basis could capture (Ky Fan).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+GROWTH = 6.8
+"""How far a filter must lift the wanted eigenvalues over the unwanted, as a natural logarithm.
+
+At 6.8 the bound proves 0.1 % for random Gaussian matrices, whose flat spectrum is the hardest.
+"""
+
+MORE_GROWTH = 3.4
+"""How much further to go each time the bound does not prove the tolerance."""
+
+MAX_PRODUCTS = 48
+"""Products with the matrix before giving up; by then the exact solver is faster."""
+
+
+class Eigenspace(NamedTuple):
+    """An orthonormal basis and what is known about it."""
+
+    basis: Tensor  # (n, rank), orthonormal columns
+    captured: float  # trace(basisᵀ A basis), at most `bound`
+    bound: float  # proven upper bound on what any basis of this size captures; inf if unproven
+
+
+def oversampled(size: int, rank: int) -> int:
+    """Return the width of the random block: wide enough to leave a gap behind the wanted ones."""
+    return min(size, rank + rank // 2 + 16)
+
+
+def leading_eigenspace(matrix: Tensor, rank: int, tolerance: float, seed: int) -> Eigenspace:
+    """Find the leading eigenvectors of ``matrix`` until the uncaptured trace is proven near-minimal.
+
+    The uncaptured trace is ``trace(A) − captured``, the squared error of the factorization. Each
+    certificate measures it against the smallest that the bound allows; the block is filtered more
+    while the ratio exceeds ``1 + tolerance``.
+
+    Args:
+        matrix: Symmetric positive semi-definite, ``(n, n)``, float32 or float64.
+        rank: Number of eigenvectors, ``1 <= rank < n``.
+        tolerance: Allowed relative excess of the uncaptured trace, positive.
+        seed: Seed of the random block; the global generators are not touched.
+
+    Returns:
+        The best basis found, with its bound. The caller decides what to do if it falls short.
+    """
+    generator = torch.Generator(matrix.device).manual_seed(seed)
+    shape = len(matrix), oversampled(len(matrix), rank)
+    block = torch.randn(shape, generator=generator, device=matrix.device, dtype=matrix.dtype)
+    block = _orthonormal(matrix @ block)
+    trace = float(matrix.diagonal().sum(dtype=torch.float64))
+    best = Eigenspace(block[:, :rank], 0.0, float("inf"))
+    products, growth, goal = 1, 0.0, GROWTH
+    while products < MAX_PRODUCTS:
+        image = matrix @ block
+        if growth >= goal:
+            best = _certify(matrix, block, image, rank)
+            if trace - best.captured <= (1 + tolerance) * (trace - best.bound):
+                break
+            goal += MORE_GROWTH
+        ritz = torch.linalg.eigvalsh(block.T @ image).tolist()
+        if not ritz[0] > 0:
+            break  # numerically rank-deficient: work for the exact solver
+        degree, gained = _choose_degree(ritz[0], ritz[-rank], ritz[-1], goal - growth, matrix.dtype)
+        block = _orthonormal(_filter(matrix, block, image, ritz[0], degree))
+        products, growth = products + degree, growth + gained
+    return best
+
+
+def _choose_degree(
+    cut: float, wanted: float, largest: float, growth: float, dtype: torch.dtype
+) -> tuple[int, float]:
+    """Choose a filter's degree, and tell how far it lifts the ``wanted`` eigenvalue over ``cut``.
+
+    A polynomial of degree d lifts an eigenvalue λ by ``exp(d · arcosh(2λ/cut − 1))``. The largest
+    must not outgrow the wanted one by more than the arithmetic resolves, or the latter is lost.
+    """
+    gap = math.acosh(max(2 * wanted / cut - 1, 1 + 1e-6))
+    spread = math.acosh(2 * largest / cut - 1) - gap
+    resolved = -math.log(torch.finfo(dtype).eps) - 3  # three powers of e above the rounding
+    degree = max(1, math.ceil(growth / gap))
+    if spread > 0:
+        degree = max(1, min(degree, math.floor(resolved / spread)))
+    degree = min(degree, MAX_PRODUCTS)
+    return degree, degree * gap
+
+
+def _orthonormal(block: Tensor) -> Tensor:
+    return torch.linalg.qr(block).Q
+
+
+def _filter(matrix: Tensor, block: Tensor, image: Tensor, cut: float, degree: int) -> Tensor:
+    """Apply the Chebyshev polynomial that is small on ``[0, cut]`` and grows fastest above it."""
+    half = cut / 2
+    previous, current = block, image / half - block
+    for _ in range(degree - 1):
+        following = torch.addmm(previous, matrix, current, beta=-1, alpha=2 / half)
+        previous, current = current, following.sub_(current, alpha=2)
+    return current
+
+
+def _certify(matrix: Tensor, block: Tensor, image: Tensor, rank: int) -> Eigenspace:
+    """Take the best ``rank`` directions of the block, and bound what any others could capture."""
+    projected = block.T @ image  # H, (width, width)
+    values, vectors = torch.linalg.eigh(projected)
+    basis = block @ vectors[:, -rank:].flip(1)
+    captured = float(values[-rank:].sum(dtype=torch.float64))
+
+    shift = float(values[-rank])  # τ
+    inside = block @ projected
+    # τI − C on all of space: A with the block's rows and columns projected out, negated and shifted.
+    outside = image - inside / 2
+    deflated = torch.addmm(matrix, outside, block.T, beta=-1).addmm_(block, outside.T)
+    deflated.diagonal().add_(shift)
+    triangle, failed = torch.linalg.cholesky_ex(deflated)
+    if failed:
+        return Eigenspace(basis, captured, float("inf"))
+    half = torch.linalg.solve_triangular(triangle, image - inside, upper=False)
+    bound = torch.linalg.eigvalsh(projected + half.T @ half)[-rank:].clamp(min=shift)
+    return Eigenspace(basis, captured, float(bound.sum(dtype=torch.float64)))

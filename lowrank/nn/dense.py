@@ -1,0 +1,76 @@
+"""The dense layers that can be factorized, as a table: how each one stores its weight.
+
+`torch.nn.Linear` stores ``(out, in)``; transformers' ``Conv1D`` stores ``(in, out)``. A new kind of
+layer is one call of `register`. Only exact types count: a subclass may compute something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class DenseKind:
+    """How one type of layer stores ``y = Wx + b``.
+
+    Args:
+        name: The word in plans and checkpoints.
+        module: The exact type.
+        transposed: Whether ``module.weight`` is ``(in, out)``.
+        build: Makes an uninitialised layer on the meta device from ``(in, out, bias)``.
+    """
+
+    name: str
+    module: type[nn.Module]
+    transposed: bool
+    build: Callable[[int, int, bool], nn.Module]
+
+    def weight(self, layer: nn.Module) -> Tensor:
+        """Return a view of the weight as ``(out, in)``."""
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        return weight.T if self.transposed else weight
+
+    def layer(self, weight: Tensor, bias: nn.Parameter | None) -> nn.Module:
+        """Make a layer around ``weight (out, in)`` and ``bias (out,)``; nothing is initialised."""
+        layer = self.build(weight.shape[1], weight.shape[0], bias is not None)
+        stored = weight.T.contiguous() if self.transposed else weight
+        layer.weight = nn.Parameter(stored)
+        layer.register_parameter("bias", bias)
+        return layer
+
+
+_KINDS: dict[type[nn.Module], DenseKind] = {}
+
+
+def register(kind: DenseKind) -> None:
+    """Make layers of type ``kind.module`` factorizable."""
+    _KINDS[kind.module] = kind
+
+
+def kind_of(module: nn.Module) -> DenseKind | None:
+    """Return how ``module`` stores its weight; ``None`` if its exact type is not registered."""
+    return _KINDS.get(type(module))
+
+
+def kind_named(name: str) -> DenseKind:
+    """Return the kind called ``name``.
+
+    Raises:
+        KeyError: If no such kind is registered.
+    """
+    return {kind.name: kind for kind in _KINDS.values()}[name]
+
+
+register(
+    DenseKind(
+        name="linear",
+        module=nn.Linear,
+        transposed=False,
+        build=lambda in_features, out_features, bias: nn.Linear(
+            in_features, out_features, bias=bias, device="meta"
+        ),
+    )
+)

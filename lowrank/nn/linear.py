@@ -1,0 +1,109 @@
+"""`LowRankLinear`: the layer that takes the place of a dense one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.errors import RankError, WeightError
+from lowrank.linalg import truncated_svd
+from lowrank.nn.dense import kind_of
+
+
+class LowRankLinear(nn.Module):
+    r"""Compute :math:`y = L(Rx) + b` with two thin matrices in place of one, as `torch.nn.Linear` does.
+
+    Both are plain `torch.nn.Linear` children, so that whatever knows linear layers (``torch.compile``,
+    export, PEFT, quantizers) sees linear layers. The buffer ``weight`` has no elements. It answers
+    code that reads ``layer.weight.dtype`` or ``.device``, and it stands in the checkpoint where the
+    dense weight would be, so that loading without `lowrank` fails instead of initialising at random.
+
+    Args:
+        in_features, out_features: Sizes of the input and output vectors.
+        rank: Inner size.
+        bias: Whether to add a bias ``(out,)``.
+        kind: Name of the dense layer that it stands for (`lowrank.nn.dense`).
+        device, dtype: As for `torch.nn.Linear`.
+
+    Attributes:
+        relative_error: ``‖W − LR‖ / ‖W‖`` when it was made from a dense weight; ``None`` if not known.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        *,
+        kind: str = "linear",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not 1 <= rank <= min(in_features, out_features):
+            raise RankError(
+                f"rank {rank} of a layer (out={out_features}, in={in_features}): "
+                f"give a whole number from 1 to {min(in_features, out_features)}."
+            )
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = rank
+        self.kind = kind
+        self.relative_error: float | None = None
+        self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+        self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias ``(out,)``, or ``None``."""
+        return self.up.bias
+
+    @classmethod
+    def from_factors(
+        cls, left: Tensor, right: Tensor, bias: nn.Parameter | None = None, *, kind: str = "linear"
+    ) -> LowRankLinear:
+        """Wrap ``left (out, rank)`` and ``right (rank, in)`` without copying; the bias is shared."""
+        rank, in_features = right.shape
+        layer = cls(in_features, left.shape[0], rank, bias is not None, kind=kind, device="meta")
+        layer.down.weight = nn.Parameter(right)
+        layer.up.weight = nn.Parameter(left)
+        layer.up.register_parameter("bias", bias)
+        layer.weight = left.new_empty(0)
+        return layer
+
+    @classmethod
+    def from_linear(cls, layer: nn.Module, rank: int, *, seed: int = 0) -> LowRankLinear:
+        """Factor one dense layer (`torch.nn.Linear` or transformers' ``Conv1D``); it is not changed.
+
+        The new layer shares the bias with the old one. See `lowrank.linalg.truncated_svd` for the
+        mathematics and the errors.
+
+        Example:
+            >>> small = LowRankLinear.from_linear(nn.Linear(64, 32), rank=8)
+            >>> small(torch.zeros(2, 64)).shape
+            torch.Size([2, 32])
+        """
+        kind = kind_of(layer)
+        if kind is None:
+            raise WeightError(f"{type(layer).__name__} is not a linear layer that can be factorized.")
+        left, right, error, _ = truncated_svd(kind.weight(layer), rank, seed=seed)
+        new = cls.from_factors(left, right, layer.bias, kind=kind.name)  # type: ignore[arg-type]
+        new.relative_error = error
+        return new.train(layer.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map ``(…, in)`` to ``(…, out)``."""
+        return self.up(self.down(input))
+
+    def dense_weight(self) -> Tensor:
+        """Multiply the factors back into a weight ``(out, in)``."""
+        return self.up.weight @ self.down.weight
+
+    def extra_repr(self) -> str:
+        """Describe the layer as `torch.nn.Linear` does, with its rank."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"rank={self.rank}, bias={self.bias is not None}"
+        )

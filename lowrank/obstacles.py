@@ -1,0 +1,114 @@
+"""Which linear layers must stay as they are, and why: found in the model, not in a list of models.
+
+Drafting a plan asks for the reasons; applying one checks against them.
+"""
+
+from __future__ import annotations
+
+import dis
+from collections.abc import Callable, Iterator
+from functools import cache
+
+from torch import Tensor, nn
+
+from lowrank.errors import LowRankError
+from lowrank.linalg.svd import FLOATING
+from lowrank.nn import LowRankLinear, kind_of
+
+
+def check_model(model: object) -> nn.Module:
+    """Return ``model`` if it is a module.
+
+    Raises:
+        LowRankError: If it is something else, such as a path.
+    """
+    if not isinstance(model, nn.Module):
+        raise LowRankError(
+            f"A model is a torch.nn.Module, not {type(model).__name__}. Load it first, for example "
+            "with AutoModel.from_pretrained(...)."
+        )
+    return model
+
+
+def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield every linear layer under each of its names; the inside of a factorized one is skipped."""
+    inside = None
+    for name, module in model.named_modules(remove_duplicate=False):
+        if inside is not None and name.startswith(inside):
+            continue
+        if isinstance(module, LowRankLinear):
+            inside = name + "."
+            yield name, module
+        elif isinstance(module, nn.Linear) or kind_of(module) is not None:
+            yield name, module
+
+
+def obstacles(model: nn.Module) -> dict[str, str]:
+    """Return ``{layer name: reason}`` for every linear layer that cannot be factorized.
+
+    A reason reads on from "it …": ``"is used twice, also as encoder.b"``.
+    """
+    obstacle = _finder(model)
+    found = {name: obstacle(name, module) for name, module in linear_layers(model)}
+    return {name: reason for name, reason in found.items() if reason}
+
+
+def _finder(model: nn.Module) -> Callable[[str, nn.Module], str | None]:
+    """Look the model over once, and return the function that tells what stands in a layer's way."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+
+    def obstacle(name: str, module: nn.Module) -> str | None:
+        if isinstance(module, LowRankLinear):
+            return f"is factorized already, at rank {module.rank}; decompress(model) undoes that"
+        if len(names[id(module)]) > 1:
+            other = next(n for n in names[id(module)] if n != name)
+            return f"is used twice, also as {other}"
+        if kind_of(module) is None:
+            return f"is a {type(module).__name__}, which may compute something else than nn.Linear"
+        weight = module.weight
+        if not isinstance(weight, nn.Parameter) or type(weight.data) is not Tensor:
+            return f"has a weight of type {type(weight).__name__}, not a plain parameter"
+        if len(owners[id(weight)]) > 1:
+            other = next(n for n in owners[id(weight)] if n != f"{name}.weight")
+            return f"shares its weight with {other} (tied)"
+        if weight.dtype not in FLOATING:
+            return f"has a weight of {weight.dtype}, not floating point; it may be quantized already"
+        if "forward" in vars(module):
+            return "has a forward replaced on the instance, as offloading does"
+        parent_name, _, child = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        if child in _children_read_by_value(type(parent)):  # type: ignore[arg-type]
+            return f"has its weight read by value in {type(parent).__name__}"
+        return None
+
+    return obstacle
+
+
+@cache
+def _children_read_by_value(parent: type[nn.Module]) -> frozenset[str]:
+    """Name the children whose ``.weight`` the methods of ``parent`` read: ``self.child.weight``.
+
+    Such code (`torch.nn.MultiheadAttention`, WavLM, Mamba …) multiplies by the weight itself, without
+    calling the layer. Reading only ``.weight.dtype`` or ``.weight.device`` does not count. The
+    methods' bytecode tells, so this holds for models that nobody has listed.
+    """
+    found: set[str] = set()
+    for cls in parent.__mro__:
+        if cls in (nn.Module, object):
+            continue
+        for function in vars(cls).values():
+            code = getattr(function, "__code__", None)
+            if code is None:
+                continue
+            steps = [step for step in dis.get_instructions(code) if step.opname != "CACHE"]
+            for self_, child, weight, then in zip(steps, steps[1:], steps[2:], steps[3:], strict=False):
+                reads = child.opname == weight.opname == "LOAD_ATTR" and weight.argval == "weight"
+                looks = then.opname == "LOAD_ATTR" and then.argval in ("dtype", "device")
+                if reads and not looks and self_.argval == "self":
+                    found.add(str(child.argval))
+    return frozenset(found)

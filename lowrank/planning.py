@@ -1,0 +1,390 @@
+"""Budgets and plans: what to do with each layer, as plain data.
+
+This file uses the standard library only. A `Plan` is frozen; it prints as a table, survives JSON,
+can be edited (`Plan.with_rank`) and compared (`Plan.diff`). Nothing here touches a model.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from lowrank.errors import BudgetError, PlanError, RankError, TargetError
+from lowrank.text import format_table
+
+PLAN_FORMAT = 1
+"""Version of the JSON written by `Plan.to_json`; a reader refuses anything newer."""
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Tell whether the module name matches the Unix-style, case-sensitive ``pattern``."""
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+def is_wildcard(pattern: str) -> bool:
+    """Tell whether ``pattern`` can match more than one name."""
+    return any(sign in pattern for sign in "*?[")
+
+
+def check_rank(rank: object, where: str = "rank") -> int:
+    """Return ``rank`` if it is a positive integer.
+
+    Raises:
+        RankError: If it is not an ``int`` (a ``bool`` is not), or below 1.
+    """
+    if not isinstance(rank, int) or isinstance(rank, bool):
+        raise RankError(f"{where}: a rank is a whole number, not {rank!r} ({type(rank).__name__}).")
+    if rank < 1:
+        raise RankError(f"{where}: rank {rank} is not positive. The smallest rank is 1.")
+    return rank
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much may remain, in one of four units.
+
+    ``rank``: an int for every layer, or a mapping of name pattern to int. ``keep``: the fraction
+    of the targeted weights' parameters that remain. ``energy``: the fraction of each layer's
+    squared Frobenius norm to retain. ``error``: the largest relative Frobenius error per layer.
+    """
+
+    kind: str
+    value: Any
+
+    KINDS = ("rank", "keep", "energy", "error")
+
+    def __post_init__(self) -> None:
+        if self.kind not in self.KINDS:
+            raise BudgetError(f"Unknown budget {self.kind!r}. Give one of: {', '.join(self.KINDS)}.")
+        if self.kind == "rank":
+            self._check_ranks()
+        else:
+            self._check_fraction()
+
+    def _check_ranks(self) -> None:
+        if not isinstance(self.value, Mapping):
+            check_rank(self.value)
+            return
+        if not self.value:
+            raise BudgetError("rank={}: the mapping is empty. Map name patterns to ranks: {'*.query': 64}.")
+        for pattern, rank in self.value.items():
+            if not isinstance(pattern, str):
+                raise BudgetError(f"rank={{{pattern!r}: …}}: a key is a name pattern, such as '*.query'.")
+            check_rank(rank, where=pattern)
+
+    def _check_fraction(self) -> None:
+        value = self.value
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or not 0 < value < 1:
+            meaning = {
+                "keep": "the fraction of the targeted weights' parameters that remains",
+                "energy": "the fraction of each weight's squared norm that is retained",
+                "error": "the largest relative error of each weight",
+            }[self.kind]
+            raise BudgetError(
+                f"{self.kind}={value!r}: {self.kind} is {meaning}, a number strictly between 0 and 1."
+            )
+
+    @classmethod
+    def of(cls, **kinds: Any) -> Budget:
+        """Make the budget from keyword arguments of which exactly one is not ``None``.
+
+        Raises:
+            BudgetError: If none or several are given, or the value is out of range.
+            RankError: If a rank is not a positive integer.
+        """
+        given = {kind: value for kind, value in kinds.items() if value is not None}
+        if len(given) != 1:
+            got = " and ".join(f"{kind}={value!r}" for kind, value in given.items()) or "none"
+            raise BudgetError(f"Give exactly one budget of {', '.join(cls.KINDS)}; got {got}.")
+        ((kind, value),) = given.items()
+        return cls(kind, value)
+
+    def __str__(self) -> str:
+        return f"{self.kind}={self.value!r}"
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What happens to one layer.
+
+    Args:
+        name: Module name, as in ``model.named_modules()``.
+        kind: Which dense layer it is, ``"linear"`` (weight ``(out, in)``) or ``"conv1d"``.
+        in_features, out_features: Shape of the weight.
+        bias: Whether the layer has a bias (it is never changed).
+        rank: Inner size of the factors; ``None`` leaves the layer as it is.
+        relative_error: ``‖W − LR‖_F / ‖W‖_F`` at that rank; ``None`` until measured.
+        reason: Why the layer has this rank, or why it stays dense.
+        targeted: Whether the layer may change and counts for `keep`; if not, `reason` says why.
+    """
+
+    name: str
+    kind: str
+    in_features: int
+    out_features: int
+    bias: bool
+    rank: int | None = None
+    relative_error: float | None = None
+    reason: str = ""
+    targeted: bool = True
+
+    @property
+    def dense_parameters(self) -> int:
+        """Parameters of the dense weight, without the bias."""
+        return self.in_features * self.out_features
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the weight, or of its two factors, after applying; also its MACs per token."""
+        return self.dense_parameters if self.rank is None else self.parameters_at(self.rank)
+
+    def parameters_at(self, rank: int) -> int:
+        """Parameters of the two factors at ``rank``: ``rank · (in + out)``."""
+        return rank * (self.in_features + self.out_features)
+
+    @property
+    def largest_paying_rank(self) -> int:
+        """The largest rank with fewer parameters than the dense weight; 0 if there is none."""
+        return (self.dense_parameters - 1) // (self.in_features + self.out_features)
+
+    @property
+    def kept_fraction(self) -> float:
+        """Parameters after applying over parameters of the dense weight."""
+        return self.parameters / self.dense_parameters
+
+    def dense(self, reason: str) -> LayerPlan:
+        """Return this layer left as it is, for ``reason``."""
+        return replace(self, rank=None, relative_error=None, reason=reason)
+
+
+@dataclass(frozen=True)
+class Change:
+    """One difference between two plans; a side without the layer is ``None``."""
+
+    name: str
+    before: LayerPlan | None
+    after: LayerPlan | None
+
+    def __str__(self) -> str:
+        return f"{self.name}: {_summary(self.before)} → {_summary(self.after)}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens to every linear layer of a model.
+
+    Args:
+        model: Class name of the model that the plan was made for.
+        layers: One `LayerPlan` per linear layer, in the model's order.
+        budget: The request, for people to read: ``"keep=0.5"``.
+        metric: What the errors measure; ``"weight"`` is the relative Frobenius error.
+        allocation: ``"global"`` or ``"uniform"``, how `keep` was spread over the layers.
+        round_to: Chosen ranks are multiples of this.
+    """
+
+    model: str
+    layers: tuple[LayerPlan, ...] = ()
+    budget: str = ""
+    metric: str = "weight"
+    allocation: str = "global"
+    round_to: int = 8
+    _index: dict[str, LayerPlan] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "_index", {layer.name: layer for layer in self.layers})
+        if len(self._index) != len(self.layers):
+            names = [layer.name for layer in self.layers]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise PlanError(f"{twice}: the plan lists this layer twice. Keep one of the entries.")
+
+    def __getitem__(self, name: str) -> LayerPlan:
+        try:
+            return self._index[name]
+        except KeyError:
+            raise PlanError(f"{name}: the plan for {self.model} has no such layer.") from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._index
+
+    def __iter__(self) -> Iterator[LayerPlan]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @property
+    def factorized(self) -> tuple[LayerPlan, ...]:
+        """The layers that have a rank, those included that are factorized already."""
+        return tuple(layer for layer in self.layers if layer.rank is not None)
+
+    @property
+    def targeted(self) -> tuple[LayerPlan, ...]:
+        """The layers over which `keep` counts parameters."""
+        return tuple(layer for layer in self.layers if layer.targeted)
+
+    @property
+    def kept_fraction(self) -> float:
+        """Parameters that remain over parameters before, of the targeted weights."""
+        before = sum(layer.dense_parameters for layer in self.targeted)
+        return sum(layer.parameters for layer in self.targeted) / before if before else 1.0
+
+    def with_layers(self, layers: Mapping[str, LayerPlan]) -> Plan:
+        """Return the plan with the named layers replaced."""
+        return replace(self, layers=tuple(layers.get(layer.name, layer) for layer in self.layers))
+
+    def with_rank(self, pattern: str, rank: int | None) -> Plan:
+        """Return the plan with every matching layer set to ``rank``; `apply` checks that they can be.
+
+        Args:
+            pattern: Unix-style pattern on layer names.
+            rank: The new rank, ``1 .. min(out, in)``; ``None`` leaves the layers dense.
+
+        Raises:
+            TargetError: If the pattern matches no layer of the plan.
+            RankError: If the rank is not a positive integer.
+
+        Example:
+            >>> layer = LayerPlan("encoder.query", "linear", 64, 64, bias=True)
+            >>> Plan("Model", (layer,)).with_rank("*.query", 16)["encoder.query"].rank
+            16
+        """
+        if rank is not None:
+            check_rank(rank, where=pattern)
+        chosen = [layer for layer in self.layers if matches(layer.name, pattern)]
+        if not chosen:
+            raise TargetError(f'"{pattern}" matches none of the {len(self.layers)} layers of the plan.')
+        reason = "left dense by hand" if rank is None else "set by hand"
+        edited = [replace(layer.dense(reason), rank=rank, targeted=True) for layer in chosen]
+        return self.with_layers({layer.name: layer for layer in edited})
+
+    def diff(self, other: Plan) -> list[Change]:
+        """List the layers whose rank differs, or that only one of the plans has."""
+        names = list(dict.fromkeys([layer.name for layer in [*self.layers, *other.layers]]))
+        changes = [Change(name, self._index.get(name), other._index.get(name)) for name in names]
+        return [c for c in changes if _summary(c.before) != _summary(c.after)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as dicts, lists, strings and numbers, with its format number first."""
+        data = asdict(self)
+        del data["_index"]
+        return {"format": PLAN_FORMAT, **data, "layers": list(data["layers"])}
+
+    @classmethod
+    def from_dict(cls, data: object) -> Plan:
+        """Make a plan from what `to_dict` gave, perhaps edited by hand or written by a stranger.
+
+        Raises:
+            PlanError: If it is no plan, is from a newer format, or a field has a wrong type.
+        """
+        if not isinstance(data, dict) or not isinstance(data.get("format"), int):
+            raise PlanError('This is not a plan: it has no "format" number.')
+        if data["format"] > PLAN_FORMAT:
+            raise PlanError(
+                f"The plan has format {data['format']}; this version of lowrank reads up to {PLAN_FORMAT}. "
+                "Install a newer lowrank."
+            )
+        if not isinstance(data.get("layers"), (list, tuple)):
+            raise PlanError('The plan has no list of "layers".')
+        values = {key: value for key, value in data.items() if key not in ("format", "layers")}
+        layers = tuple(_layer_from_dict(layer) for layer in data["layers"])
+        if "model" not in values:
+            raise PlanError('The plan does not say which "model" it is for.')
+        return cls(**_typed(cls, values, "The plan"), layers=layers)
+
+    def to_json(self) -> str:
+        """Return the plan as JSON."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read what `to_json` wrote; raises `PlanError` as `from_dict` does."""
+        try:
+            return cls.from_dict(json.loads(text))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise PlanError(f"The plan is not JSON: {error}.") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON to ``path``."""
+        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan from ``path``.
+
+        Raises:
+            PlanError: If the file cannot be read, or is not a plan.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"{path}: the plan cannot be read: {error}.") from error
+        return cls.from_json(text)
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                layer.name,
+                f"{layer.out_features}×{layer.in_features}",
+                "dense" if layer.rank is None else str(layer.rank),
+                f"{layer.kept_fraction:.0%}",
+                "" if layer.relative_error is None else f"{layer.relative_error:.4f}",
+                layer.reason,
+            )
+            for layer in self.layers
+        ]
+        before = sum(layer.dense_parameters for layer in self.targeted)
+        after = sum(layer.parameters for layer in self.targeted)
+        footer = (
+            f"{self.model}, {self.budget or 'no budget'}: {len(self.factorized)} of {len(self.layers)} linear"
+            f" layers factorized; {after:,} of {before:,} targeted parameters remain"
+            f" ({self.kept_fraction:.1%})."
+        )
+        return format_table(("layer", "out×in", "rank", "kept", "error", "reason"), rows) + "\n\n" + footer
+
+
+def _summary(layer: LayerPlan | None) -> str:
+    if layer is None:
+        return "absent"
+    return "dense" if layer.rank is None else f"rank {layer.rank}"
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "bool": (bool,),
+    "int | None": (int, type(None)),
+    "float | None": (float, int, type(None)),
+}
+
+
+def _typed(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Check JSON ``values`` against the fields of a dataclass; the file may come from a stranger."""
+    types = {f.name: f.type for f in fields(cls) if f.init and f.name != "layers"}
+    for key, value in values.items():
+        if key not in types:
+            raise PlanError(f'{where} has an unknown field "{key}".')
+        allowed = _TYPES[str(types[key])]
+        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+            raise PlanError(f'{where}: "{key}" is {value!r}, but must be {types[key]}.')
+    return values
+
+
+def _layer_from_dict(data: object) -> LayerPlan:
+    if not isinstance(data, dict) or not isinstance(data.get("name"), str):
+        raise PlanError('The plan has a layer without a "name".')
+    values = _typed(LayerPlan, data, data["name"])
+    missing = {"kind", "in_features", "out_features", "bias"} - values.keys()
+    if missing:
+        raise PlanError(f"{data['name']}: the plan lacks {', '.join(sorted(missing))}.")
+    if values["in_features"] < 1 or values["out_features"] < 1:
+        raise PlanError(f"{data['name']}: in_features and out_features must be positive.")
+    if values.get("rank") is not None:
+        check_rank(values["rank"], where=data["name"])
+    return LayerPlan(**values)

@@ -1,0 +1,251 @@
+"""Select ranks: spectra and a budget become a plan.
+
+``keep`` is one constrained problem over all layers: minimise the sum of the layers' errors subject
+to the parameters that may remain, with the dense weight (no error, all parameters) always among the
+choices. The optimum of the Lagrangian lies on the lower convex hulls of the layers' error curves;
+their segments, steepest first, are taken while they fit, and the rest is filled greedily.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from lowrank.errors import BudgetError, RankError, TargetError
+from lowrank.linalg import Spectrum
+from lowrank.planning import Budget, LayerPlan, Plan, is_wildcard, matches
+
+ALLOCATIONS = ("global", "uniform")
+
+
+def select(
+    draft: Plan,
+    budget: Budget,
+    spectra: Mapping[str, Spectrum],
+    *,
+    allocation: str = "global",
+    round_to: int = 8,
+    named: Collection[str] = (),
+) -> Plan:
+    """Give every targeted layer of ``draft`` a rank, or the reason why it stays dense.
+
+    Args:
+        draft: The layers, from `lowrank.targets.draft`.
+        budget: What may remain. An explicit rank is taken exactly; others are rounded.
+        spectra: The error at every rank, by layer name. With a ``rank`` budget nothing is decided by
+            them, so they may be missing; the predicted errors are then missing too.
+        allocation: For ``keep``: ``"global"`` minimises the sum over layers of the squared relative
+            error times the layer's parameters; ``"uniform"`` keeps the same fraction of every layer.
+        round_to: Chosen ranks are multiples of this, as matrix kernels like them.
+        named: Layers that the user named without wildcards: a rank that is too large for one of
+            them is an error, for others a reason to stay dense.
+
+    Raises:
+        BudgetError: If no layer would change, or ``keep`` is below what the smallest ranks need.
+        RankError: If a rank exceeds ``min(out, in)`` of a named layer.
+        TargetError: If a pattern of a rank mapping matches no targeted layer.
+    """
+    if allocation not in ALLOCATIONS:
+        raise BudgetError(f"allocation={allocation!r}: choose one of {', '.join(ALLOCATIONS)}.")
+    if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1:
+        raise BudgetError(f"round_to={round_to!r}: ranks are rounded to a positive whole number.")
+    if budget.kind == "rank":
+        layers = _by_rank(draft, budget.value, named)
+    elif budget.kind == "keep":
+        layers = _by_keep(draft, budget.value, spectra, allocation, round_to)
+    else:
+        layers = _by_error(draft, budget, spectra, round_to)
+    chosen = {layer.name: _with_error(layer, spectra) for layer in layers}
+    plan = replace(draft, budget=str(budget), allocation=allocation, round_to=round_to)
+    plan = plan.with_layers(chosen)
+    if not any(layer.rank for layer in chosen.values()):
+        raise BudgetError(_nothing_changes(plan))
+    return plan
+
+
+def _with_error(layer: LayerPlan, spectra: Mapping[str, Spectrum]) -> LayerPlan:
+    if layer.rank is None or layer.name not in spectra:
+        return layer
+    return replace(layer, relative_error=spectra[layer.name].relative_error(layer.rank))
+
+
+def _nothing_changes(plan: Plan) -> str:
+    lines = [f"With {plan.budget}, no layer of {plan.model} would change."]
+    reasons = dict.fromkeys((layer.reason, layer.targeted) for layer in plan)
+    for reason, targeted in list(reasons)[:4]:
+        example = next(layer.name for layer in plan if (layer.reason, layer.targeted) == (reason, targeted))
+        lines.append(f"  {example}: {reason}")
+    advice = "Choose a smaller budget." if plan.targeted else "Name other layers with targets=[...]."
+    return "\n".join([*lines, "  " + (advice if plan.layers else "It has no linear layer.")])
+
+
+def _by_rank(draft: Plan, ranks: int | Mapping[str, int], named: Collection[str]) -> list[LayerPlan]:
+    patterns = ranks if isinstance(ranks, Mapping) else {"*": ranks}
+    named = {*named, *(p for p in patterns if not is_wildcard(p))}
+    for pattern in patterns:
+        if not any(matches(layer.name, pattern) for layer in draft.targeted):
+            untouched = next((x for x in draft if matches(x.name, pattern)), None)
+            why = f" {untouched.name}: {untouched.reason}." if untouched else ""
+            raise TargetError(f'"{pattern}" matches none of the {len(draft.targeted)} targeted layers.{why}')
+    layers = []
+    for layer in draft.targeted:
+        given = [rank for pattern, rank in patterns.items() if matches(layer.name, pattern)]
+        layers.append(_at_rank(layer, given[-1] if given else None, layer.name in named))
+    return layers
+
+
+def _at_rank(layer: LayerPlan, rank: int | None, named: bool) -> LayerPlan:
+    if rank is None:
+        return layer.dense("no pattern of the rank mapping names it")
+    largest = min(layer.in_features, layer.out_features)
+    if rank > largest and named:
+        raise RankError(
+            f"{layer.name}: rank {rank} is above min(out, in) = {largest} of the weight "
+            f"(out={layer.out_features}, in={layer.in_features}). Ranks that save parameters go up "
+            f"to {layer.largest_paying_rank}."
+        )
+    if rank > layer.largest_paying_rank:
+        return layer.dense(
+            f"rank {rank} would not save parameters (the largest that does: {layer.largest_paying_rank})"
+        )
+    return replace(layer, rank=rank, reason="as asked")
+
+
+def _by_error(draft: Plan, budget: Budget, spectra: Mapping[str, Spectrum], round_to: int) -> list[LayerPlan]:
+    bound = budget.value if budget.kind == "error" else (1 - budget.value) ** 0.5
+    layers = []
+    for layer in draft.targeted:
+        needed = spectra[layer.name].smallest_rank(bound)
+        rank = -(-needed // round_to) * round_to
+        if rank > layer.largest_paying_rank:
+            layers.append(layer.dense(f"{budget} needs rank {needed}, which would not save parameters"))
+        else:
+            layers.append(replace(layer, rank=rank, reason=f"{budget} needs rank {needed}"))
+    return layers
+
+
+def _by_keep(
+    draft: Plan, keep: float, spectra: Mapping[str, Spectrum], allocation: str, round_to: int
+) -> list[LayerPlan]:
+    total = sum(layer.dense_parameters for layer in draft.targeted)
+    curves = [_curve(layer, spectra[layer.name], round_to) for layer in draft.targeted]
+    least = sum(int(curve.costs[0]) for curve in curves)
+    if least > keep * total:
+        raise BudgetError(
+            f"keep={keep!r} leaves {keep * total:,.0f} of {total:,} parameters, but the smallest ranks "
+            f"(multiples of {round_to}) need {least:,}. Use keep={np.ceil(1000 * least / total) / 1000} "
+            "or more, or a smaller round_to."
+        )
+    if allocation == "uniform":
+        choices = [_cheapest_within(curve, keep * curve.costs[-1]) for curve in curves]
+    else:
+        choices = allocate(curves, keep * total)
+    return [
+        _chosen(layer, curve, choice)
+        for layer, curve, choice in zip(draft.targeted, curves, choices, strict=True)
+    ]
+
+
+def _chosen(layer: LayerPlan, curve: Curve, choice: int) -> LayerPlan:
+    if choice == len(curve.ranks):
+        small = not len(curve.ranks)
+        return layer.dense("too small: no rank saves parameters" if small else "worth its parameters")
+    return replace(layer, rank=int(curve.ranks[choice]), reason="chosen by the allocator")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The choices for one layer, cheapest first; the last one is the dense weight.
+
+    Args:
+        ranks: The ranks on offer, ``(choices − 1,)``.
+        costs: Parameters of each choice, ``(choices,)``, increasing.
+        losses: Error of each choice, ``(choices,)``, decreasing to 0.
+    """
+
+    ranks: np.ndarray[Any, Any]
+    costs: np.ndarray[Any, Any]
+    losses: np.ndarray[Any, Any]
+
+
+def _curve(layer: LayerPlan, spectrum: Spectrum, round_to: int) -> Curve:
+    ranks = np.arange(round_to, layer.largest_paying_rank + 1, round_to)
+    tail = spectrum.tail.numpy()
+    # Squared error with each weight scaled to unit mean square. Absolute errors would follow the
+    # arbitrary scale of a layer, and relative ones alone would count a small layer like a large one.
+    scale = layer.dense_parameters / tail[0] if tail[0] > 0 else 0.0
+    losses = tail[ranks] * scale
+    return Curve(
+        ranks=ranks,
+        costs=np.append(ranks * (layer.in_features + layer.out_features), layer.dense_parameters),
+        losses=np.append(losses, 0.0),
+    )
+
+
+def _cheapest_within(curve: Curve, cost: float) -> int:
+    """Return the most expensive choice within ``cost``, or else the cheapest one."""
+    return max(0, int(np.searchsorted(curve.costs, cost, side="right")) - 1)
+
+
+def allocate(curves: list[Curve], budget: float) -> list[int]:
+    """Choose one point of every curve so that the costs fit the budget and the losses are small.
+
+    Args:
+        curves: One per layer.
+        budget: Largest sum of costs, at least the sum of the cheapest choices.
+
+    Returns:
+        The index of the choice on each curve. Where every segment fits exactly it is the optimum of
+        the Lagrangian; what the last segments leave over is filled by the best gain per parameter.
+
+    Source: Shoham & Gersho 1988, "Efficient bit allocation for an arbitrary set of quantizers".
+    """
+    choices = [0] * len(curves)
+    left = budget - sum(float(curve.costs[0]) for curve in curves)
+    segments = [
+        (slope, number, start, stop)
+        for number, curve in enumerate(curves)
+        for slope, start, stop in _hull_segments(curve)
+    ]
+    for _, number, start, stop in sorted(segments, key=lambda segment: -segment[0]):
+        cost = float(curves[number].costs[stop] - curves[number].costs[start])
+        if choices[number] == start and cost <= left:
+            choices[number], left = stop, left - cost
+    while True:
+        steps = [_best_step(curve, choice, left) for curve, choice in zip(curves, choices, strict=True)]
+        number = max(range(len(steps)), key=lambda i: steps[i][0], default=0)
+        if not steps or steps[number][0] <= 0:
+            return choices
+        target = steps[number][1]
+        left -= float(curves[number].costs[target] - curves[number].costs[choices[number]])
+        choices[number] = target
+
+
+def _hull_segments(curve: Curve) -> list[tuple[float, int, int]]:
+    """Return ``(gain per parameter, start, stop)`` along the lower convex hull, steepest first."""
+    hull: list[int] = []
+    for point in range(len(curve.costs)):
+        while len(hull) > 1 and _slope(curve, hull[-2], hull[-1]) <= _slope(curve, hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return [(_slope(curve, a, b), a, b) for a, b in itertools.pairwise(hull)]
+
+
+def _slope(curve: Curve, start: int, stop: int) -> float:
+    gain = curve.losses[start] - curve.losses[stop]
+    return float(gain / (curve.costs[stop] - curve.costs[start]))
+
+
+def _best_step(curve: Curve, choice: int, left: float) -> tuple[float, int]:
+    """Return the best gain per parameter within ``left``, and the choice that it leads to."""
+    extra = curve.costs[choice + 1 :] - curve.costs[choice]
+    extra = extra[extra <= left]
+    if not len(extra):
+        return 0.0, choice
+    gains = (curve.losses[choice] - curve.losses[choice + 1 : choice + 1 + len(extra)]) / extra
+    best = int(np.argmax(gains))
+    return float(gains[best]), choice + 1 + best

@@ -1,0 +1,166 @@
+"""What a model costs now and what it cost before: parameters, bytes, MACs and error per layer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+from torch import nn
+
+from lowrank.checkpoint import safetensors_bytes, stored_tensors
+from lowrank.nn import LowRankLinear
+from lowrank.obstacles import check_model
+from lowrank.planning import LayerPlan
+from lowrank.targets import draft
+from lowrank.text import format_bytes, format_table
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One linear layer, before and after. Parameters and bytes are of the weight, without the bias.
+
+    Attributes:
+        name: Module name.
+        shape: ``(out, in)``.
+        rank: Inner size; ``None`` for a dense layer.
+        relative_error: ``‖W − LR‖_F / ‖W‖_F``; ``None`` for a dense layer, or if not known.
+        parameters_before, parameters: Counts; also the multiply-accumulates (MACs) per token.
+        bytes_before, bytes: In the weight's dtype.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int | None
+    relative_error: float | None
+    parameters_before: int
+    parameters: int
+    bytes_before: int
+    bytes: int
+
+    @property
+    def macs_before(self) -> int:
+        """Multiply-accumulates per token of the dense layer."""
+        return self.parameters_before
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates per token as the layer is now."""
+        return self.parameters
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a model costs now, and what it cost before; prints as a table.
+
+    Attributes:
+        model: Class name.
+        layers: Every linear layer, heads and dense ones included.
+        parameters_before, parameters: Of the whole model, embeddings and biases included; a tied
+            weight counts once.
+        checkpoint_bytes_before, checkpoint_bytes: Exact size of ``model.safetensors`` now, and the
+            predicted size with dense layers.
+    """
+
+    model: str
+    layers: tuple[LayerReport, ...]
+    parameters_before: int
+    parameters: int
+    checkpoint_bytes_before: int
+    checkpoint_bytes: int
+
+    @property
+    def factorized(self) -> tuple[LayerReport, ...]:
+        """The layers with a rank."""
+        return tuple(layer for layer in self.layers if layer.rank is not None)
+
+    @property
+    def kept_fraction(self) -> float:
+        """Parameters now over before, of the whole model."""
+        return self.parameters / self.parameters_before if self.parameters_before else 1.0
+
+    def to_json(self) -> str:
+        """Return everything as JSON, with ``macs`` per token, for programs."""
+        data = asdict(self)
+        for layer, row in zip(self.layers, data["layers"], strict=True):
+            row.update(macs_before=layer.macs_before, macs=layer.macs)
+        data["kept_fraction"] = self.kept_fraction
+        return json.dumps(data, indent=2)
+
+    def __str__(self) -> str:
+        header = ("layer", "out×in", "rank", "error", "parameters", "before", "kept", "bytes")
+        rows = [_row(layer) for layer in self.layers]
+        linear_before = sum(layer.parameters_before for layer in self.layers)
+        linear = sum(layer.parameters for layer in self.layers)
+        lines = [
+            format_table(header, rows),
+            "",
+            f"{self.model}: {len(self.factorized)} of {len(self.layers)} linear layers factorized.",
+            f"  linear weights  {linear:,} of {linear_before:,} parameters remain "
+            f"({linear / max(1, linear_before):.1%}); as many MACs per token",
+            f"  whole model     {self.parameters:,} of {self.parameters_before:,} parameters remain "
+            f"({self.kept_fraction:.1%})",
+            f"  checkpoint      {format_bytes(self.checkpoint_bytes)}, "
+            f"dense {format_bytes(self.checkpoint_bytes_before)}",
+        ]
+        return "\n".join(lines)
+
+
+def report(model: nn.Module) -> Report:
+    """Count what ``model`` costs now, and what it cost with dense layers.
+
+    Args:
+        model: Any module, compressed or not; it is only read.
+
+    Returns:
+        A `Report`: print it, or take `Report.to_json`.
+
+    Raises:
+        CheckpointError: If the state dict holds something that cannot be stored.
+
+    Example:
+        >>> from lowrank import compress
+        >>> report(compress(nn.Sequential(nn.Linear(64, 64)), rank=8)).layers[0].parameters
+        1024
+    """
+    check_model(model)
+    layers = tuple(_describe(model, layer) for layer in draft(model).layers)
+    tensors, _ = stored_tensors(model)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    size = safetensors_bytes(tensors)
+    return Report(
+        model=type(model).__name__,
+        layers=layers,
+        parameters_before=parameters + sum(x.parameters_before - x.parameters for x in layers),
+        parameters=parameters,
+        checkpoint_bytes_before=size + sum(x.bytes_before - x.bytes for x in layers),
+        checkpoint_bytes=size,
+    )
+
+
+def _describe(model: nn.Module, layer: LayerPlan) -> LayerReport:
+    module = model.get_submodule(layer.name)
+    weight = module.up.weight if isinstance(module, LowRankLinear) else module.weight
+    width = weight.element_size()  # type: ignore[operator]
+    return LayerReport(
+        name=layer.name,
+        shape=(layer.out_features, layer.in_features),
+        rank=layer.rank,
+        relative_error=layer.relative_error,
+        parameters_before=layer.dense_parameters,
+        parameters=layer.parameters,
+        bytes_before=layer.dense_parameters * width,
+        bytes=layer.parameters * width,
+    )
+
+
+def _row(layer: LayerReport) -> tuple[str, ...]:
+    return (
+        layer.name,
+        f"{layer.shape[0]}×{layer.shape[1]}",
+        "dense" if layer.rank is None else str(layer.rank),
+        "" if layer.relative_error is None else f"{layer.relative_error:.4f}",
+        f"{layer.parameters:,}",
+        f"{layer.parameters_before:,}",
+        f"{layer.parameters / layer.parameters_before:.0%}",
+        format_bytes(layer.bytes),
+    )

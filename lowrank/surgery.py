@@ -1,0 +1,196 @@
+"""The only file that replaces modules: `apply` a plan, or `decompress` a model.
+
+Everything is validated before anything is swapped. Then layer after layer is decomposed, swapped,
+and its dense weight freed, so that the extra memory is that of one layer's decomposition.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from lowrank.errors import PlanError, WeightError
+from lowrank.linalg import truncated_svd
+from lowrank.linalg.svd import checked_weight
+from lowrank.nn import LowRankLinear, kind_named, kind_of
+from lowrank.obstacles import check_model, obstacles
+from lowrank.planning import LayerPlan, Plan
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def apply(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    tolerance: float = 1e-3,
+    seed: int = 0,
+    progress: bool = False,
+) -> nn.Module:
+    """Replace every layer that ``plan`` gives a rank by its factors, in place.
+
+    Args:
+        model: The model that the plan was made for. Layers keep their device, dtype, training mode,
+            ``requires_grad`` and hooks; biases are the same parameters as before.
+        plan: Ranks by layer. Layers that are factorized already must have the rank that it names.
+        tolerance: Largest relative excess over each layer's optimal error.
+        seed: Seed of the randomized solver; results are reproducible for a seed.
+        progress: Show a progress bar on a terminal.
+
+    Returns:
+        The same model.
+
+    Raises:
+        PlanError: If a layer is missing, has another shape, must stay dense, or would not shrink.
+        WeightError: If a weight is not finite or has no data. In all cases nothing has been changed.
+    """
+    check_model(model)
+    todo = _validate(model, plan)
+    bar = tqdm(todo, desc="factorizing", unit="layer", disable=None if progress else True)
+    for layer in bar:
+        bar.set_postfix_str(layer.name)
+        dense = model.get_submodule(layer.name)
+        replace_module(model, layer.name, _factorized(dense, layer, tolerance, seed))
+    return model
+
+
+def restructure(model: nn.Module, plan: Plan) -> nn.Module:
+    """Give ``model`` the structure of ``plan`` with factors that have no data, on the meta device.
+
+    The dense weights are dropped unread; biases stay. Loading a checkpoint fills the factors.
+
+    Raises:
+        PlanError: As `apply`.
+    """
+    for layer in _validate(model, plan, loading=True):
+        dense = model.get_submodule(layer.name)
+        kind = kind_of(dense)
+        assert kind is not None  # _validate has refused everything else
+        weight = kind.weight(dense)
+        new = LowRankLinear.from_factors(
+            torch.empty(layer.out_features, layer.rank or 0, device="meta", dtype=weight.dtype),
+            torch.empty(layer.rank or 0, layer.in_features, device="meta", dtype=weight.dtype),
+            dense.bias,  # type: ignore[arg-type]
+            kind=layer.kind,
+        )
+        new.relative_error = layer.relative_error
+        replace_module(model, layer.name, _adopt(new, dense))
+    return model
+
+
+def decompress(model: nn.Module) -> nn.Module:
+    """Multiply every factorized layer back into a dense one of its original type, in place.
+
+    The outputs stay those of the compressed model, to rounding; the lost accuracy does not return.
+
+    Returns:
+        The same model.
+    """
+    check_model(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LowRankLinear):
+            with torch.no_grad():
+                weight = module.dense_weight()
+            dense = kind_named(module.kind).layer(weight, module.bias)
+            replace_module(model, name, _adopt(dense, module))
+    return model
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put ``new`` in the place that the dotted ``name`` gives."""
+    parent, _, child = name.rpartition(".")
+    model.get_submodule(parent)._modules[child] = new
+
+
+def _factorized(dense: nn.Module, layer: LayerPlan, tolerance: float, seed: int) -> LowRankLinear:
+    kind = kind_of(dense)
+    assert kind is not None and layer.rank is not None  # _validate has refused everything else
+    weight = kind.weight(dense)
+    left, right, error, _ = truncated_svd(weight, layer.rank, tolerance=tolerance, seed=seed)
+    new = LowRankLinear.from_factors(left, right, dense.bias, kind=kind.name)  # type: ignore[arg-type]
+    new.relative_error = error
+    return _adopt(new, dense)
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+def _adopt(new: _Module, old: nn.Module) -> _Module:
+    """Carry over what the user set on the old layer: training mode, frozen weights, hooks."""
+    trainable = all(p.requires_grad for n, p in old.named_parameters() if n.endswith("weight"))
+    for name, parameter in new.named_parameters():
+        if name.endswith("weight"):
+            parameter.requires_grad_(trainable)
+    for hooks in _HOOKS:
+        vars(new)[hooks] = vars(old)[hooks]  # the same dict, so that the user's handles remove them
+    return new.train(old.training)
+
+
+def _validate(model: nn.Module, plan: Plan, loading: bool = False) -> list[LayerPlan]:
+    """Return the layers to factorize, or raise before anything has changed."""
+    blocked = obstacles(model)
+    modules = dict(model.named_modules())
+    todo = []
+    for layer in plan.factorized:
+        module = modules.get(layer.name)
+        if module is None:
+            raise PlanError(
+                f"{layer.name}: {type(model).__name__} has no such layer. The plan is for {plan.model}."
+            )
+        if isinstance(module, LowRankLinear):
+            if module.rank != layer.rank:
+                raise PlanError(
+                    f"{layer.name}: factorized already, at rank {module.rank}; the plan says {layer.rank}. "
+                    "Call decompress(model) first, or start from the dense checkpoint."
+                )
+            continue
+        if layer.name in blocked:
+            raise PlanError(f"{layer.name}: this layer must stay dense: it {blocked[layer.name]}.")
+        _check_layer(module, layer)
+        if not loading:  # a checkpoint's ranks and weights are as they are
+            _check_pays(layer)
+            _check_weight(module, layer)
+        todo.append(layer)
+    return todo
+
+
+def _check_layer(module: nn.Module, layer: LayerPlan) -> None:
+    kind = kind_of(module)
+    if kind is None or kind.name != layer.kind:
+        raise PlanError(f"{layer.name}: the plan says {layer.kind}, the model has a {type(module).__name__}.")
+    shape = tuple(kind.weight(module).shape)
+    if shape != (layer.out_features, layer.in_features):
+        raise PlanError(
+            f"{layer.name}: the plan is for a weight (out={layer.out_features}, in={layer.in_features}), "
+            f"the model's is (out={shape[0]}, in={shape[1]}). Make a plan for this model."
+        )
+
+
+def _check_pays(layer: LayerPlan) -> None:
+    rank = layer.rank or 0
+    if rank > layer.largest_paying_rank:
+        raise PlanError(
+            f"{layer.name}: rank {rank} does not save parameters.\n"
+            f"  The weight (out={layer.out_features}, in={layer.in_features}) has "
+            f"{layer.dense_parameters:,} parameters; rank {rank} needs {layer.parameters_at(rank):,}.\n"
+            f"  Use a rank of at most {layer.largest_paying_rank}, or keep this layer dense."
+        )
+
+
+def _check_weight(module: nn.Module, layer: LayerPlan) -> None:
+    try:
+        checked_weight(module.weight)  # type: ignore[arg-type]
+    except WeightError as error:
+        raise WeightError(f"{layer.name}: {error}") from error

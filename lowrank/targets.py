@@ -1,0 +1,115 @@
+"""Draft a plan: list every linear layer of a model, and say which may change and why others may not.
+
+A layer is left alone, with the reason in the plan, if it is a head, if its weight is tied or read
+by value elsewhere, or if it is no plain floating-point linear layer. Naming such a layer is an error.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from lowrank.errors import TargetError
+from lowrank.nn import LowRankLinear, kind_of
+from lowrank.obstacles import linear_layers, obstacles
+from lowrank.planning import LayerPlan, Plan, matches
+
+HEADS = frozenset(
+    {
+        *("classifier", "pre_classifier", "score", "qa_outputs", "pooler", "sequence_summary"),
+        *("lm_head", "lm_loss", "embed_out", "cls", "predictions", "seq_relationship", "head", "heads"),
+        *("generator_lm_head", "generator_predictions", "discriminator_predictions"),
+        *("vocab_projector", "vocab_transform", "logits_proj"),
+    }
+)
+"""Name components of output heads: small, close to the loss, and often tied to an embedding."""
+
+
+def draft(
+    model: nn.Module,
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] | None = None,
+) -> Plan:
+    """List every linear layer of ``model`` as a plan without ranks.
+
+    Args:
+        model: Any module, on any device; only names, shapes and dtypes are read.
+        targets: Unix-style patterns on module names; ``None`` means every layer but the heads. A head
+            is a target only if a pattern spells its name (``"classifier"``, ``"lm_head*"``).
+        ignore: Patterns of layers to leave alone; they win over ``targets``.
+
+    Returns:
+        A `Plan` with a `LayerPlan` for each linear layer, in the model's order.
+
+    Raises:
+        TargetError: If a pattern matches no linear layer, if one without wildcards names a layer
+            that cannot be factorized, or if the model is itself a linear layer.
+    """
+    if kind_of(model) is not None or isinstance(model, (nn.Linear, LowRankLinear)):
+        raise TargetError(
+            f"The model is itself a {type(model).__name__}, and no module can replace itself. "
+            "Use LowRankLinear.from_linear(layer, rank), or pass the module that holds the layer."
+        )
+    layers = dict(linear_layers(model))
+    for pattern in [*_patterns("targets", targets), *_patterns("ignore", ignore)]:
+        _check_pattern(pattern, list(layers), type(model).__name__)
+    blocked = obstacles(model)
+    plans = []
+    for name, module in layers.items():
+        plan = _describe(name, module)
+        reason = blocked.get(name)
+        if reason and name in (targets or ()):
+            raise TargetError(f"{name}: this layer cannot be factorized: it {reason}.")
+        reason = reason or _not_wanted(name, targets, ignore or ())
+        plans.append(replace(plan, reason=reason or "", targeted=reason is None))
+    return Plan(model=type(model).__name__, layers=tuple(plans))
+
+
+def _describe(name: str, module: nn.Module) -> LayerPlan:
+    if isinstance(module, LowRankLinear):
+        return LayerPlan(
+            name,
+            module.kind,
+            module.in_features,
+            module.out_features,
+            module.bias is not None,
+            module.rank,
+            module.relative_error,
+        )
+    kind = kind_of(module)
+    bias = module.bias is not None
+    if kind is None:  # a subclass of nn.Linear
+        return LayerPlan(name, type(module).__name__, module.in_features, module.out_features, bias)  # type: ignore[arg-type]
+    rows, columns = kind.weight(module).shape
+    return LayerPlan(name, kind.name, columns, rows, bias)
+
+
+def _patterns(argument: str, patterns: Sequence[str] | None) -> Sequence[str]:
+    if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns or ()):
+        raise TargetError(f"{argument}={patterns!r}: give a list of patterns, such as ['*.query'].")
+    return patterns or ()
+
+
+def _check_pattern(pattern: str, names: list[str], model: str) -> None:
+    if any(matches(name, pattern) for name in names):
+        return
+    bare = pattern.strip("*.")
+    by_end = {name: name[-len(bare) - 2 :] for name in names}
+    close = sorted(names, key=lambda n: -difflib.SequenceMatcher(None, bare, by_end[n]).ratio())[:2]
+    hint = f"\n  Closest: {', '.join(close)}." if close else ""
+    raise TargetError(f'"{pattern}" matches none of the {len(names)} linear layers of {model}.{hint}')
+
+
+def _not_wanted(name: str, targets: Sequence[str] | None, ignore: Sequence[str]) -> str | None:
+    if any(matches(name, pattern) for pattern in ignore):
+        return "ignored"
+    wanted = [pattern for pattern in targets or ["*"] if matches(name, pattern)]
+    if targets is not None and not wanted:
+        return "not among the targets"
+    head = next((part for part in name.split(".") if part in HEADS), None)
+    if head is not None and not any(head in pattern for pattern in wanted):
+        return f"part of a head ({head})"
+    return None
