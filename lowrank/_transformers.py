@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -56,4 +57,10 @@ class _ThenPlugin(Loader):
             module.__spec__.loader = self._loader
         module.__loader__ = self._loader
         self._loader.exec_module(module)
-        plugin()
+        try:
+            plugin()
+        except ImportError as error:  # a transformers that the plug-in does not fit must still import
+            message = (
+                f"lowrank's plug-in does not fit this transformers ({error}); checkpoints will not load."
+            )
+            warnings.warn(message, stacklevel=2)

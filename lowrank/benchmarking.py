@@ -108,6 +108,11 @@ def benchmark(
         raise LowRankError(
             "The second model has no factorized layer. Pass benchmark(dense, compressed, inputs)."
         )
+    missing = next((name for name in names if name not in dict(dense.named_modules())), None)
+    if missing is not None:
+        raise LowRankError(
+            f"{missing}: the dense model has no such layer. Pass the model before compression."
+        )
     device = _device(dense)
     if _device(small) != device:
         raise LowRankError(f"The models are on different devices: {device} and {_device(small)}.")

@@ -12,8 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,7 +46,8 @@ def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> Pa
         model: A compressed (or dense) module. A transformers model is written by its own
             ``save_pretrained``, for ``from_pretrained``.
         folder: A new or empty folder; its parents are made.
-        overwrite: Replace a folder that has files. The old one stays until the new one is complete.
+        overwrite: Replace the checkpoint in a folder that has files; other files stay. The old
+            folder is whole until the new one is complete.
 
     Returns:
         The folder.
@@ -57,7 +58,8 @@ def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> Pa
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64))
-        >>> path = save(model, tempfile.mkdtemp())
+        >>> from tempfile import mkdtemp
+        >>> path = save(model, mkdtemp())
         >>> sorted(file.name for file in path.iterdir())
         ['lowrank.json', 'model.safetensors']
     """
@@ -178,39 +180,38 @@ def check_folder(folder: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{folder}: a file is in the way. Choose another folder.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise CheckpointError(
-            f"{folder}: the folder is not empty. Choose another one, or overwrite it explicitly."
+            f"{folder}: the folder is not empty. Choose another one, or pass overwrite=True (--overwrite)."
         )
 
 
 @contextmanager
 def _staged(folder: Path, overwrite: bool) -> Iterator[Path]:
     """Give a folder to write to, and put it in the place of ``folder`` if all went well."""
+    target = folder.resolve()
+    staging = _sibling(target, "new")
     try:
         check_folder(folder, overwrite)
-        target = folder.resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        mode = target.stat().st_mode & 0o777 if target.exists() else 0o777 & ~_umask()
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be written: {error}.") from error
-    try:
+        staging.mkdir()
         yield staging
-        staging.chmod(mode)
-        _replace(staging, target)
+        _replace(target, staging)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written: {error}.") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _umask() -> int:
-    """Return the process's file creation mask; it can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+def _sibling(target: Path, role: str) -> Path:
+    """Name a folder beside ``target``, on the same file system, so that renaming is atomic."""
+    return target.parent / f".{target.name}.{role}-{secrets.token_hex(4)}"
 
 
-def _replace(staging: Path, target: Path) -> None:
+def _replace(target: Path, staging: Path) -> None:
+    """Put ``staging`` in the place of ``target``; what is not part of a checkpoint is carried over."""
+    if target.is_dir():
+        for entry in target.iterdir():
+            if not (staging / entry.name).exists() and not _is_checkpoint_file(entry):
+                (shutil.copytree if entry.is_dir() else shutil.copy2)(entry, staging / entry.name)
     for file in staging.rglob("*"):
         if file.is_file():
             with file.open("rb") as stream:
@@ -218,16 +219,19 @@ def _replace(staging: Path, target: Path) -> None:
     if not target.exists():
         staging.rename(target)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    target.rename(old / target.name)
+    old = _sibling(target, "old")
+    target.rename(old)
     try:
         staging.rename(target)
     except BaseException:
-        (old / target.name).rename(target)
+        old.rename(target)
         raise
-    finally:
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_checkpoint_file(path: Path) -> bool:
+    """Tell whether an older save wrote ``path``; a new save must not keep it, such as a stale shard."""
+    return path.name in (STRUCTURE, "config.json") or ".safetensors" in path.suffixes
 
 
 def _write(model: nn.Module, folder: Path) -> None:
@@ -312,6 +316,13 @@ def _check_architecture(
     shapes: Mapping[str, tuple[int, ...]],
     aliases: Mapping[str, str],
 ) -> None:
+    stored = model.state_dict()
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta and name not in stored:
+            raise CheckpointError(
+                f"{name}: this buffer is never saved, and on the meta device it has no data. "
+                "Build the model on a real device."
+            )
     expected = _expected_shapes(model, plan)
     got = {**shapes, **{alias: shapes.get(name, ()) for alias, name in aliases.items()}}
     for name in sorted(expected.keys() ^ got.keys()):

@@ -6,7 +6,6 @@ traceback. Progress bars appear on terminals only, and never with ``-q``.
 
 from __future__ import annotations
 
-import os
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -196,7 +195,10 @@ def _load(source: str, quiet: bool) -> nn.Module:
     _calm_transformers(quiet)
     from lowrank import hf
 
-    if os.path.sep in source and not Path(source).exists() and source.count("/") != 1:
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise LowRankError(f"{source}: no config.json here, so not a transformers folder.")
+    if not folder.exists() and (folder.is_absolute() or source.startswith(".") or source.count("/") > 1):
         raise LowRankError(f"{source}: there is no such folder.")
     return hf.load(source)
 

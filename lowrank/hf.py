@@ -23,8 +23,9 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lowrank.errors import CheckpointError, PlanError
+from lowrank.errors import CheckpointError, LowRankError, PlanError
 from lowrank.nn import DenseKind, LowRankLinear, register
+from lowrank.pipeline import compress
 from lowrank.planning import Budget, Plan
 from lowrank.surgery import restructure
 from lowrank.targets import draft
@@ -130,8 +131,6 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
             _check_loaded(model)
             record(model)
         else:
-            from lowrank.pipeline import compress  # upwards: from_pretrained is a front door, too
-
             compress(model, **self.quantization_config.request())
 
     def is_serializable(self) -> bool:
@@ -157,9 +156,36 @@ def record(model: nn.Module) -> None:
     for part in _pretrained_models(model):
         plan = draft(part)
         if plan.factorized:
+            if _method(part) == "gguf":  # unpacked, see check_unquantized: an ordinary model by now
+                part.hf_quantizer.remove_quantization_config(part)
             part.config.quantization_config = LowRankConfig(plan=plan.to_dict())
-        elif isinstance(getattr(part.config, "quantization_config", None), LowRankConfig):
+        elif _method(part) == METHOD:
             del part.config.quantization_config
+
+
+def check_unquantized(model: nn.Module) -> None:
+    """Refuse a model that another method has quantized; its checkpoint could not say both.
+
+    A GGUF file whose weights were unpacked on loading, as they are on a CPU, is an ordinary model.
+
+    Raises:
+        LowRankError: If a config in ``model`` names another method.
+    """
+    for part in _pretrained_models(model):
+        method = _method(part)
+        unpacked = method == "gguf" and all(p.is_floating_point() for p in part.parameters())
+        if method not in (None, METHOD) and not unpacked:
+            raise LowRankError(
+                f"{type(part).__name__} is quantized already ({method}). "
+                "Load the unquantized checkpoint and compress that."
+            )
+
+
+def _method(model: PreTrainedModel) -> str | None:
+    """Name the quantization method that the model's config records."""
+    config = getattr(model.config, "quantization_config", None)
+    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+    return getattr(method, "value", method)
 
 
 def check_safetensors(file: str | Path) -> None:
@@ -220,7 +246,8 @@ def _check_loaded(model: PreTrainedModel) -> None:
     for name, module in model.named_modules():
         if isinstance(module, LowRankLinear):
             for key, parameter in module.named_parameters():
-                if not getattr(parameter, "_is_hf_initialized", False):
+                offloaded = parameter.is_meta  # to disk, by a device_map
+                if not offloaded and not getattr(parameter, "_is_hf_initialized", False):
                     raise CheckpointError(
                         f"{name}.{key}: the checkpoint lacks this tensor. It is damaged, or was not "
                         "saved by lowrank. Save the model again."

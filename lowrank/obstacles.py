@@ -60,7 +60,7 @@ def _finder(model: nn.Module) -> Callable[[str, nn.Module], str | None]:
         names.setdefault(id(module), []).append(name)
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+        owners.setdefault(_place(parameter), []).append(name)
 
     def obstacle(name: str, module: nn.Module) -> str | None:
         if isinstance(module, LowRankLinear):
@@ -68,25 +68,30 @@ def _finder(model: nn.Module) -> Callable[[str, nn.Module], str | None]:
         if len(names[id(module)]) > 1:
             other = next(n for n in names[id(module)] if n != name)
             return f"is used twice, also as {other}"
+        parent_name, _, child = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        if child in _children_read_by_value(type(parent)):  # type: ignore[arg-type]
+            return f"has its weight read by value in {type(parent).__name__}"
         if kind_of(module) is None:
             return f"is a {type(module).__name__}, which may compute something else than nn.Linear"
         weight = module.weight
         if not isinstance(weight, nn.Parameter) or type(weight.data) is not Tensor:
             return f"has a weight of type {type(weight).__name__}, not a plain parameter"
-        if len(owners[id(weight)]) > 1:
-            other = next(n for n in owners[id(weight)] if n != f"{name}.weight")
+        if len(owners[_place(weight)]) > 1:
+            other = next(n for n in owners[_place(weight)] if n != f"{name}.weight")
             return f"shares its weight with {other} (tied)"
         if weight.dtype not in FLOATING:
             return f"has a weight of {weight.dtype}, not floating point; it may be quantized already"
         if "forward" in vars(module):
             return "has a forward replaced on the instance, as offloading does"
-        parent_name, _, child = name.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        if child in _children_read_by_value(type(parent)):  # type: ignore[arg-type]
-            return f"has its weight read by value in {type(parent).__name__}"
         return None
 
     return obstacle
+
+
+def _place(parameter: Tensor) -> int:
+    """Tell parameters apart by where their data lies; on the meta device, by identity."""
+    return id(parameter) if parameter.is_meta else parameter.data_ptr() or id(parameter)
 
 
 @cache

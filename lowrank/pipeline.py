@@ -129,6 +129,9 @@ def apply(
     progress: bool = False,
 ) -> nn.Module:
     """Carry out ``plan``: see `lowrank.surgery.apply`. A transformers model's config records it."""
+    hf = plugin()
+    if hf is not None:
+        hf.check_unquantized(model)
     surgery.apply(model, plan, tolerance=tolerance, seed=seed, progress=progress)
     _record(model)
     return model

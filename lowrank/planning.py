@@ -6,10 +6,11 @@ can be edited (`Plan.with_rank`) and compared (`Plan.diff`). Nothing here touche
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,18 @@ def is_wildcard(pattern: str) -> bool:
     return any(sign in pattern for sign in "*?[")
 
 
+def no_match(pattern: str, names: Sequence[str], where: str) -> TargetError:
+    """Make the error for a pattern that matches none of ``names``, with the closest ones."""
+    bare = pattern.strip("*.")
+
+    def likeness(name: str) -> float:
+        return difflib.SequenceMatcher(None, bare, name[-len(bare) - 2 :]).ratio()
+
+    close = sorted(names, key=likeness, reverse=True)[:2]
+    hint = f"\n  Closest: {', '.join(close)}." if close else ""
+    return TargetError(f'"{pattern}" matches none of the {len(names)} {where}.{hint}')
+
+
 def check_rank(rank: object, where: str = "rank") -> int:
     """Return ``rank`` if it is a positive integer.
 
@@ -40,7 +53,7 @@ def check_rank(rank: object, where: str = "rank") -> int:
     if not isinstance(rank, int) or isinstance(rank, bool):
         raise RankError(f"{where}: a rank is a whole number, not {rank!r} ({type(rank).__name__}).")
     if rank < 1:
-        raise RankError(f"{where}: rank {rank} is not positive. The smallest rank is 1.")
+        raise RankError(f"{where}: {rank} is not positive. The smallest rank is 1.")
     return rank
 
 
@@ -259,7 +272,7 @@ class Plan:
             check_rank(rank, where=pattern)
         chosen = [layer for layer in self.layers if matches(layer.name, pattern)]
         if not chosen:
-            raise TargetError(f'"{pattern}" matches none of the {len(self.layers)} layers of the plan.')
+            raise no_match(pattern, list(self._index), "layers of the plan")
         reason = "left dense by hand" if rank is None else "set by hand"
         edited = [replace(layer.dense(reason), rank=rank, targeted=True) for layer in chosen]
         return self.with_layers({layer.name: layer for layer in edited})

@@ -17,7 +17,7 @@ import numpy as np
 
 from lowrank.errors import BudgetError, RankError, TargetError
 from lowrank.linalg import Spectrum
-from lowrank.planning import Budget, LayerPlan, Plan, is_wildcard, matches
+from lowrank.planning import Budget, LayerPlan, Plan, is_wildcard, matches, no_match
 
 ALLOCATIONS = ("global", "uniform")
 
@@ -79,18 +79,27 @@ def _nothing_changes(plan: Plan) -> str:
     for reason, targeted in list(reasons)[:4]:
         example = next(layer.name for layer in plan if (layer.reason, layer.targeted) == (reason, targeted))
         lines.append(f"  {example}: {reason}")
-    advice = "Choose a smaller budget." if plan.targeted else "Name other layers with targets=[...]."
+    advice = _LESS[plan.budget.split("=")[0]] if plan.targeted else "Name other layers with targets=[...]."
     return "\n".join([*lines, "  " + (advice if plan.layers else "It has no linear layer.")])
+
+
+_LESS = {
+    "rank": "Use a smaller rank.",
+    "keep": "Keep less.",
+    "energy": "Retain less energy.",
+    "error": "Allow a larger error.",
+}
 
 
 def _by_rank(draft: Plan, ranks: int | Mapping[str, int], named: Collection[str]) -> list[LayerPlan]:
     patterns = ranks if isinstance(ranks, Mapping) else {"*": ranks}
     named = {*named, *(p for p in patterns if not is_wildcard(p))}
-    for pattern in patterns:
+    for pattern in patterns if isinstance(ranks, Mapping) else ():
         if not any(matches(layer.name, pattern) for layer in draft.targeted):
             untouched = next((x for x in draft if matches(x.name, pattern)), None)
-            why = f" {untouched.name}: {untouched.reason}." if untouched else ""
-            raise TargetError(f'"{pattern}" matches none of the {len(draft.targeted)} targeted layers.{why}')
+            if untouched is not None:
+                raise TargetError(f'"{pattern}": {untouched.name} is not a target: {untouched.reason}.')
+            raise no_match(pattern, [x.name for x in draft.targeted], "targeted layers")
     layers = []
     for layer in draft.targeted:
         given = [rank for pattern, rank in patterns.items() if matches(layer.name, pattern)]

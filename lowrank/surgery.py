@@ -48,6 +48,8 @@ def apply(
         WeightError: If a weight is not finite or has no data. In all cases nothing has been changed.
     """
     check_model(model)
+    if not isinstance(plan, Plan):
+        raise PlanError(f"apply needs a Plan, not {type(plan).__name__}. Make one with plan(model, ...).")
     todo = _validate(model, plan)
     bar = tqdm(todo, desc="factorizing", unit="layer", disable=None if progress else True)
     for layer in bar:

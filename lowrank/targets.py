@@ -6,7 +6,6 @@ by value elsewhere, or if it is no plain floating-point linear layer. Naming suc
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -15,7 +14,7 @@ from torch import nn
 from lowrank.errors import TargetError
 from lowrank.nn import LowRankLinear, kind_of
 from lowrank.obstacles import linear_layers, obstacles
-from lowrank.planning import LayerPlan, Plan, matches
+from lowrank.planning import LayerPlan, Plan, matches, no_match
 
 HEADS = frozenset(
     {
@@ -55,14 +54,18 @@ def draft(
         )
     layers = dict(linear_layers(model))
     for pattern in [*_patterns("targets", targets), *_patterns("ignore", ignore)]:
-        _check_pattern(pattern, list(layers), type(model).__name__)
+        if not any(matches(name, pattern) for name in layers):
+            raise no_match(pattern, list(layers), f"linear layers of {type(model).__name__}")
     blocked = obstacles(model)
     plans = []
     for name, module in layers.items():
         plan = _describe(name, module)
         reason = blocked.get(name)
         if reason and name in (targets or ()):
-            raise TargetError(f"{name}: this layer cannot be factorized: it {reason}.")
+            raise TargetError(
+                f"{name}: this layer cannot be factorized: it {reason}. "
+                "Take it out of targets; it stays as it is."
+            )
         reason = reason or _not_wanted(name, targets, ignore or ())
         plans.append(replace(plan, reason=reason or "", targeted=reason is None))
     return Plan(model=type(model).__name__, layers=tuple(plans))
@@ -91,16 +94,6 @@ def _patterns(argument: str, patterns: Sequence[str] | None) -> Sequence[str]:
     if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns or ()):
         raise TargetError(f"{argument}={patterns!r}: give a list of patterns, such as ['*.query'].")
     return patterns or ()
-
-
-def _check_pattern(pattern: str, names: list[str], model: str) -> None:
-    if any(matches(name, pattern) for name in names):
-        return
-    bare = pattern.strip("*.")
-    by_end = {name: name[-len(bare) - 2 :] for name in names}
-    close = sorted(names, key=lambda n: -difflib.SequenceMatcher(None, bare, by_end[n]).ratio())[:2]
-    hint = f"\n  Closest: {', '.join(close)}." if close else ""
-    raise TargetError(f'"{pattern}" matches none of the {len(names)} linear layers of {model}.{hint}')
 
 
 def _not_wanted(name: str, targets: Sequence[str] | None, ignore: Sequence[str]) -> str | None:

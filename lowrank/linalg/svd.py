@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank.errors import RankError, WeightError
+from lowrank.errors import LowRankError, RankError, WeightError
 from lowrank.linalg.metric import Identity, Metric, gram
 from lowrank.linalg.subspace import leading_eigenspace
 
@@ -25,8 +25,7 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # The Gram matrix squares the condition number. Its float32 rounding, about 1e-6 of the squared
 # norm, is far below the squared error as long as that is more than 1 % of it (a relative error of
 # 10 %); in float64 the same holds down to a relative error of 1e-5; below that, a real SVD.
-_FLOAT32_RESOLVES = 1e-2
-_FLOAT64_RESOLVES = 1e-10
+_RESOLVED = {torch.float32: 1e-2, torch.float64: 1e-10}
 
 
 class Factors(NamedTuple):
@@ -90,9 +89,9 @@ def truncated_svd(
         ((4, 3), (3, 4), 0.5)
     """
     if solver not in SOLVERS:
-        raise ValueError(f"solver={solver!r}: choose one of {', '.join(SOLVERS)}.")
+        raise LowRankError(f"solver={solver!r}: choose one of {', '.join(SOLVERS)}.")
     if not tolerance > 0:
-        raise ValueError(f"tolerance={tolerance!r} must be positive: it bounds a relative excess.")
+        raise LowRankError(f"tolerance={tolerance!r} must be positive: it bounds a relative excess.")
     matrix, scale = checked_weight(weight)
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= min(matrix.shape):
         raise RankError(
@@ -152,11 +151,10 @@ _Found = tuple[Tensor, Tensor, float | None]  # left, right, and the relative er
 
 def _exact(matrix: Tensor, rank: int, metric: Metric) -> _Found:
     """Factor by a full eigendecomposition, in float64 where float32 does not resolve the error."""
-    resolves = _FLOAT64_RESOLVES if matrix.dtype == torch.float64 else _FLOAT32_RESOLVES
     values, vectors = torch.linalg.eigh(small_side_gram(matrix, metric))
     values = values.clamp(min=0).to(torch.float64)
     total, tail = float(values.sum()), float(values[:-rank].sum())
-    if tail > resolves * total or total == 0:
+    if tail > _RESOLVED[matrix.dtype] * total or total == 0:
         error = math.sqrt(tail / total) if total else 0.0
         left, right = _factors(matrix, vectors[:, -rank:].flip(1), metric)
         return left, right, error
@@ -174,7 +172,7 @@ def _randomized(matrix: Tensor, rank: int, metric: Metric, tolerance: float, see
     space = leading_eigenspace(squares, rank, excess, seed)
     total = float(squares.diagonal().sum(dtype=torch.float64))
     tail, smallest_tail = total - space.captured, total - space.bound
-    if tail > (1 + excess) * smallest_tail or tail < _FLOAT32_RESOLVES * total:
+    if tail > (1 + excess) * smallest_tail or tail < _RESOLVED[matrix.dtype] * total:
         return None
     left, right = _factors(matrix, space.basis, metric)
     return left, right, math.sqrt(tail / total)
