@@ -8,16 +8,16 @@ CHECKED := lowrank tests benchmarks
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all lint types docs bench clean
+.PHONY: demo test test-all lint types docs bench bench-accuracy clean
 
 demo: $(VENV)/.demo  ## shrink a real BERT checkpoint, save it, load it in another process
 	$(PY) -m lowrank demo
 
 test: $(VENV)/.dev lint types docs  ## lint, types, docs and all tests but the long ones
-	$(PY) -m pytest -n 2
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
 test-all: $(VENV)/.dev lint types docs  ## the long tests, too
-	$(PY) -m pytest -n 2 -m ""
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m ""
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .
@@ -30,8 +30,12 @@ docs: $(VENV)/.dev
 	$(PY) -m mkdocs build --strict --quiet
 
 bench: $(VENV)/.dev  ## measure everything that the docs quote; run nothing else meanwhile
+	for name in compress_time memory speed import_time; do \
+	  $(PY) benchmarks/$$name.py --out benchmarks/results/$$name.json || exit 1; done
 	$(PY) -m pytest benchmarks -p no:xdist --benchmark-only --benchmark-json=benchmarks/results/suite.json
-	$(PY) benchmarks/figures.py --out benchmarks/results/figures.json
+
+bench-accuracy: $(VENV)/.dev  ## needs DATA=folder with stsb-dev.csv and wikitext2-valid.txt
+	$(PY) benchmarks/accuracy.py --data $(DATA) --out benchmarks/results/accuracy.json
 
 clean:
 	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache

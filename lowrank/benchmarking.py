@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lowrank.errors import LowRankError
-from lowrank.nn import LowRankLinear
+from lowrank.nn import LowRankLinear, kind_of
 from lowrank.text import format_bytes, format_table
 
 
@@ -101,8 +101,10 @@ def benchmark(
         A `Benchmark`: print it, or take `Benchmark.to_json`.
 
     Raises:
-        LowRankError: If ``small`` has no factorized layer, or the models are on different devices.
+        LowRankError: If ``small`` has no factorized layer, the models do not fit, or no run is asked for.
     """
+    if repeats < 1 or warmup < 0:
+        raise LowRankError(f"repeats={repeats}, warmup={warmup}: time at least one run.")
     names = [name for name, module in small.named_modules() if isinstance(module, LowRankLinear)]
     if not names:
         raise LowRankError(
@@ -154,10 +156,10 @@ def _capture_inputs(model: nn.Module, names: list[str], inputs: Any) -> dict[str
     """Run ``model`` once and keep the first input of each named layer."""
     captured: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda module, args: captured.__setitem__(name, args[0])
+    def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        return lambda module, args, kwargs: captured.__setitem__(name, [*args, *kwargs.values()][0])
 
-    handles = [model.get_submodule(n).register_forward_pre_hook(keep(n)) for n in names]
+    handles = [model.get_submodule(n).register_forward_pre_hook(keep(n), with_kwargs=True) for n in names]
     try:
         _call(model, inputs)
     finally:
@@ -211,8 +213,7 @@ def _theory(dense: nn.Module, small: nn.Module) -> float:
     """Return the MACs of the replaced layers and all other matrices, dense over small."""
 
     def matrices(model: nn.Module) -> int:
-        linear = (m for m in model.modules() if type(m) is nn.Linear)
-        return sum(m.weight.numel() for m in linear)
+        return sum(m.weight.numel() for m in model.modules() if kind_of(m) is not None)  # type: ignore[misc,operator]
 
     replaced = sum(
         m.in_features * m.out_features - m.rank * (m.in_features + m.out_features)

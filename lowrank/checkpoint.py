@@ -14,6 +14,7 @@ import json
 import os
 import secrets
 import shutil
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,10 +26,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowrank._transformers import plugin
-from lowrank.errors import CheckpointError, PlanError
+from lowrank.errors import CheckpointError, LowRankError, PlanError
 from lowrank.obstacles import check_model
 from lowrank.planning import LayerPlan, Plan
-from lowrank.surgery import restructure
+from lowrank.surgery import check_structure, restructure
 from lowrank.targets import draft
 
 FORMAT = 1
@@ -133,13 +134,18 @@ _DTYPE_NAMES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
     torch.int8: "I8",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fn: "F8_E4M3",
     torch.int16: "I16",
+    torch.uint16: "U16",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.int32: "I32",
+    torch.uint32: "U32",
     torch.float32: "F32",
     torch.float64: "F64",
     torch.int64: "I64",
+    torch.uint64: "U64",
 }
 _DTYPE_ORDER = list(_DTYPE_NAMES)
 
@@ -153,12 +159,9 @@ def stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     owner: dict[tuple[Any, ...], str] = {}
-    for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, Tensor):
-            raise CheckpointError(
-                f"{name}: the model's state is a {type(tensor).__name__}, not a tensor, and nothing is "
-                "ever pickled. Keep it in a buffer, or save it yourself."
-            )
+    for name, tensor in _state(model).items():
+        if tensor.dtype not in _DTYPE_NAMES:
+            raise CheckpointError(f"{name}: {tensor.dtype} cannot be stored in a safetensors file.")
         if tensor.is_meta:
             raise CheckpointError(f"{name}: on the meta device, without data. Load the weights first.")
         key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
@@ -168,6 +171,44 @@ def stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
             owner[key] = name
             tensors[name] = tensor
     return tensors, aliases
+
+
+def stored_shapes(layer: LayerPlan) -> dict[str, tuple[int, ...]]:
+    """Return the shapes under which a checkpoint holds the weight of ``layer``, by tensor name."""
+    rank, columns, rows = layer.rank, layer.in_features, layer.out_features
+    if rank is None:
+        dense = (columns, rows) if layer.kind == "conv1d" else (rows, columns)
+        return {f"{layer.name}.weight": dense}
+    return {
+        f"{layer.name}.weight": (0,),
+        f"{layer.name}.down.weight": (rank, columns),
+        f"{layer.name}.up.weight": (rows, rank),
+    }
+
+
+def read_shapes(file: str | Path) -> dict[str, tuple[int, ...]]:
+    """Check that ``file`` is a whole safetensors file, and return its tensors' shapes from the header.
+
+    Raises:
+        CheckpointError: If it is truncated, has bytes to spare, or is something else.
+    """
+    size = Path(file).stat().st_size
+    try:
+        with Path(file).open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > size:
+                raise ValueError(f"its header claims {length:,} bytes")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{file}: not a safetensors file, or damaged: {error}.") from error
+    if size != end:
+        raise CheckpointError(
+            f"{file}: damaged: its tensors need {end:,} bytes, the file has {size:,}. Copy it again."
+        )
+    return shapes
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
@@ -236,9 +277,6 @@ def _is_checkpoint_file(path: Path) -> bool:
 
 def _write(model: nn.Module, folder: Path) -> None:
     tensors, aliases = stored_tensors(model)
-    unknown = next((n for n, t in tensors.items() if t.dtype not in _DTYPE_NAMES), None)
-    if unknown is not None:
-        raise CheckpointError(f"{unknown}: {tensors[unknown].dtype} cannot be stored.")
     ready = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     separate = {name: t.clone() if _is_view(t) else t for name, t in ready.items()}
     save_file(separate, folder / TENSORS, metadata=_METADATA)
@@ -257,13 +295,32 @@ def _is_view(tensor: Tensor) -> bool:
 
 
 def _digest(tensor: Tensor) -> str:
+    """Hash dtype, shape and bytes: the same bytes read as another dtype are another tensor."""
     data = tensor.reshape(-1).view(torch.uint8).cpu().numpy()
-    return hashlib.sha256(data.data).hexdigest()
+    about = f"{_DTYPE_NAMES.get(tensor.dtype)} {tuple(tensor.shape)} "
+    return hashlib.sha256(about.encode() + data.tobytes()).hexdigest()
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict, which must hold tensors only."""
+    state = model.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{name}: the model's state is a {type(value).__name__}, not a tensor, and nothing is "
+                "ever pickled. Keep it in a buffer, or save it yourself."
+            )
+    return state
 
 
 def _read(folder: Path, model: nn.Module) -> nn.Module:
-    digests, aliases, plan = _read_structure(folder / STRUCTURE)
-    file = folder / TENSORS
+    structure, file = folder / STRUCTURE, folder / TENSORS
+    digests, aliases, plan = _read_structure(structure)
+    try:
+        check_structure(model, plan)
+    except PlanError as error:
+        raise CheckpointError(f"{structure}: does not fit the architecture: {error}") from error
+    _check_aliases(structure, model, digests, aliases)
     try:
         with safe_open(file, framework="pt") as stored:
             _check_names(file, set(stored.keys()), set(digests))
@@ -272,10 +329,7 @@ def _read(folder: Path, model: nn.Module) -> nn.Module:
             tensors = {name: _checked(file, name, stored.get_tensor(name), digests[name]) for name in digests}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: cannot be read: {error}.") from error
-    try:
-        restructure(model, plan)
-    except PlanError as error:
-        raise CheckpointError(f"{folder / STRUCTURE}: does not fit the architecture: {error}") from error
+    restructure(model, plan)
     _assign(model, tensors, aliases)
     return model
 
@@ -298,8 +352,18 @@ def _read_structure(file: Path) -> tuple[dict[str, str], dict[str, str], Plan]:
             raise CheckpointError(f'{file}: "{key}" must map names to strings.')
     try:
         return data["tensors"], data["aliases"], Plan.from_dict(data.get("plan"))
-    except PlanError as error:
+    except LowRankError as error:
         raise CheckpointError(f"{file}: {error}") from error
+
+
+def _check_aliases(
+    file: Path, model: nn.Module, digests: Mapping[str, str], aliases: Mapping[str, str]
+) -> None:
+    """Refuse aliases of nothing, of each other, or between a parameter and a buffer."""
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    for alias, name in aliases.items():
+        if alias in digests or name not in digests or (alias in buffers) != (name in buffers):
+            raise CheckpointError(f"{file}: the tensor {alias} cannot share the data of {name}.")
 
 
 def _check_names(file: Path, got: set[str], expected: set[str]) -> None:
@@ -316,7 +380,7 @@ def _check_architecture(
     shapes: Mapping[str, tuple[int, ...]],
     aliases: Mapping[str, str],
 ) -> None:
-    stored = model.state_dict()
+    stored = _state(model)
     for name, buffer in model.named_buffers():
         if buffer.is_meta and name not in stored:
             raise CheckpointError(
@@ -338,23 +402,14 @@ def _check_architecture(
 
 def _expected_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
     """Return the state dict's shapes as they will be once ``model`` has the structure of ``plan``."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in _state(model).items()}
     for layer in plan.factorized:
         if f"{layer.name}.down.weight" in shapes:
             continue  # factorized already
-        shapes.update(_factor_shapes(layer))
+        shapes.update(stored_shapes(layer))
         if f"{layer.name}.bias" in shapes:
             shapes[f"{layer.name}.up.bias"] = shapes.pop(f"{layer.name}.bias")
     return shapes
-
-
-def _factor_shapes(layer: LayerPlan) -> dict[str, tuple[int, ...]]:
-    rank = layer.rank or 0
-    return {
-        f"{layer.name}.weight": (0,),
-        f"{layer.name}.down.weight": (rank, layer.in_features),
-        f"{layer.name}.up.weight": (layer.out_features, rank),
-    }
 
 
 def _checked(file: Path, name: str, tensor: Tensor, digest: str) -> Tensor:

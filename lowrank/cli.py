@@ -144,7 +144,12 @@ def bench(
 
     first, second = _load(dense, quiet=True), _load(small, quiet=True)
     generator = torch.Generator().manual_seed(0)
-    vocabulary: int = first.config.get_text_config().vocab_size  # type: ignore[union-attr,operator,assignment]
+    vocabulary = first.config.get_text_config().to_dict().get("vocab_size")  # type: ignore[union-attr,operator]
+    if vocabulary is None:
+        raise LowRankError(
+            f"{dense}: not a model of tokens, so there is no input to make up. "
+            "Call lowrank.benchmark(dense, small, inputs) with inputs of your own."
+        )
     ids = torch.randint(vocabulary, (batch, tokens), generator=generator)
     _show(benchmark(first, second, {"input_ids": ids}, repeats=repeats), as_json)
 
@@ -166,8 +171,10 @@ def main() -> None:
     """Run the command line, and turn failures into one line and an exit code."""
     try:
         app()
-    except KeyboardInterrupt:
-        _fail("interrupted", 1)
+    except SystemExit as done:
+        if done.code == 130:  # what typer makes of Ctrl-C, without a word
+            _fail("interrupted", 1)
+        raise
     except Exception as error:  # the last resort: a user sees one line, a developer asks for more
         if "--debug" in sys.argv:
             raise
@@ -200,7 +207,10 @@ def _load(source: str, quiet: bool) -> nn.Module:
         raise LowRankError(f"{source}: no config.json here, so not a transformers folder.")
     if not folder.exists() and (folder.is_absolute() or source.startswith(".") or source.count("/") > 1):
         raise LowRankError(f"{source}: there is no such folder.")
-    return hf.load(source)
+    try:
+        return hf.load(source)
+    except OSError as error:
+        raise LowRankError(f"{source}: cannot be loaded: {error}") from error
 
 
 def _calm_transformers(quiet: bool) -> None:

@@ -8,37 +8,27 @@ Importing this file registers both; `lowrank` imports it as soon as transformers
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lowrank.checkpoint import read_shapes, stored_shapes, stored_tensors
 from lowrank.errors import CheckpointError, LowRankError, PlanError
-from lowrank.nn import DenseKind, LowRankLinear, register
+from lowrank.nn import LowRankLinear
 from lowrank.pipeline import compress
 from lowrank.planning import Budget, Plan
 from lowrank.surgery import restructure
 from lowrank.targets import draft
 
 METHOD = "lowrank"
-
-
-def _build_conv1d(in_features: int, out_features: int, bias: bool) -> nn.Module:
-    with torch.device("meta"):
-        return Conv1D(out_features, in_features)
-
-
-register(DenseKind(name="conv1d", module=Conv1D, transposed=True, build=_build_conv1d))
 
 
 @register_quantization_config(METHOD)
@@ -100,7 +90,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
             return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
         except TypeError as error:
             raise CheckpointError(f"config.json: the lowrank section is not understood: {error}.") from error
-        except PlanError as error:
+        except LowRankError as error:
             raise CheckpointError(f"config.json: {error}") from error
 
 
@@ -115,9 +105,10 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         if not self.pre_quantized:
             return
+        plan = Plan.from_dict(self.quantization_config.plan)
         for file in checkpoint_files or ():
-            check_safetensors(file)
-        plan = _localized(Plan.from_dict(self.quantization_config.plan), model)
+            _check_shapes(file, read_shapes(file), plan)
+        plan = _localized(plan, model)
         try:
             restructure(model, plan)
         except PlanError as error:
@@ -188,27 +179,26 @@ def _method(model: PreTrainedModel) -> str | None:
     return getattr(method, "value", method)
 
 
-def check_safetensors(file: str | Path) -> None:
-    """Check that ``file`` is a whole safetensors file, reading its header only.
+def saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint of ``model``, under the names that ``save_pretrained`` uses."""
+    tensors, _ = stored_tensors(model)
+    ignored = model._keys_to_ignore_on_save or ()
+    kept = {name: tensor for name, tensor in tensors.items() if name not in ignored}
+    return revert_weight_conversion(model, kept)
 
-    Raises:
-        CheckpointError: If it is truncated, has bytes to spare, or is something else.
+
+def _check_shapes(file: str, shapes: Mapping[str, tuple[int, ...]], plan: Plan) -> None:
+    """Refuse a file whose tensors have other shapes than the plan says; absent names do not count.
+
+    A sharded checkpoint has each tensor in one of its files, and some models store other names.
     """
-    size = Path(file).stat().st_size
-    try:
-        with Path(file).open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length)) if length <= size else None
-        if header is None:
-            raise ValueError(f"its header claims {length:,} bytes")
-        header.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{file}: not a safetensors file, or damaged: {error}.") from error
-    if size != end:
-        raise CheckpointError(
-            f"{file}: damaged: its tensors need {end:,} bytes, the file has {size:,}. Copy it again."
-        )
+    for layer in plan:
+        for name, expected in stored_shapes(layer).items():
+            if shapes.get(name, expected) != expected:
+                raise CheckpointError(
+                    f"{file}: the tensor {name} has shape {shapes[name]}, but by config.json it must have "
+                    f"{expected}. One of the two files has been changed."
+                )
 
 
 def _pretrained_models(model: nn.Module) -> Iterator[PreTrainedModel]:
@@ -242,16 +232,20 @@ def _localized(plan: Plan, model: PreTrainedModel) -> Plan:
 
 
 def _check_loaded(model: PreTrainedModel) -> None:
-    """Refuse a model whose factors were not all in the checkpoint: transformers only warns."""
-    for name, module in model.named_modules():
-        if isinstance(module, LowRankLinear):
-            for key, parameter in module.named_parameters():
-                offloaded = parameter.is_meta  # to disk, by a device_map
-                if not offloaded and not getattr(parameter, "_is_hf_initialized", False):
-                    raise CheckpointError(
-                        f"{name}.{key}: the checkpoint lacks this tensor. It is damaged, or was not "
-                        "saved by lowrank. Save the model again."
-                    )
+    """Refuse a model whose tensors were not all in the checkpoint: transformers only warns.
+
+    A model of another class than the saved one may lack its head, but no factor.
+    """
+    same_class = type(model).__name__ in (model.config.architectures or ())
+    factorized = tuple(f"{n}." for n, module in model.named_modules() if isinstance(module, LowRankLinear))
+    for name, parameter in model.named_parameters():
+        required = same_class or name.startswith(factorized)
+        offloaded = parameter.is_meta  # to disk, by a device_map
+        if required and not offloaded and not getattr(parameter, "_is_hf_initialized", False):
+            raise CheckpointError(
+                f"{name}: the checkpoint lacks this tensor. It is damaged, or was not saved by lowrank. "
+                "Save the model again."
+            )
 
 
 def is_pretrained(model: nn.Module) -> bool:

@@ -114,6 +114,11 @@ def _children_read_by_value(parent: type[nn.Module]) -> frozenset[str]:
             for self_, child, weight, then in zip(steps, steps[1:], steps[2:], steps[3:], strict=False):
                 reads = child.opname == weight.opname == "LOAD_ATTR" and weight.argval == "weight"
                 looks = then.opname == "LOAD_ATTR" and then.argval in ("dtype", "device")
-                if reads and not looks and self_.argval == "self":
+                if reads and not looks and _loads_self(self_.argval):
                     found.add(str(child.argval))
     return frozenset(found)
+
+
+def _loads_self(argument: object) -> bool:
+    """Tell whether an instruction leaves ``self`` on the stack; Python 3.13 loads two names at once."""
+    return argument == "self" or (isinstance(argument, tuple) and argument[-1:] == ("self",))

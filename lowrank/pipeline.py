@@ -79,6 +79,7 @@ def compress(
         ignore=ignore,
         allocation=allocation,
         round_to=round_to,
+        tolerance=tolerance,
         predict=budget.kind != "rank",  # a given rank decides nothing by its error: spare the spectra
         progress=progress,
     )
@@ -96,6 +97,7 @@ def plan(
     ignore: Sequence[str] | None = None,
     allocation: str = "global",
     round_to: int = 8,
+    tolerance: float = 1e-3,
     progress: bool = False,
 ) -> Plan:
     """Decide each layer's rank and predict its error, without changing the model.
@@ -115,6 +117,7 @@ def plan(
         ignore=ignore,
         allocation=allocation,
         round_to=round_to,
+        tolerance=tolerance,
         predict=True,
         progress=progress,
     )
@@ -169,13 +172,21 @@ def _decide(
     ignore: Sequence[str] | None,
     allocation: str,
     round_to: int,
+    tolerance: float,
     predict: bool,
     progress: bool,
 ) -> Plan:
     drafted = draft(check_model(model), targets, ignore)
     measured = _spectra(model, drafted, progress) if predict else {}
-    named = [pattern for pattern in targets or () if not is_wildcard(pattern)]
-    return select(drafted, budget, measured, allocation=allocation, round_to=round_to, named=named)
+    return select(
+        drafted,
+        budget,
+        measured,
+        allocation=allocation,
+        round_to=round_to,
+        named=[pattern for pattern in targets or () if not is_wildcard(pattern)],
+        tolerance=tolerance,
+    )
 
 
 def _spectra(model: nn.Module, drafted: Plan, progress: bool) -> dict[str, Spectrum]:

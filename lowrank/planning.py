@@ -147,6 +147,10 @@ class LayerPlan:
     reason: str = ""
     targeted: bool = True
 
+    def __post_init__(self) -> None:
+        if self.rank is not None:
+            check_rank(self.rank, where=self.name)
+
     @property
     def dense_parameters(self) -> int:
         """Parameters of the dense weight, without the bias."""
@@ -296,7 +300,7 @@ class Plan:
         Raises:
             PlanError: If it is no plan, is from a newer format, or a field has a wrong type.
         """
-        if not isinstance(data, dict) or not isinstance(data.get("format"), int):
+        if not isinstance(data, dict) or type(data.get("format")) is not int:
             raise PlanError('This is not a plan: it has no "format" number.')
         if data["format"] > PLAN_FORMAT:
             raise PlanError(
@@ -319,9 +323,10 @@ class Plan:
     def from_json(cls, text: str) -> Plan:
         """Read what `to_json` wrote; raises `PlanError` as `from_dict` does."""
         try:
-            return cls.from_dict(json.loads(text))
-        except (json.JSONDecodeError, RecursionError) as error:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"The plan is not JSON: {error}.") from error
+        return cls.from_dict(data)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON to ``path``."""
@@ -386,6 +391,8 @@ def _typed(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
         allowed = _TYPES[str(types[key])]
         if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
             raise PlanError(f'{where}: "{key}" is {value!r}, but must be {types[key]}.')
+        if isinstance(value, float) and not math.isfinite(value):
+            raise PlanError(f'{where}: "{key}" is {value!r}, but must be a finite number.')
     return values
 
 
@@ -398,6 +405,4 @@ def _layer_from_dict(data: object) -> LayerPlan:
         raise PlanError(f"{data['name']}: the plan lacks {', '.join(sorted(missing))}.")
     if values["in_features"] < 1 or values["out_features"] < 1:
         raise PlanError(f"{data['name']}: in_features and out_features must be positive.")
-    if values.get("rank") is not None:
-        check_rank(values["rank"], where=data["name"])
     return LayerPlan(**values)

@@ -9,6 +9,7 @@ their segments, steepest first, are taken while they fit, and the rest is filled
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,6 +31,7 @@ def select(
     allocation: str = "global",
     round_to: int = 8,
     named: Collection[str] = (),
+    tolerance: float = 1e-3,
 ) -> Plan:
     """Give every targeted layer of ``draft`` a rank, or the reason why it stays dense.
 
@@ -43,6 +45,8 @@ def select(
         round_to: Chosen ranks are multiples of this, as matrix kernels like them.
         named: Layers that the user named without wildcards: a rank that is too large for one of
             them is an error, for others a reason to stay dense.
+        tolerance: Relative excess over the optimal error that `apply` may have; the ranks for an
+            ``error`` or ``energy`` leave room for it, so that the bound holds in the end.
 
     Raises:
         BudgetError: If no layer would change, or ``keep`` is below what the smallest ranks need.
@@ -58,7 +62,7 @@ def select(
     elif budget.kind == "keep":
         layers = _by_keep(draft, budget.value, spectra, allocation, round_to)
     else:
-        layers = _by_error(draft, budget, spectra, round_to)
+        layers = _by_error(draft, budget, spectra, round_to, tolerance)
     chosen = {layer.name: _with_error(layer, spectra) for layer in layers}
     plan = replace(draft, budget=str(budget), allocation=allocation, round_to=round_to)
     plan = plan.with_layers(chosen)
@@ -124,14 +128,19 @@ def _at_rank(layer: LayerPlan, rank: int | None, named: bool) -> LayerPlan:
     return replace(layer, rank=rank, reason="as asked")
 
 
-def _by_error(draft: Plan, budget: Budget, spectra: Mapping[str, Spectrum], round_to: int) -> list[LayerPlan]:
+def _by_error(
+    draft: Plan, budget: Budget, spectra: Mapping[str, Spectrum], round_to: int, tolerance: float
+) -> list[LayerPlan]:
     bound = budget.value if budget.kind == "error" else (1 - budget.value) ** 0.5
     layers = []
     for layer in draft.targeted:
-        needed = spectra[layer.name].smallest_rank(bound)
+        needed = spectra[layer.name].smallest_rank(bound / (1 + tolerance))
         rank = -(-needed // round_to) * round_to
         if rank > layer.largest_paying_rank:
-            layers.append(layer.dense(f"{budget} needs rank {needed}, which would not save parameters"))
+            rounded = f", rounded to {rank}" if rank != needed else ""
+            layers.append(
+                layer.dense(f"{budget} needs rank {needed}{rounded}, which would not save parameters")
+            )
         else:
             layers.append(replace(layer, rank=rank, reason=f"{budget} needs rank {needed}"))
     return layers
@@ -144,15 +153,13 @@ def _by_keep(
     curves = [_curve(layer, spectra[layer.name], round_to) for layer in draft.targeted]
     least = sum(int(curve.costs[0]) for curve in curves)
     if least > keep * total:
+        nearest = math.floor(1000 * least / total + 1) / 1000
+        advice = f"Use keep={nearest} or more, or a" if nearest < 1 else "Use a"
         raise BudgetError(
             f"keep={keep!r} leaves {keep * total:,.0f} of {total:,} parameters, but the smallest ranks "
-            f"(multiples of {round_to}) need {least:,}. Use keep={np.ceil(1000 * least / total) / 1000} "
-            "or more, or a smaller round_to."
+            f"(multiples of {round_to}) need {least:,}. {advice} smaller round_to."
         )
-    if allocation == "uniform":
-        choices = [_cheapest_within(curve, keep * curve.costs[-1]) for curve in curves]
-    else:
-        choices = allocate(curves, keep * total)
+    choices = _uniform(curves, keep) if allocation == "uniform" else allocate(curves, keep * total)
     return [
         _chosen(layer, curve, choice)
         for layer, curve, choice in zip(draft.targeted, curves, choices, strict=True)
@@ -195,7 +202,17 @@ def _curve(layer: LayerPlan, spectrum: Spectrum, round_to: int) -> Curve:
     )
 
 
-def _cheapest_within(curve: Curve, cost: float) -> int:
+def _uniform(curves: list[Curve], keep: float) -> list[int]:
+    """Keep the same fraction of every layer; less than ``keep`` where small layers need more."""
+    budget = keep * sum(float(curve.costs[-1]) for curve in curves)
+    for fraction in np.linspace(keep, 0, 1000):
+        choices = [_largest_within(curve, fraction * curve.costs[-1]) for curve in curves]
+        if sum(int(curve.costs[choice]) for curve, choice in zip(curves, choices, strict=True)) <= budget:
+            return choices
+    return [0] * len(curves)
+
+
+def _largest_within(curve: Curve, cost: float) -> int:
     """Return the most expensive choice within ``cost``, or else the cheapest one."""
     return max(0, int(np.searchsorted(curve.costs, cost, side="right")) - 1)
 

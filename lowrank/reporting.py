@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 from torch import nn
 
+from lowrank._transformers import plugin
 from lowrank.checkpoint import safetensors_bytes, stored_tensors
 from lowrank.nn import LowRankLinear
 from lowrank.obstacles import check_model
@@ -124,7 +125,11 @@ def report(model: nn.Module) -> Report:
     """
     check_model(model)
     layers = tuple(_describe(model, layer) for layer in draft(model).layers)
-    tensors, _ = stored_tensors(model)
+    hf = plugin()
+    if hf is not None and hf.is_pretrained(model):
+        tensors = hf.saved_tensors(model)
+    else:
+        tensors, _ = stored_tensors(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     size = safetensors_bytes(tensors)
     return Report(

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from lowrank.errors import PlanError, WeightError
+from lowrank.errors import LowRankError, PlanError, WeightError
 from lowrank.linalg import truncated_svd
-from lowrank.linalg.svd import checked_weight
+from lowrank.linalg.svd import check_options, checked_weight
 from lowrank.nn import LowRankLinear, kind_named, kind_of
 from lowrank.obstacles import check_model, obstacles
 from lowrank.planning import LayerPlan, Plan
@@ -50,6 +50,7 @@ def apply(
     check_model(model)
     if not isinstance(plan, Plan):
         raise PlanError(f"apply needs a Plan, not {type(plan).__name__}. Make one with plan(model, ...).")
+    check_options(tolerance, seed)
     todo = _validate(model, plan)
     bar = tqdm(todo, desc="factorizing", unit="layer", disable=None if progress else True)
     for layer in bar:
@@ -83,6 +84,15 @@ def restructure(model: nn.Module, plan: Plan) -> nn.Module:
     return model
 
 
+def check_structure(model: nn.Module, plan: Plan) -> None:
+    """Check that `restructure` would succeed, without changing anything.
+
+    Raises:
+        PlanError: As `apply`.
+    """
+    _validate(model, plan, loading=True)
+
+
 def decompress(model: nn.Module) -> nn.Module:
     """Multiply every factorized layer back into a dense one of its original type, in place.
 
@@ -90,8 +100,16 @@ def decompress(model: nn.Module) -> nn.Module:
 
     Returns:
         The same model.
+
+    Raises:
+        LowRankError: If the model is itself a factorized layer, or no module.
     """
     check_model(model)
+    if isinstance(model, LowRankLinear):
+        raise LowRankError(
+            "The model is itself a LowRankLinear, and no module can replace itself. "
+            "Its dense weight is model.dense_weight(); or pass the module that holds it."
+        )
     for name, module in list(model.named_modules()):
         if isinstance(module, LowRankLinear):
             with torch.no_grad():
@@ -145,8 +163,10 @@ def _validate(model: nn.Module, plan: Plan, loading: bool = False) -> list[Layer
     blocked = obstacles(model)
     modules = dict(model.named_modules())
     todo = []
-    for layer in plan.factorized:
+    for layer in plan:
         module = modules.get(layer.name)
+        if layer.rank is None and not isinstance(module, LowRankLinear):
+            continue
         if module is None:
             raise PlanError(
                 f"{layer.name}: {type(model).__name__} has no such layer. The plan is for {plan.model}."
@@ -154,7 +174,8 @@ def _validate(model: nn.Module, plan: Plan, loading: bool = False) -> list[Layer
         if isinstance(module, LowRankLinear):
             if module.rank != layer.rank:
                 raise PlanError(
-                    f"{layer.name}: factorized already, at rank {module.rank}; the plan says {layer.rank}. "
+                    f"{layer.name}: factorized already, at rank {module.rank}; the plan says "
+                    f"{layer.rank or 'dense'}. "
                     "Call decompress(model) first, or start from the dense checkpoint."
                 )
             continue
@@ -177,6 +198,10 @@ def _check_layer(module: nn.Module, layer: LayerPlan) -> None:
         raise PlanError(
             f"{layer.name}: the plan is for a weight (out={layer.out_features}, in={layer.in_features}), "
             f"the model's is (out={shape[0]}, in={shape[1]}). Make a plan for this model."
+        )
+    if layer.rank is not None and layer.rank > min(shape):
+        raise PlanError(
+            f"{layer.name}: rank {layer.rank} is above min(out, in) = {min(shape)} of the weight."
         )
 
 

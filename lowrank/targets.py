@@ -91,18 +91,23 @@ def _describe(name: str, module: nn.Module) -> LayerPlan:
 
 
 def _patterns(argument: str, patterns: Sequence[str] | None) -> Sequence[str]:
-    if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns or ()):
+    if patterns is None:
+        return ()
+    listed = isinstance(patterns, Sequence) and not isinstance(patterns, str)
+    if not listed or not all(isinstance(pattern, str) for pattern in patterns):
         raise TargetError(f"{argument}={patterns!r}: give a list of patterns, such as ['*.query'].")
-    return patterns or ()
+    if argument == "targets" and not patterns:
+        raise TargetError("targets=[] names no layer. Leave it out to target every layer but the heads.")
+    return patterns
 
 
 def _not_wanted(name: str, targets: Sequence[str] | None, ignore: Sequence[str]) -> str | None:
     if any(matches(name, pattern) for pattern in ignore):
         return "ignored"
     wanted = [pattern for pattern in targets or ["*"] if matches(name, pattern)]
-    if targets is not None and not wanted:
+    if not wanted:
         return "not among the targets"
-    head = next((part for part in name.split(".") if part in HEADS), None)
-    if head is not None and not any(head in pattern for pattern in wanted):
-        return f"part of a head ({head})"
+    heads = [part for part in name.split(".") if part in HEADS]
+    if heads and not any(head in pattern for head in heads for pattern in wanted):
+        return f"part of a head ({heads[0]})"
     return None

@@ -64,7 +64,7 @@ class Inputs:
 
 
 def gram(matrix: Tensor, block: int = 192) -> Tensor:
-    """Return ``M Mᵀ``, exactly symmetric, computing the lower triangle only.
+    """Return ``M Mᵀ``, computing the blocks of the lower triangle only.
 
     Args:
         matrix: Shape ``(rows, columns)``.

@@ -60,7 +60,8 @@ def spectrum(weight: Tensor, metric: Metric = Identity()) -> Spectrum:
         >>> spectrum(torch.diag(torch.tensor([3.0, 4.0]))).relative_error(1)
         0.6
     """
-    matrix, scale = checked_weight(weight.to(torch.float64))
-    values = torch.linalg.eigvalsh(small_side_gram(matrix, metric)).clamp(min=0)  # ascending
+    matrix, scale = checked_weight(weight)
+    squares = small_side_gram(matrix.to(torch.float64), metric)
+    values = torch.linalg.eigvalsh(squares).clamp(min=0)  # ascending
     tail = torch.cat([values.new_zeros(1), values.cumsum(0)]).flip(0) * scale**2
     return Spectrum(tail.cpu())

@@ -90,8 +90,7 @@ def truncated_svd(
     """
     if solver not in SOLVERS:
         raise LowRankError(f"solver={solver!r}: choose one of {', '.join(SOLVERS)}.")
-    if not tolerance > 0:
-        raise LowRankError(f"tolerance={tolerance!r} must be positive: it bounds a relative excess.")
+    check_options(tolerance, seed)
     matrix, scale = checked_weight(weight)
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= min(matrix.shape):
         raise RankError(
@@ -107,10 +106,25 @@ def truncated_svd(
         if found is None:
             solver, found = "exact", _exact(matrix, rank, metric)
         left, right, error = found
-        left, right = (scale * left).to(weight.dtype), right.to(weight.dtype)
+        left = scale * left
+        if weight.dtype == torch.float16:
+            left, right = _balanced(left, right)
+        left, right = left.to(weight.dtype), right.to(weight.dtype)
         if error is None or weight.dtype in (torch.float16, torch.bfloat16):
             error = _measure(matrix, left.to(matrix) / scale, right.to(matrix), metric)
     return Factors(left.contiguous(), right.contiguous(), error, solver)
+
+
+def check_options(tolerance: float, seed: int) -> None:
+    """Check the options of the randomized solver, also where it will not be chosen.
+
+    Raises:
+        LowRankError: If ``tolerance`` is not a positive number, or ``seed`` not a whole one.
+    """
+    if not isinstance(tolerance, (int, float)) or not tolerance > 0:
+        raise LowRankError(f"tolerance={tolerance!r} must be a positive number: it bounds a relative excess.")
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise LowRankError(f"seed={seed!r} must be a whole number.")
 
 
 def checked_weight(weight: Tensor) -> tuple[Tensor, float]:
@@ -187,6 +201,15 @@ def _factors(matrix: Tensor, vectors: Tensor, metric: Metric) -> tuple[Tensor, T
         return matrix @ vectors, vectors.T  # WᵀW: the eigenvectors are the right singular vectors
     left = torch.linalg.qr(metric.weigh(matrix) @ vectors).Q
     return left, left.T @ matrix
+
+
+def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Move a power of two between the factors, so that neither leaves the narrow range of float16."""
+    largest_left, largest_right = float(left.abs().max()), float(right.abs().max())
+    if largest_left == 0 or largest_right == 0:
+        return left, right
+    shift = 2.0 ** round(math.log2(largest_right / largest_left) / 2)
+    return left * shift, right / shift
 
 
 def _measure(matrix: Tensor, left: Tensor, right: Tensor, metric: Metric) -> float:

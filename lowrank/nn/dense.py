@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 
@@ -44,6 +45,9 @@ class DenseKind:
 
 _KINDS: dict[type[nn.Module], DenseKind] = {}
 
+_CONV1D = "transformers.pytorch_utils.Conv1D"
+"""Known by name, and registered when first seen: nothing here imports transformers."""
+
 
 def register(kind: DenseKind) -> None:
     """Make layers of type ``kind.module`` factorizable."""
@@ -52,7 +56,10 @@ def register(kind: DenseKind) -> None:
 
 def kind_of(module: nn.Module) -> DenseKind | None:
     """Return how ``module`` stores its weight; ``None`` if its exact type is not registered."""
-    return _KINDS.get(type(module))
+    cls = type(module)
+    if cls not in _KINDS and f"{cls.__module__}.{cls.__qualname__}" == _CONV1D:
+        register(_conv1d(cls))
+    return _KINDS.get(cls)
 
 
 def kind_named(name: str) -> DenseKind:
@@ -74,3 +81,11 @@ register(
         ),
     )
 )
+
+
+def _conv1d(cls: type[nn.Module]) -> DenseKind:
+    def build(in_features: int, out_features: int, bias: bool) -> nn.Module:
+        with torch.device("meta"):
+            return cls(out_features, in_features)
+
+    return DenseKind(name="conv1d", module=cls, transposed=True, build=build)

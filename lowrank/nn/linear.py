@@ -41,9 +41,10 @@ class LowRankLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not 1 <= rank <= min(in_features, out_features):
+        whole = isinstance(rank, int) and not isinstance(rank, bool)
+        if not whole or not 1 <= rank <= min(in_features, out_features):
             raise RankError(
-                f"rank {rank} of a layer (out={out_features}, in={in_features}): "
+                f"rank {rank!r} of a layer (out={out_features}, in={in_features}): "
                 f"give a whole number from 1 to {min(in_features, out_features)}."
             )
         self.in_features = in_features

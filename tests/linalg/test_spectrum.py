@@ -1,0 +1,103 @@
+"""`spectrum` against all singular values of `torch.linalg.svdvals`, at every rank."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowrank.errors import WeightError
+from lowrank.linalg import Inputs, spectrum, truncated_svd
+
+SHAPES = {"wide": (12, 30), "tall": (30, 12), "square": (16, 16), "row": (1, 9), "column": (9, 1)}
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_the_error_at_every_rank_is_that_of_all_singular_values(shape, dtype):
+    weight = gaussian(*shape).to(dtype)
+    values = torch.linalg.svdvals(weight.double())
+    measured = spectrum(weight)
+    assert measured.tail.shape == (min(shape) + 1,)
+    assert measured.tail.dtype == torch.float64
+    for rank in range(min(shape) + 1):
+        expected = float(values[rank:].norm() / values.norm())
+        # The Gram matrix is formed in float64: an error below the root of its rounding is not seen.
+        assert measured.relative_error(rank) == pytest.approx(expected, rel=1e-6, abs=1e-7)
+    torch.testing.assert_close(measured.singular_values, values, rtol=1e-6, atol=1e-7 * float(values[0]))
+
+
+@pytest.mark.parametrize("scale", [1e30, 1.0, 1e-30], ids=["huge", "one", "tiny"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_the_tail_at_rank_zero_is_the_squared_norm(shape, scale):
+    weight = (gaussian(*shape) * scale).float()
+    norm = float(torch.linalg.matrix_norm(weight.double()))
+    assert float(spectrum(weight).tail[0]) == pytest.approx(norm**2, rel=1e-12)
+
+
+@given(
+    rows=st.integers(1, 12),
+    columns=st.integers(1, 12),
+    bound=st.floats(0.01, 0.99),
+    decay=st.floats(0, 3),
+    seed=st.integers(0, 99),
+)
+def test_smallest_rank_meets_the_bound_and_one_less_does_not(rows, columns, bound, decay, seed):
+    measured = spectrum(gaussian(rows, columns, seed=seed) * torch.arange(1.0, columns + 1) ** -decay)
+    rank = measured.smallest_rank(bound)
+    assert 1 <= rank <= min(rows, columns)
+    assert measured.relative_error(rank) <= bound * (1 + 1e-12)
+    if rank > 1:
+        assert measured.relative_error(rank - 1) > bound * (1 - 1e-12)
+
+
+@given(rows=st.integers(2, 30), columns=st.integers(2, 30), seed=st.integers(0, 99), data=st.data())
+def test_truncated_svd_has_the_error_that_the_spectrum_predicts(rows, columns, seed, data):
+    weight = gaussian(rows, columns, seed=seed)
+    rank = data.draw(st.integers(1, min(rows, columns)))
+    left, right, *_ = truncated_svd(weight, rank)
+    error = float((weight - left @ right).norm() / weight.norm())
+    assert spectrum(weight).relative_error(rank) == pytest.approx(error, rel=1e-6, abs=1e-7)
+
+
+@pytest.mark.parametrize("tokens", [200, 5], ids=["gram-full-rank", "gram-singular"])
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12), (16, 16)], ids=["wide", "tall", "square"])
+def test_under_a_metric_it_is_the_spectrum_of_the_outputs(shape, tokens):
+    weight, inputs = gaussian(*shape), gaussian(tokens, shape[1], seed=1)
+    outputs = weight @ inputs.T / math.sqrt(tokens)  # its Gram matrix is W C Wᵀ
+    values = torch.linalg.svdvals(outputs)[: min(shape)]
+    measured = spectrum(weight, Inputs(inputs.T @ inputs / tokens)).singular_values
+    expected = torch.cat([values, values.new_zeros(min(shape) - len(values))])
+    torch.testing.assert_close(measured, expected, rtol=1e-6, atol=1e-7 * float(values[0]))
+
+
+def test_a_weight_of_zeros_has_no_error_and_needs_rank_one():
+    measured = spectrum(torch.zeros(5, 8))
+    assert measured.relative_error(0) == measured.relative_error(3) == 0
+    assert measured.smallest_rank(0.1) == 1
+
+
+def test_a_trainable_weight_stays_out_of_the_graph():
+    measured = spectrum(torch.nn.Parameter(gaussian(5, 8)))
+    assert not measured.tail.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.full((2, 3), math.nan), "6 of 6 values that are NaN or infinite"),
+        (torch.ones(3, 4, device="meta"), "meta device and has no data"),
+        (torch.ones(4), r"shape \(4,\)"),
+        (torch.ones(3, 4, dtype=torch.int8), "int8, not floating point"),
+    ],
+    ids=["nan", "meta", "vector", "int8"],
+)
+def test_what_has_no_spectrum_is_refused_with_the_reason(weight, message):
+    with pytest.raises(WeightError, match=message):
+        spectrum(weight)

@@ -1,0 +1,87 @@
+"""Everything that the documentation shows runs: the README, the docstrings, the notebooks."""
+
+import ast
+import doctest
+import importlib
+import importlib.util
+import os
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import lowrank
+
+ROOT = Path(lowrank.__file__).parent.parent
+README = ROOT / "README.md"
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+MODULES = sorted(m.name for m in pkgutil.walk_packages(lowrank.__path__, "lowrank."))
+UNTESTED = {"lowrank.hf", "lowrank.cli", "lowrank.__main__"}
+
+
+def python_blocks(text: str) -> list[tuple[int, str]]:
+    """Return ``(line number, code)`` of the ```python blocks that are not marked ``<!-- no-run -->``."""
+    lines = text.splitlines()
+    blocks, start = [], None
+    for number, line in enumerate(lines):
+        if start is None and re.fullmatch(r"\s*```python\s*", line):
+            start = number
+        elif start is not None and re.fullmatch(r"\s*```\s*", line):
+            before = lines[start - 1].strip() if start else ""
+            if before != "<!-- no-run -->":
+                blocks.append((start + 1, "\n".join(lines[start + 1 : number])))
+            start = None
+    return blocks
+
+
+def test_marked_blocks_and_other_languages_are_left_out():
+    text = (
+        "```python\na = 1\n```\n<!-- no-run -->\n```python\nb\n```\n```bash\nc\n```\n```python\nd = 2\n```\n"
+    )
+    assert python_blocks(text) == [(1, "a = 1"), (11, "d = 2")]
+
+
+def test_the_readme_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    blocks = python_blocks(README.read_text(encoding="utf-8"))
+    assert blocks, "README.md has no ```python block that runs"
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for line, code in blocks:
+        tree = ast.parse(code, filename=f"README.md:{line}")
+        ast.increment_lineno(tree, line)
+        exec(compile(tree, str(README), "exec"), namespace)
+
+
+@pytest.mark.parametrize("name", sorted({"lowrank", *MODULES} - UNTESTED))
+def test_the_examples_in_the_docstrings_are_right(name):
+    results = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert results.failed == 0
+
+
+def test_there_are_examples_in_the_docstrings():
+    finder = doctest.DocTestFinder()
+    modules = [importlib.import_module(name) for name in MODULES if name not in UNTESTED]
+    assert sum(bool(test.examples) for module in modules for test in finder.find(module)) >= 5
+
+
+def test_the_example_of_the_config_is_right():
+    pytest.importorskip("transformers")
+    assert doctest.testmod(importlib.import_module("lowrank.hf")).failed == 0
+
+
+def test_there_is_a_notebook():
+    assert NOTEBOOKS
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_from_top_to_bottom(notebook, tmp_path):
+    nbclient = pytest.importorskip("nbclient", reason="notebooks need nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    if importlib.util.find_spec("ipykernel") is None:
+        pytest.skip("notebooks need ipykernel")
+    book = nbformat.read(notebook, as_version=4)
+    assert any(cell.cell_type == "code" for cell in book.cells)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    resources = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(book, timeout=300, kernel_name="python3", resources=resources).execute()

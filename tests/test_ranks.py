@@ -1,0 +1,402 @@
+"""Budgets become ranks: against brute force, and with every promise checked on the factors."""
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from lowrank import compress, plan
+from lowrank.errors import BudgetError, LowRankError, RankError, TargetError
+from lowrank.linalg import spectrum
+from lowrank.planning import Budget, LayerPlan, Plan
+from lowrank.ranks import Curve, allocate, select
+
+
+def weight(rows: int, columns: int, decay: float = 0.5, seed: int = 0) -> torch.Tensor:
+    """A random weight whose singular values fall off, the faster the larger ``decay``."""
+    generator = torch.Generator().manual_seed(seed)
+    gaussian = torch.randn(rows, columns, generator=generator)
+    return gaussian * torch.arange(1.0, columns + 1) ** -decay
+
+
+def drafted(**weights: torch.Tensor) -> tuple[Plan, dict]:
+    """A plan without ranks for these weights, and their spectra; no model is needed."""
+    layers = tuple(LayerPlan(name, "linear", w.shape[1], w.shape[0], True) for name, w in weights.items())
+    return Plan("Model", layers), {name: spectrum(w) for name, w in weights.items()}
+
+
+@st.composite
+def convex_curves(draw: st.DrawFn, equal_costs: bool = False) -> list[Curve]:
+    """Up to four curves of up to six choices, each step gaining less per parameter than the last."""
+    curves = []
+    for _ in range(draw(st.integers(1, 4))):
+        steps = draw(st.integers(0, 5))
+        gaps = (
+            [10] * steps
+            if equal_costs
+            else draw(st.lists(st.integers(1, 30), min_size=steps, max_size=steps))
+        )
+        slopes = draw(st.lists(st.floats(0.01, 10), min_size=steps, max_size=steps))
+        gains = np.array(sorted(slopes, reverse=True)) * gaps
+        start = draw(st.integers(1, 20))
+        curves.append(
+            Curve(
+                ranks=np.arange(1, steps + 1),
+                costs=start + np.concatenate([[0], np.cumsum(gaps)]).astype(int),
+                losses=np.append(np.cumsum(gains[::-1])[::-1], 0.0),
+            )
+        )
+    return curves
+
+
+def totals(curves: list[Curve], choices: tuple[int, ...] | list[int]) -> tuple[float, float]:
+    pairs = list(zip(curves, choices, strict=True))
+    return sum(float(c.costs[i]) for c, i in pairs), sum(float(c.losses[i]) for c, i in pairs)
+
+
+def brute_force(curves: list[Curve], budget: float) -> float:
+    every = itertools.product(*[range(len(curve.costs)) for curve in curves])
+    results = [totals(curves, choices) for choices in every]
+    return min(loss for cost, loss in results if cost <= budget)
+
+
+def budget_within(curves: list[Curve], share: float) -> float:
+    least, most = totals(curves, [0] * len(curves))[0], sum(float(c.costs[-1]) for c in curves)
+    return least + share * (most - least)
+
+
+@given(curves=convex_curves(), share=st.floats(0, 1))
+def test_on_convex_curves_the_loss_is_within_one_step_of_the_optimum(curves, share):
+    budget = budget_within(curves, share)
+    cost, loss = totals(curves, allocate(curves, budget))
+    step = max((float(-np.diff(c.losses).min()) for c in curves if len(c.losses) > 1), default=0.0)
+    assert cost <= budget
+    assert loss <= brute_force(curves, budget) + step + 1e-9
+
+
+@given(curves=convex_curves(equal_costs=True), share=st.floats(0, 1))
+def test_where_every_step_costs_the_same_the_optimum_is_found(curves, share):
+    budget = budget_within(curves, share)
+    _, loss = totals(curves, allocate(curves, budget))
+    assert loss == pytest.approx(brute_force(curves, budget), rel=1e-9, abs=1e-9)
+
+
+@given(
+    data=st.data(),
+    share=st.floats(0, 1),
+    sizes=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+)
+def test_on_any_curves_the_budget_holds_and_no_step_that_fits_is_left(data, share, sizes):
+    curves = []
+    for size in sizes:
+        gaps = data.draw(st.lists(st.integers(1, 30), min_size=size, max_size=size))
+        losses = data.draw(st.lists(st.floats(0.01, 100), min_size=size, max_size=size, unique=True))
+        losses = np.array([*sorted(losses, reverse=True)[:-1], 0.0])
+        curves.append(Curve(np.arange(1, size), np.cumsum(gaps), losses))
+    budget = budget_within(curves, share)
+    choices = allocate(curves, budget)
+    cost, loss = totals(curves, choices)
+    assert cost <= budget
+    for number, choice in enumerate(choices):
+        for better in range(choice + 1, sizes[number]):
+            other = totals(curves, [better if i == number else c for i, c in enumerate(choices)])
+            assert other[0] > budget or other[1] >= loss
+
+
+def test_an_empty_problem_has_an_empty_answer():
+    assert allocate([], 10) == []
+
+
+layer_shapes = st.tuples(st.integers(8, 40), st.integers(8, 40), st.floats(0, 1.5))
+
+
+@pytest.mark.parametrize("allocation", ["global", "uniform"])
+@given(
+    shapes=st.lists(layer_shapes, min_size=1, max_size=4),
+    keep=st.floats(0.05, 0.95),
+    round_to=st.integers(1, 4),
+)
+def test_keep_is_never_exceeded(allocation, shapes, keep, round_to):
+    weights = {f"layer{i}": weight(m, n, decay, i) for i, (m, n, decay) in enumerate(shapes)}
+    draft, spectra = drafted(**weights)
+    try:
+        chosen = select(draft, Budget.of(keep=keep), spectra, allocation=allocation, round_to=round_to)
+    except BudgetError:
+        return
+    assert chosen.kept_fraction <= keep
+    for layer in chosen.factorized:
+        assert layer.rank % round_to == 0
+        assert layer.rank <= layer.largest_paying_rank
+
+
+@pytest.mark.parametrize("allocation", ["global", "uniform"])
+def test_keep_is_not_exceeded_where_a_small_layer_needs_more_than_its_share(allocation):
+    # The smallest rank of 12×12 keeps 83 % of it; 100×100 can keep half of itself exactly, at rank 25.
+    draft, spectra = drafted(large=weight(100, 100), small=weight(12, 12))
+    chosen = select(draft, Budget.of(keep=0.5), spectra, allocation=allocation, round_to=5)
+    assert chosen.kept_fraction <= 0.5
+
+
+def total_loss(chosen: Plan) -> float:
+    return sum((layer.relative_error or 0) ** 2 * layer.dense_parameters for layer in chosen)
+
+
+@pytest.mark.parametrize("keep", [0.2, 0.35, 0.5, 0.7])
+def test_the_global_allocation_loses_less_than_the_uniform_one(keep):
+    draft, spectra = drafted(
+        flat=weight(64, 64, 0), steep=weight(64, 128, 2, 1), wide=weight(32, 200, 0.7, 2)
+    )
+    budget = Budget.of(keep=keep)
+    best, baseline = (
+        select(draft, budget, spectra, allocation=allocation, round_to=1)
+        for allocation in ("global", "uniform")
+    )
+    assert total_loss(best) < total_loss(baseline)
+    assert best.kept_fraction <= keep
+
+
+def test_the_uniform_allocation_keeps_the_same_fraction_of_every_layer():
+    draft, spectra = drafted(flat=weight(64, 64, 0), steep=weight(64, 128, 2, 1))
+    chosen = select(draft, Budget.of(keep=0.5), spectra, allocation="uniform", round_to=1)
+    for layer in chosen:
+        assert (
+            layer.parameters_at(layer.rank)
+            <= 0.5 * layer.dense_parameters
+            < layer.parameters_at(layer.rank + 1)
+        )
+
+
+@pytest.mark.parametrize("round_to", [1, 4, 8, 16])
+@pytest.mark.parametrize(
+    "budget", [{"keep": 0.4}, {"energy": 0.8}, {"error": 0.5}], ids=["keep", "energy", "error"]
+)
+def test_chosen_ranks_are_multiples_and_say_which(budget, round_to):
+    draft, spectra = drafted(a=weight(64, 128), b=weight(96, 64, 1, 1))
+    chosen = select(draft, Budget.of(**budget), spectra, round_to=round_to)
+    assert chosen.factorized
+    assert all(layer.rank % round_to == 0 for layer in chosen.factorized)
+    assert chosen.round_to == round_to
+
+
+@pytest.mark.parametrize("rank", [1, 7, 13])
+def test_an_explicit_rank_is_taken_exactly(rank):
+    draft, spectra = drafted(a=weight(64, 128), b=weight(96, 64))
+    chosen = select(draft, Budget.of(rank=rank), spectra, round_to=8)
+    assert [layer.rank for layer in chosen] == [rank, rank]
+    assert [layer.reason for layer in chosen] == ["as asked", "as asked"]
+
+
+def test_an_explicit_rank_needs_no_spectra_and_then_predicts_nothing():
+    draft, _ = drafted(a=weight(64, 128))
+    assert select(draft, Budget.of(rank=3), {})["a"].relative_error is None
+
+
+@given(
+    bound=st.floats(0.05, 0.95), decay=st.floats(0, 1.5), rows=st.integers(4, 60), columns=st.integers(4, 60)
+)
+def test_error_takes_the_smallest_rank_that_meets_it_or_says_why_not(bound, decay, rows, columns):
+    draft, spectra = drafted(a=weight(rows, columns, decay))
+    values = torch.linalg.svdvals(weight(rows, columns, decay).double())
+    errors = [float(values[k:].norm() / values.norm()) for k in range(len(values) + 1)]
+    needed = next(k for k in range(1, len(errors)) if errors[k] <= bound)
+    if needed > draft["a"].largest_paying_rank:
+        with pytest.raises(BudgetError, match=f"needs rank {needed}, which would not save parameters"):
+            select(draft, Budget.of(error=bound), spectra, round_to=1)
+    else:
+        layer = select(draft, Budget.of(error=bound), spectra, round_to=1)["a"]
+        assert layer.rank == needed
+        assert layer.relative_error == pytest.approx(errors[needed], rel=1e-6, abs=1e-7)
+
+
+def relative_errors(model: nn.Module, dense: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {
+        name: float(
+            (weight - model.get_submodule(name).dense_weight().detach().double()).norm() / weight.norm()
+        )
+        for name, weight in dense.items()
+    }
+
+
+def weights_of(model: nn.Module, *names: str) -> dict[str, torch.Tensor]:
+    return {name: model.get_submodule(name).weight.detach().double().clone() for name in names}
+
+
+@pytest.mark.parametrize(
+    ("budget", "bound"),
+    [({"error": 0.6}, 0.6), ({"error": 0.85}, 0.85), ({"energy": 0.64}, 0.6), ({"energy": 0.3}, 0.7**0.5)],
+    ids=["error-0.6", "error-0.85", "energy-0.64", "energy-0.3"],
+)
+def test_the_guarantee_holds_on_the_factors(mlp, budget, bound):
+    dense = weights_of(mlp, "0", "2")
+    compress(mlp, **budget, round_to=1)
+    for error in relative_errors(mlp, dense).values():
+        assert error <= bound * (1 + 1e-6)
+
+
+def test_the_guarantee_holds_where_the_randomized_solver_is_chosen():
+    # The bound lies just above the optimal error at rank 70, so that nothing is left to be wasted.
+    layer = nn.Linear(560, 520)
+    layer.weight = nn.Parameter(weight(520, 560, 0))
+    model = nn.Sequential(layer)
+    dense = weights_of(model, "0")
+    bound = spectrum(layer.weight).relative_error(70) * (1 + 1e-6)
+    compress(model, error=bound, round_to=1)
+    assert relative_errors(model, dense)["0"] <= bound
+
+
+def test_a_layer_that_would_not_shrink_stays_dense_with_the_reason():
+    draft, spectra = drafted(large=weight(128, 128), small=weight(16, 16))
+    chosen = select(draft, Budget.of(rank=12), spectra)
+    assert chosen["large"].rank == 12
+    assert chosen["small"].rank is None
+    assert chosen["small"].reason == "rank 12 would not save parameters (the largest that does: 7)"
+
+
+def test_a_reason_speaks_of_the_rank_that_would_not_save():
+    # 25 would save parameters of 64×64 (up to 31 would), 32 would not: the rounding is the reason.
+    values = torch.cat([torch.ones(25), torch.full((39,), 1e-3)])
+    draft, spectra = drafted(layer=torch.diag(values), other=weight(128, 128, 3))
+    chosen = select(draft, Budget.of(error=0.01), spectra, round_to=8)["layer"]
+    if chosen.rank is None:
+        assert "needs rank 25, which would not save parameters" not in chosen.reason
+    else:
+        assert 25 <= chosen.rank <= 31
+
+
+def test_keep_leaves_a_layer_dense_that_is_too_small_or_worth_it():
+    draft, spectra = drafted(tiny=weight(6, 6), flat=weight(64, 64, 0), steep=weight(256, 256, 3))
+    chosen = select(draft, Budget.of(keep=0.9), spectra, round_to=8)
+    assert chosen["tiny"].reason == "too small: no rank saves parameters"
+    assert chosen["flat"].reason == "worth its parameters"
+    assert chosen["steep"].reason == "chosen by the allocator"
+
+
+def test_the_last_matching_pattern_of_a_mapping_wins():
+    layers = {name: weight(64, 64) for name in ("a.query", "a.key", "b.query", "b.key")}
+    draft, spectra = drafted(**layers)
+    chosen = select(draft, Budget.of(rank={"*": 4, "*.query": 8, "b.*": 12}), spectra)
+    assert {layer.name: layer.rank for layer in chosen} == {
+        "a.query": 8,
+        "a.key": 4,
+        "b.query": 12,
+        "b.key": 12,
+    }
+
+
+def test_a_layer_that_no_pattern_of_the_mapping_names_stays_dense_with_the_reason():
+    draft, spectra = drafted(a=weight(64, 64), b=weight(64, 64))
+    chosen = select(draft, Budget.of(rank={"a": 4}), spectra)
+    assert (chosen["b"].rank, chosen["b"].reason) == (None, "no pattern of the rank mapping names it")
+
+
+def test_a_pattern_of_the_mapping_that_matches_nothing_is_refused():
+    draft, spectra = drafted(a=weight(64, 64))
+    with pytest.raises(TargetError, match=r'"\*\.query" matches none of the 1 targeted layers'):
+        select(draft, Budget.of(rank={"*.query": 4}), spectra)
+
+
+def test_a_mapping_that_names_a_layer_left_alone_says_why_it_is(tiny_bert):
+    with pytest.raises(TargetError, match=r"pooler\.dense.*: part of a head \(pooler\)"):
+        plan(tiny_bert, rank={"pooler.dense": 4})
+
+
+@pytest.mark.parametrize("how", ["mapping", "targets"])
+def test_a_rank_above_a_named_layer_is_an_error_with_its_range(mlp, how):
+    request = {"rank": {"*": 8, "2": 65}} if how == "mapping" else {"rank": 65, "targets": ["2"]}
+    message = r"2: rank 65 is above min\(out, in\) = 64 of the weight \(out=64, in=96\).* up to 38"
+    with pytest.raises(RankError, match=message):
+        plan(mlp, **request)
+
+
+@pytest.mark.parametrize(
+    ("budget", "reason", "advice"),
+    [
+        (
+            {"rank": 60},
+            "rank 60 would not save parameters (the largest that does: 38)",
+            "Use a smaller rank.",
+        ),
+        (
+            {"error": 0.001},
+            "error=0.001 needs rank 64, which would not save parameters",
+            "Allow a larger error.",
+        ),
+        (
+            {"energy": 0.99999},
+            "energy=0.99999 needs rank 64, which would not save parameters",
+            "Retain less energy.",
+        ),
+    ],
+    ids=["rank", "error", "energy"],
+)
+def test_a_budget_that_changes_nothing_names_a_layer_the_reason_and_what_to_do(mlp, budget, reason, advice):
+    with pytest.raises(BudgetError, match=re.escape(reason)) as caught:
+        plan(mlp, **budget)
+    assert "no layer of Sequential would change" in str(caught.value)
+    assert "\n  0: " in str(caught.value)
+    assert advice in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "round_to"),
+    [
+        ([(64, 96), (96, 64)], 8),
+        ([(16, 100)], 2),  # the fraction needed is 0.145 exactly, and 0.145 · 1600 < 232 in floating point
+        ([(16, 100)], 4),
+        ([(33, 77), (128, 40)], 3),
+        ([(12, 12), (200, 200)], 8),
+    ],
+    ids=["mlp", "exact-thousandth", "exact-hundredth", "odd", "mixed"],
+)
+def test_the_keep_that_an_error_proposes_is_feasible_and_nearly_the_least(shapes, round_to):
+    weights = {f"layer{i}": weight(*shape, seed=i) for i, shape in enumerate(shapes)}
+    draft, spectra = drafted(**weights)
+    with pytest.raises(BudgetError, match=r"Use keep=[\d.]+ or more, or a smaller round_to") as caught:
+        select(draft, Budget.of(keep=0.001), spectra, round_to=round_to)
+    proposed = float(re.search(r"Use keep=([\d.]+) or", str(caught.value))[1])
+    assert select(draft, Budget.of(keep=proposed), spectra, round_to=round_to).kept_fraction <= proposed
+    with pytest.raises(BudgetError):
+        select(draft, Budget.of(keep=proposed - 0.0021), spectra, round_to=round_to)
+
+
+def test_keep_on_layers_too_small_to_shrink_does_not_propose_a_keep_that_is_refused():
+    draft, spectra = drafted(layer=weight(10, 10))
+    with pytest.raises(BudgetError) as caught:
+        select(draft, Budget.of(keep=0.5), spectra, round_to=8)
+    for proposed in re.findall(r"Use keep=([\d.]+)", str(caught.value)):
+        Budget.of(keep=float(proposed))
+
+
+def test_a_layer_of_zeros_costs_the_allocator_nothing():
+    draft, spectra = drafted(zeros=torch.zeros(64, 64), flat=weight(64, 64, 0))
+    chosen = select(draft, Budget.of(keep=0.6), spectra, round_to=8)
+    assert chosen["zeros"].rank == 8
+    assert chosen["zeros"].relative_error == 0
+
+
+def test_layers_that_are_not_targeted_keep_their_reason_and_do_not_count():
+    draft, spectra = drafted(a=weight(64, 64), head=weight(500, 64))
+    head = LayerPlan("head", "linear", 64, 500, True, reason="part of a head (head)", targeted=False)
+    draft = draft.with_layers({"head": head})
+    chosen = select(draft, Budget.of(keep=0.5), spectra)
+    assert chosen["head"] == head
+    assert chosen["a"].parameters <= 0.5 * 64 * 64
+
+
+@pytest.mark.parametrize("round_to", [0, -8, 1.5, True, "8"], ids=repr)
+def test_a_useless_multiple_is_refused(round_to):
+    draft, spectra = drafted(a=weight(64, 64))
+    with pytest.raises(BudgetError, match=r"round_to=.*: ranks are rounded to a positive whole number"):
+        select(draft, Budget.of(keep=0.5), spectra, round_to=round_to)
+
+
+def test_an_unknown_allocation_is_refused_with_the_choices():
+    draft, spectra = drafted(a=weight(64, 64))
+    with pytest.raises(BudgetError, match="allocation='greedy': choose one of global, uniform") as caught:
+        select(draft, Budget.of(keep=0.5), spectra, allocation="greedy")
+    assert isinstance(caught.value, LowRankError)

@@ -1,0 +1,347 @@
+"""Which layers may change, and for each of the others the reason, found in the model itself."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lowrank import LowRankLinear, compress, plan
+from lowrank.errors import LowRankError, TargetError
+from lowrank.obstacles import obstacles
+from lowrank.targets import draft
+
+
+def targeted(model: nn.Module, **patterns: list[str]) -> set[str]:
+    return {layer.name for layer in draft(model, **patterns).targeted}
+
+
+class Holder(nn.Module):
+    """A model of three 32×32 layers, one of them named by the test."""
+
+    def __init__(self, **children: nn.Module) -> None:
+        super().__init__()
+        self.first = nn.Linear(32, 32)
+        for name, child in children.items():
+            self.add_module(name, child)
+        self.last = nn.Linear(32, 32)
+
+
+def test_a_plan_lists_every_linear_layer_in_the_model_s_order_with_its_shape(tiny_bert):
+    drafted = draft(tiny_bert)
+    linear = {name: m for name, m in tiny_bert.named_modules() if isinstance(m, nn.Linear)}
+    assert [layer.name for layer in drafted] == list(linear)
+    assert drafted.model == "BertModel"
+    for layer in drafted:
+        module = linear[layer.name]
+        assert (layer.out_features, layer.in_features) == tuple(module.weight.shape)
+        assert layer.bias == (module.bias is not None)
+        assert layer.rank is None
+
+
+def test_every_layer_but_the_head_is_a_target_by_default(tiny_bert):
+    drafted = draft(tiny_bert)
+    assert {layer.name for layer in drafted if not layer.targeted} == {"pooler.dense"}
+    assert drafted["pooler.dense"].reason == "part of a head (pooler)"
+    assert len(drafted.targeted) == 12
+
+
+@pytest.mark.parametrize(
+    "head", ["classifier", "score", "qa_outputs", "lm_head", "pre_classifier", "vocab_projector", "cls"]
+)
+def test_a_head_needs_its_name_spelled(head):
+    model = Holder(**{head: nn.Linear(32, 32)})
+    assert targeted(model) == {"first", "last"}
+    assert targeted(model, targets=["*"]) == {"first", "last"}
+    assert targeted(model, targets=[head]) == {head}
+    assert targeted(model, targets=[f"{head}*", "first"]) == {head, "first"}
+    assert draft(model)[head].reason == f"part of a head ({head})"
+
+
+def test_a_head_inside_a_head_is_spelled_by_either_name():
+    model = Holder(cls=nn.ModuleDict({"predictions": nn.ModuleDict({"dense": nn.Linear(32, 32)})}))
+    assert targeted(model, targets=["cls.*"]) == {"cls.predictions.dense"}
+    assert targeted(model, targets=["*predictions*"]) == {"cls.predictions.dense"}
+
+
+def test_a_name_that_only_contains_a_head_s_name_is_no_head():
+    assert targeted(Holder(headroom=nn.Linear(32, 32))) == {"first", "headroom", "last"}
+
+
+def test_ignore_wins_over_targets(tiny_bert):
+    names = targeted(tiny_bert, targets=["*.query", "*.key"], ignore=["encoder.layer.0.*"])
+    assert names == {"encoder.layer.1.attention.self.query", "encoder.layer.1.attention.self.key"}
+    drafted = draft(tiny_bert, ["*.query"], ["encoder.layer.0.*"])
+    assert drafted["encoder.layer.0.attention.self.query"].reason == "ignored"
+    assert drafted["encoder.layer.1.output.dense"].reason == "not among the targets"
+
+
+@pytest.mark.parametrize("argument", ["targets", "ignore"])
+@pytest.mark.parametrize(
+    ("pattern", "closest"),
+    [
+        ("*.qurey", "encoder.layer.0.attention.self.query"),
+        ("pooler.dens", "pooler.dense"),
+        ("encoder.layer.1.intermediate.dence", "encoder.layer.1.intermediate.dense"),
+    ],
+    ids=["wildcard", "short", "long"],
+)
+def test_a_pattern_that_matches_nothing_names_the_closest(tiny_bert, argument, pattern, closest):
+    with pytest.raises(TargetError) as caught:
+        draft(tiny_bert, **{argument: [pattern]})
+    first, second = str(caught.value).splitlines()
+    assert first == f'"{pattern}" matches none of the 13 linear layers of BertModel.'
+    assert second.startswith(f"  Closest: {closest}")
+
+
+@pytest.mark.parametrize("argument", ["targets", "ignore"])
+@pytest.mark.parametrize("value", ["*.query", [1], 5, [None]], ids=["text", "numbers", "number", "none"])
+def test_patterns_come_as_a_list_of_texts(tiny_bert, argument, value):
+    with pytest.raises(
+        TargetError, match=rf"{argument}=.*: give a list of patterns, such as \['\*\.query'\]"
+    ):
+        draft(tiny_bert, **{argument: value})
+
+
+def test_no_targets_at_all_do_not_mean_all(mlp):
+    with pytest.raises(LowRankError):
+        plan(mlp, rank=8, targets=[])
+
+
+def blocked(model: nn.Module, name: str) -> str:
+    """Check that the layer stays dense by default, that naming it is an error, and return the reason."""
+    reason = draft(model)[name].reason
+    assert name not in targeted(model)
+    with pytest.raises(
+        TargetError,
+        match=re.escape(f"{name}: this layer cannot be factorized: it {reason}. Take it out of targets"),
+    ):
+        draft(model, [name])
+    return reason
+
+
+def test_a_layer_used_under_two_names_stays_dense_under_both():
+    shared = nn.Linear(32, 32)
+    model = Holder(one=shared, two=shared)
+    assert blocked(model, "one") == "is used twice, also as two"
+    assert blocked(model, "two") == "is used twice, also as one"
+    assert targeted(model) == {"first", "last"}
+
+
+def test_a_block_used_under_two_names_keeps_the_layers_inside():
+    block = nn.Sequential(nn.Linear(32, 32))
+    assert blocked(Holder(one=block, two=block), "two.0") == "is used twice, also as one.0"
+
+
+def test_a_tied_weight_stays_dense_on_both_sides():
+    model = Holder(embedding=nn.Embedding(50, 32), decoder=nn.Linear(32, 50), twin=nn.Linear(32, 32))
+    model.decoder.weight = model.embedding.weight
+    model.twin.weight = model.first.weight
+    assert blocked(model, "decoder") == "shares its weight with embedding.weight (tied)"
+    assert blocked(model, "twin") == "shares its weight with first.weight (tied)"
+    assert blocked(model, "first") == "shares its weight with twin.weight (tied)"
+    assert targeted(model) == {"last"}
+
+
+@pytest.mark.parametrize(
+    ("module", "layers"),
+    [
+        (nn.MultiheadAttention(32, 4), ["m.out_proj"]),
+        (
+            nn.TransformerEncoderLayer(32, 4, 64),
+            ["m.self_attn.out_proj", "m.linear1", "m.linear2"],
+        ),
+        (nn.TransformerDecoderLayer(32, 4, 64), ["m.self_attn.out_proj", "m.multihead_attn.out_proj"]),
+    ],
+    ids=["attention", "encoder-layer", "decoder-layer"],
+)
+def test_torch_s_attention_reads_weights_by_value_and_stays_dense(module, layers):
+    model = Holder(m=module)
+    for name in layers:
+        assert re.search(
+            r"read by value in \w+|may compute something else than nn.Linear", blocked(model, name)
+        )
+
+
+def test_the_decoder_layer_calls_its_feed_forward_layers_and_they_shrink():
+    model = Holder(m=nn.TransformerDecoderLayer(32, 4, 64, dropout=0.0)).eval()
+    assert {"m.linear1", "m.linear2"} <= targeted(model)
+    dense = [model.m.linear1.weight.detach().clone(), model.m.linear2.weight.detach().clone()]
+    compress(model, rank=4)
+    assert isinstance(model.m.linear1, LowRankLinear)
+    tokens, memory = torch.randn(2, 5, 3, 32)
+    assert model.m(tokens, memory).isfinite().all()
+    assert dense[0].shape == model.m.linear1.dense_weight().shape
+
+
+def test_torch_s_encoder_still_runs_when_what_surrounds_it_is_compressed():
+    model = nn.Sequential(nn.Linear(32, 32), nn.TransformerEncoderLayer(32, 4, 64), nn.Linear(32, 32)).eval()
+    compress(model, rank=4)
+    with torch.inference_mode():  # the fast path, which reads the weights
+        assert model(torch.randn(5, 2, 32)).shape == (5, 2, 32)
+    assert type(model[1].linear1) is nn.Linear
+
+
+class Scaled(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+def test_a_subclass_of_linear_stays_dense_since_it_may_compute_something_else():
+    assert blocked(Holder(scaled=Scaled(32, 32)), "scaled") == (
+        "is a Scaled, which may compute something else than nn.Linear"
+    )
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn], ids=["int8", "uint8", "fp8"]
+)
+def test_a_quantized_weight_stays_dense(dtype):
+    model = Holder(quantized=nn.Linear(32, 32))
+    model.quantized.weight = nn.Parameter(model.quantized.weight.detach().to(dtype), requires_grad=False)
+    assert (
+        blocked(model, "quantized")
+        == f"has a weight of {dtype}, not floating point; it may be quantized already"
+    )
+
+
+def test_a_parametrized_weight_stays_dense():
+    model = Holder(normed=nn.utils.parametrizations.weight_norm(nn.Linear(32, 32)))
+    assert "normed" not in targeted(model)
+    assert draft(model)["normed"].reason
+
+
+def test_a_pruned_weight_which_is_no_parameter_stays_dense():
+    from torch.nn.utils import prune
+
+    model = Holder(pruned=nn.Linear(32, 32))
+    prune.l1_unstructured(model.pruned, "weight", 0.5)
+    assert "not a plain parameter" in blocked(model, "pruned")
+
+
+def test_a_forward_replaced_on_the_instance_stays_dense():
+    model = Holder(offloaded=nn.Linear(32, 32))
+    model.offloaded.forward = lambda input: input
+    assert "forward replaced on the instance" in blocked(model, "offloaded")
+
+
+class ByValue(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(32, 32)
+        self.called = nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.called(functional.linear(x, self.proj.weight, self.proj.bias))
+
+
+class ByTranspose(ByValue):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.called(x @ self.proj.weight.T)
+
+
+class InOwnMethod(ByValue):
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        y = x + 1
+        return functional.linear(y, self.proj.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.called(self.project(x))
+
+
+class Inherited(ByValue):
+    pass
+
+
+class ByType(ByValue):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self.proj.weight.dtype).to(self.proj.weight.device)
+        return self.called(self.proj(x))
+
+
+class OnlyType(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(x.to(self.proj.weight.dtype).to(self.proj.weight.device))
+
+
+@pytest.mark.parametrize(
+    "reader", [ByValue, ByTranspose, InOwnMethod, Inherited], ids=lambda cls: cls.__name__
+)
+def test_a_weight_that_the_parent_multiplies_by_stays_dense(reader):
+    model = Holder(m=reader())
+    assert blocked(model, "m.proj") == f"has its weight read by value in {reader.__name__}"
+    assert targeted(model) == {"first", "m.called", "last"}
+
+
+def test_a_model_that_reads_its_own_child_by_value_keeps_it():
+    assert blocked(ByValue(), "proj") == "has its weight read by value in ByValue"
+
+
+def test_a_weight_of_which_only_dtype_and_device_are_read_may_shrink_and_the_model_runs():
+    model = OnlyType().eval()
+    assert targeted(model) == {"proj"}
+    compress(model, rank=4)
+    assert isinstance(model.proj, LowRankLinear)
+    assert model(torch.zeros(2, 32)).shape == (2, 32)
+
+
+def test_an_inherited_method_that_reads_by_value_counts_though_overridden_since_super_may_call_it():
+    assert blocked(Holder(m=ByType()), "m.proj") == "has its weight read by value in ByType"
+
+
+@pytest.mark.parametrize(
+    "model",
+    [nn.Linear(64, 64), Scaled(64, 64), LowRankLinear(64, 64, 4)],
+    ids=["linear", "subclass", "low-rank"],
+)
+def test_a_model_that_is_a_linear_layer_itself_is_refused_with_the_way_out(model):
+    message = rf"The model is itself a {type(model).__name__}.*LowRankLinear\.from_linear\(layer, rank\)"
+    with pytest.raises(TargetError, match=message):
+        plan(model, rank=4)
+
+
+def test_something_that_is_no_module_is_refused_with_the_way_out():
+    with pytest.raises(LowRankError, match=r"A model is a torch\.nn\.Module, not str.*from_pretrained"):
+        plan("bert-base-uncased", rank=4)
+
+
+def test_one_layer_called_many_times_at_one_name_may_shrink():
+    from transformers import AlbertConfig, AlbertModel
+
+    config = AlbertConfig(
+        vocab_size=50, embedding_size=32, hidden_size=64, num_hidden_layers=3, num_attention_heads=2,
+        intermediate_size=128,
+    )  # fmt: skip
+    model = AlbertModel(config).eval()
+    group = "encoder.albert_layer_groups.0.albert_layers.0"
+    assert {f"{group}.attention.query", f"{group}.ffn", f"{group}.ffn_output"} <= targeted(model)
+    compress(model, rank=8)
+    calls = []
+    model.get_submodule(f"{group}.ffn").register_forward_hook(lambda *_: calls.append(1))
+    assert model(torch.tensor([[1, 2, 3]])).last_hidden_state.isfinite().all()
+    assert len(calls) == 3
+
+
+def test_a_factorized_layer_is_listed_with_its_rank_and_not_a_target(mlp):
+    compress(mlp, rank=8, targets=["0"])
+    drafted = draft(mlp)
+    assert [layer.name for layer in drafted] == ["0", "2"]  # not the linear layers inside
+    assert drafted["0"].rank == 8
+    assert "factorized already, at rank 8; decompress(model) undoes that" in blocked(mlp, "0")
+    assert targeted(mlp) == {"2"}
+
+
+def test_drafting_reads_names_only_and_works_on_the_meta_device():
+    with torch.device("meta"):
+        model = Holder()
+    assert targeted(model) == {"first", "last"}
+
+
+def test_a_plain_model_has_no_obstacles(mlp, tiny_bert):
+    assert obstacles(mlp) == {}
+    assert obstacles(tiny_bert) == {}
