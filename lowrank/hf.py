@@ -1,4 +1,4 @@
-"""The transformers plug-in, the only file that imports transformers.
+"""The transformers plug-in: with the command line and the demo, the only file that imports transformers.
 
 It teaches ``from_pretrained`` two things: a folder whose config says ``"quant_method": "lowrank"``
 is loaded into factorized layers, without the dense weights ever existing; and
@@ -108,9 +108,9 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         plan = Plan.from_dict(self.quantization_config.plan)
         for file in checkpoint_files or ():
             _check_shapes(file, read_shapes(file), plan)
-        plan = _localized(plan, model)
+        self._plan = _localized(plan, model)
         try:
-            restructure(model, plan)
+            restructure(model, self._plan)
         except PlanError as error:
             raise CheckpointError(f"config.json does not fit the architecture: {error}") from error
 
@@ -120,7 +120,7 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         self.remove_quantization_config(model)
         if self.pre_quantized:
             _check_loaded(model)
-            record(model)
+            record(model, self._plan)
         else:
             compress(model, **self.quantization_config.request())
 
@@ -139,17 +139,20 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def record(model: nn.Module) -> None:
+def record(model: nn.Module, plan: Plan | None = None) -> None:
     """Write into the config of each transformers model in ``model`` what is factorized in it.
 
-    ``save_pretrained`` stores the config, so that ``from_pretrained`` finds the structure again.
+    ``save_pretrained`` stores the config, so that ``from_pretrained`` finds the structure again. What
+    counts is the model; the ``plan`` that was carried out adds the request and the reasons.
     """
     for part in _pretrained_models(model):
-        plan = draft(part)
-        if plan.factorized:
+        found = draft(part)
+        if found.factorized:
+            known = plan if plan is not None else _recorded(part)
+            done = known.carried_out(found) if known is not None else found
             if _method(part) == "gguf":  # unpacked, see check_unquantized: an ordinary model by now
                 part.hf_quantizer.remove_quantization_config(part)
-            part.config.quantization_config = LowRankConfig(plan=plan.to_dict())
+            part.config.quantization_config = LowRankConfig(plan=done.to_dict())
         elif _method(part) == METHOD:
             del part.config.quantization_config
 
@@ -170,6 +173,12 @@ def check_unquantized(model: nn.Module) -> None:
                 f"{type(part).__name__} is quantized already ({method}). "
                 "Load the unquantized checkpoint and compress that."
             )
+
+
+def _recorded(model: PreTrainedModel) -> Plan | None:
+    """Return the plan that the model's config holds."""
+    config = getattr(model.config, "quantization_config", None)
+    return Plan.from_dict(config.plan) if isinstance(config, LowRankConfig) and config.plan else None
 
 
 def _method(model: PreTrainedModel) -> str | None:
@@ -213,17 +222,17 @@ def _pretrained_models(model: nn.Module) -> Iterator[PreTrainedModel]:
 def _localized(plan: Plan, model: PreTrainedModel) -> Plan:
     """Translate layer names between a base model and the same model with a head.
 
-    Layers that the model does not have (those of a head) are left out.
+    Layers that the model does not have, those of a head, are left out.
     """
     names = {name for name, _ in model.named_modules()}
     prefix = model.base_model_prefix + "."
     layers = []
-    for layer in plan.factorized:
+    for layer in plan:
         candidates = (layer.name, prefix + layer.name, layer.name.removeprefix(prefix))
         name = next((name for name in candidates if name in names), None)
         if name is not None:
             layers.append(replace(layer, name=name))
-    if not layers:
+    if plan.factorized and not any(layer.rank for layer in layers):
         raise CheckpointError(
             f"config.json: none of the {len(plan.factorized)} factorized layers of {plan.model} "
             f"(such as {plan.factorized[0].name}) is in {type(model).__name__}."

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from lowrank import surgery
 from lowrank._transformers import plugin
-from lowrank.errors import WeightError
+from lowrank.errors import LowRankError, WeightError
 from lowrank.linalg import Spectrum, spectrum
 from lowrank.nn import kind_of
 from lowrank.obstacles import check_model
@@ -131,19 +131,56 @@ def apply(
     seed: int = 0,
     progress: bool = False,
 ) -> nn.Module:
-    """Carry out ``plan``: see `lowrank.surgery.apply`. A transformers model's config records it."""
+    """Replace every layer that ``plan`` gives a rank by its factors, in place.
+
+    Args:
+        model: The model that the plan was made for. Layers keep their device, dtype, training mode,
+            ``requires_grad`` and hooks; biases are the same parameters as before.
+        plan: Ranks by layer, from `plan`, perhaps edited. Layers that are factorized already must
+            have the rank that it names.
+        tolerance: Largest relative excess over each layer's optimal error.
+        seed: Seed of the randomized solver; results are reproducible for a seed.
+        progress: Show a progress bar on a terminal.
+
+    Returns:
+        The same model. A transformers model's config now holds the plan, for ``save_pretrained``.
+
+    Raises:
+        PlanError: If a layer is missing, has another shape, must stay dense, or would not shrink.
+        WeightError: If a weight is not finite or has no data.
+            Both are raised before anything has changed. An interrupt leaves the layers done so far.
+    """
     hf = plugin()
     if hf is not None:
-        hf.check_unquantized(model)
-    surgery.apply(model, plan, tolerance=tolerance, seed=seed, progress=progress)
-    _record(model)
+        hf.check_unquantized(check_model(model))
+    try:
+        surgery.apply(model, plan, tolerance=tolerance, seed=seed, progress=progress)
+    except LowRankError:
+        raise  # nothing has changed
+    except BaseException:  # an interrupt: what is done is done, and can be saved
+        if hf is not None:
+            hf.record(model, plan)
+        raise
+    if hf is not None:
+        hf.record(model, plan)
     return model
 
 
 def decompress(model: nn.Module) -> nn.Module:
-    """Multiply the factors back into dense layers, in place: see `lowrank.surgery.decompress`."""
+    """Multiply every factorized layer back into a dense one of its original type, in place.
+
+    The outputs stay those of the compressed model, to rounding; the lost accuracy does not return.
+
+    Returns:
+        The same model.
+
+    Raises:
+        LowRankError: If the model is itself a factorized layer, or no module.
+    """
     surgery.decompress(model)
-    _record(model)
+    hf = plugin()
+    if hf is not None:
+        hf.record(model)
     return model
 
 
@@ -201,10 +238,3 @@ def _spectra(model: nn.Module, drafted: Plan, progress: bool) -> dict[str, Spect
         except WeightError as error:
             raise WeightError(f"{layer.name}: {error}") from error
     return measured
-
-
-def _record(model: nn.Module) -> None:
-    """Let a transformers model's config say which layers are factorized, for `save_pretrained`."""
-    hf = plugin()
-    if hf is not None:
-        hf.record(model)

@@ -256,6 +256,19 @@ class Plan:
         """Return the plan with the named layers replaced."""
         return replace(self, layers=tuple(layers.get(layer.name, layer) for layer in self.layers))
 
+    def carried_out(self, found: Plan) -> Plan:
+        """Return ``found``, a draft of the compressed model, with this plan's request and reasons.
+
+        A layer keeps its entry here if it has the rank that the plan gave it; its error is ``found``'s,
+        which was measured.
+        """
+        layers = {}
+        for layer in found:
+            planned = self._index.get(layer.name)
+            if planned is not None and planned.rank == layer.rank:
+                layers[layer.name] = replace(planned, relative_error=layer.relative_error)
+        return replace(self, model=found.model, layers=found.with_layers(layers).layers)
+
     def with_rank(self, pattern: str, rank: int | None) -> Plan:
         """Return the plan with every matching layer set to ``rank``; `apply` checks that they can be.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ def plot_ranks(plan: Plan, path: str | Path | None = None) -> Figure:
     layers = plan.targeted
     bars = axes.barh(range(len(layers)), [100 * layer.kept_fraction for layer in layers])
     axes.bar_label(bars, ["dense" if x.rank is None else str(x.rank) for x in layers], size=6, padding=2)
+    axes.set_xlim(0, 112)  # room for the labels
     axes.set_yticks(range(len(layers)), [layer.name for layer in layers], size=6)
     axes.invert_yaxis()
     axes.set_xlabel("parameters that remain (%), and rank")
@@ -41,7 +43,7 @@ def plot_ranks(plan: Plan, path: str | Path | None = None) -> Figure:
 def plot_spectra(
     spectra: Mapping[str, Spectrum], plan: Plan | None = None, path: str | Path | None = None
 ) -> Figure:
-    """Draw each layer's relative error against its rank; a plan's ranks are marked.
+    """Draw each layer's relative error against its rank, coloured by role; a plan's ranks are marked.
 
     Args:
         spectra: By layer name, from `lowrank.spectra`.
@@ -55,16 +57,25 @@ def plot_spectra(
         LowRankError: If matplotlib is not installed.
     """
     figure, axes = _figure(height=4.5)
+    roles = list(dict.fromkeys(map(_role, spectra)))
     for name, spectrum in spectra.items():
         errors = (spectrum.tail / spectrum.tail[0].clamp(min=1e-300)).sqrt().numpy()
-        (line,) = axes.plot(errors, linewidth=0.8, alpha=0.7)
+        color = f"C{roles.index(_role(name)) % 10}"
+        (line,) = axes.plot(errors, color=color, linewidth=0.8, alpha=0.7)
+        line.set_label(_role(name) if _role(name) not in axes.get_legend_handles_labels()[1] else None)
         rank = plan[name].rank if plan is not None and name in plan else None
         if rank is not None:
             axes.plot(rank, errors[rank], "o", color=line.get_color(), markersize=3)
     axes.set_xlabel("rank")
     axes.set_ylabel("relative error ‖W − LR‖ / ‖W‖")
     axes.set_ylim(0, 1)
+    axes.legend(fontsize=6)
     return _written(figure, path)
+
+
+def _role(name: str) -> str:
+    """Name what layers of different blocks have in common: ``encoder.layer.*.output.dense``."""
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
 
 
 def _figure(height: float) -> tuple[Figure, Any]:

@@ -83,8 +83,15 @@ def _nothing_changes(plan: Plan) -> str:
     for reason, targeted in list(reasons)[:4]:
         example = next(layer.name for layer in plan if (layer.reason, layer.targeted) == (reason, targeted))
         lines.append(f"  {example}: {reason}")
-    advice = _LESS[plan.budget.split("=")[0]] if plan.targeted else "Name other layers with targets=[...]."
-    return "\n".join([*lines, "  " + (advice if plan.layers else "It has no linear layer.")])
+    if not plan.layers:
+        advice = "It has no linear layer."
+    elif plan.targeted:
+        advice = _LESS[plan.budget.split("=")[0]]
+    elif plan.factorized:
+        advice = "Call decompress(model) first, or start from the dense checkpoint."
+    else:
+        advice = "Name other layers with targets=[...]."
+    return "\n".join([*lines, f"  {advice}"])
 
 
 _LESS = {

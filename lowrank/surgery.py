@@ -30,23 +30,7 @@ def apply(
     seed: int = 0,
     progress: bool = False,
 ) -> nn.Module:
-    """Replace every layer that ``plan`` gives a rank by its factors, in place.
-
-    Args:
-        model: The model that the plan was made for. Layers keep their device, dtype, training mode,
-            ``requires_grad`` and hooks; biases are the same parameters as before.
-        plan: Ranks by layer. Layers that are factorized already must have the rank that it names.
-        tolerance: Largest relative excess over each layer's optimal error.
-        seed: Seed of the randomized solver; results are reproducible for a seed.
-        progress: Show a progress bar on a terminal.
-
-    Returns:
-        The same model.
-
-    Raises:
-        PlanError: If a layer is missing, has another shape, must stay dense, or would not shrink.
-        WeightError: If a weight is not finite or has no data. In all cases nothing has been changed.
-    """
+    """Replace layers by their factors; the arguments and errors are those of `lowrank.apply`."""
     check_model(model)
     if not isinstance(plan, Plan):
         raise PlanError(f"apply needs a Plan, not {type(plan).__name__}. Make one with plan(model, ...).")
@@ -94,16 +78,7 @@ def check_structure(model: nn.Module, plan: Plan) -> None:
 
 
 def decompress(model: nn.Module) -> nn.Module:
-    """Multiply every factorized layer back into a dense one of its original type, in place.
-
-    The outputs stay those of the compressed model, to rounding; the lost accuracy does not return.
-
-    Returns:
-        The same model.
-
-    Raises:
-        LowRankError: If the model is itself a factorized layer, or no module.
-    """
+    """Replace factorized layers by dense ones; see `lowrank.decompress`."""
     check_model(model)
     if isinstance(model, LowRankLinear):
         raise LowRankError(

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AutoModel
 
 import lowrank
 from lowrank import CheckpointError, LowRankConfig, LowRankError, LowRankLinear
@@ -664,3 +665,42 @@ def test_a_real_bert_survives_the_round_trip(minilm, tmp_path):
     assert (tmp_path / "model.safetensors").stat().st_size == lowrank.report(model).checkpoint_bytes
     again = transformers.AutoModel.from_pretrained(tmp_path)
     assert_same_outputs(model, again)
+
+
+def test_an_interrupted_apply_leaves_a_model_that_can_be_saved_and_loaded(tiny_bert, tmp_path, monkeypatch):
+    from lowrank import surgery
+
+    real, calls = surgery.truncated_svd, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(surgery, "truncated_svd", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lowrank.compress(tiny_bert, rank=8)
+    tiny_bert.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path).eval()
+    ids = torch.arange(8)[None]
+    assert sum(isinstance(m, lowrank.LowRankLinear) for m in again.modules()) == 3
+    assert torch.equal(tiny_bert(ids).last_hidden_state, again(ids).last_hidden_state)
+
+
+def test_the_config_keeps_the_request_and_the_reasons_across_saving_and_loading(tiny_bert, tmp_path):
+    decided = lowrank.plan(tiny_bert, keep=0.5)
+    lowrank.apply(tiny_bert, decided).save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path)
+    stored = lowrank.Plan.from_dict(again.config.quantization_config.plan)
+    assert stored.budget == "keep=0.5"
+    assert stored.kept_fraction == decided.kept_fraction
+    assert [(x.name, x.rank, x.reason) for x in stored] == [(x.name, x.rank, x.reason) for x in decided]
+
+
+def test_a_failed_apply_leaves_the_config_as_it_was(tiny_bert):
+    lowrank.compress(tiny_bert, rank=8, targets=["*.query"])
+    before = tiny_bert.config.to_dict()
+    with pytest.raises(lowrank.LowRankError):
+        lowrank.apply(tiny_bert, lowrank.plan(tiny_bert, rank=8, targets=["*.key"]).with_rank("*.key", 999))
+    assert tiny_bert.config.to_dict() == before

@@ -1,6 +1,6 @@
-r"""What "error" means: a metric is a value that says how to weigh the inputs of a layer.
+"""What "error" means: a metric is a value that says how to weigh the inputs of a layer.
 
-Every factorization minimises :math:`\|(W - LR)\,C^{1/2}\|_F`. A metric only has to answer one
+Every factorization minimises ``‖(W − LR) C^½‖_F``. A metric only has to answer one
 question: what is the symmetric matrix whose leading eigenvectors solve that problem, formed on the
 smaller side of ``W``. With ``C = I`` it is the truncated SVD (Eckart & Young, 1936).
 """

@@ -40,7 +40,7 @@ class Spectrum:
 
 
 def spectrum(weight: Tensor, metric: Metric = Identity()) -> Spectrum:
-    r"""Return the squared error :math:`\sum_{i>k} \sigma_i^2` at every rank ``k``.
+    """Return the squared error ``Σ_{i>k} σ_i²`` at every rank ``k``.
 
     The squared singular values are the eigenvalues of the Gram matrix of the smaller side. They are
     computed in float64, since forming the Gram matrix squares the condition number: errors are then

@@ -1,4 +1,4 @@
-r"""Truncated SVD under a metric: one function, two solvers, and an error that is always measured.
+"""Truncated SVD under a metric: one function, two solvers, and an error that is always measured.
 
 Both solvers work on the Gram matrix of the smaller side of ``W``, whose eigenvectors are the
 singular vectors. *exact* takes all of them from LAPACK or cuSOLVER. *randomized* takes the leading
@@ -60,9 +60,9 @@ def truncated_svd(
     tolerance: float = 1e-3,
     seed: int = 0,
 ) -> Factors:
-    r"""Factor ``weight`` into the best product of rank ``rank``.
+    """Factor ``weight`` into the best product of rank ``rank``.
 
-    Minimises :math:`\|(W - LR)\,C^{1/2}\|_F`, with ``C = I`` for the default metric.
+    Minimises ``‖(W − LR) C^½‖_F``, with ``C = I`` for the default metric.
 
     Args:
         weight: Shape ``(out, in)``, any floating dtype, any device. Half precision is computed in

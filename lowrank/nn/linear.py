@@ -11,7 +11,7 @@ from lowrank.nn.dense import kind_of
 
 
 class LowRankLinear(nn.Module):
-    r"""Compute :math:`y = L(Rx) + b` with two thin matrices in place of one, as `torch.nn.Linear` does.
+    """Compute ``y = L(Rx) + b`` with two thin matrices in place of one, as `torch.nn.Linear` does.
 
     Both are plain `torch.nn.Linear` children, so that whatever knows linear layers (``torch.compile``,
     export, PEFT, quantizers) sees linear layers. The buffer ``weight`` has no elements. It answers
