@@ -21,7 +21,12 @@ _TRIGGER = "transformers.modeling_utils"
 
 def plugin() -> ModuleType | None:
     """Return `lowrank.hf` if transformers' models are loaded in this process, else ``None``."""
-    return importlib.import_module("lowrank.hf") if _TRIGGER in sys.modules else None
+    return load_plugin() if _TRIGGER in sys.modules else None
+
+
+def load_plugin() -> ModuleType:
+    """Return `lowrank.hf`, importing transformers if need be."""
+    return importlib.import_module("lowrank.hf")
 
 
 def watch() -> None:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lowrank._transformers import plugin
+from lowrank._transformers import load_plugin, plugin
 from lowrank.errors import CheckpointError, LowRankError, PlanError
 from lowrank.obstacles import check_model
 from lowrank.planning import LayerPlan, Plan
@@ -102,9 +102,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     if (folder / "config.json").is_file():
         if model is not None:
             raise CheckpointError(f"{folder}: a transformers folder. Call load(folder) without a model.")
-        from lowrank import hf
-
-        return hf.load(folder)
+        return load_plugin().load(folder)  # type: ignore[no-any-return]
     raise CheckpointError(f"{folder}: no {STRUCTURE} and no config.json here. Is this the right folder?")
 
 
@@ -174,15 +172,12 @@ def stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
 
 
 def stored_shapes(layer: LayerPlan) -> dict[str, tuple[int, ...]]:
-    """Return the shapes under which a checkpoint holds the weight of ``layer``, by tensor name."""
-    rank, columns, rows = layer.rank, layer.in_features, layer.out_features
-    if rank is None:
-        dense = (columns, rows) if layer.kind == "conv1d" else (rows, columns)
-        return {f"{layer.name}.weight": dense}
+    """Return the shapes under which a checkpoint holds the factorized ``layer``, by tensor name."""
+    rank = layer.rank or 0
     return {
         f"{layer.name}.weight": (0,),
-        f"{layer.name}.down.weight": (rank, columns),
-        f"{layer.name}.up.weight": (rows, rank),
+        f"{layer.name}.down.weight": (rank, layer.in_features),
+        f"{layer.name}.up.weight": (layer.out_features, rank),
     }
 
 

@@ -21,7 +21,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowrank.checkpoint import read_shapes, stored_shapes, stored_tensors
-from lowrank.errors import CheckpointError, LowRankError, PlanError
+from lowrank.errors import BudgetError, CheckpointError, LowRankError, PlanError
 from lowrank.nn import LowRankLinear
 from lowrank.pipeline import compress
 from lowrank.planning import Budget, Plan
@@ -66,6 +66,10 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method = quant_method
         self.plan = plan
         if plan is not None:
+            if any(value is not None for value in (rank, keep, energy, error)):
+                raise BudgetError(
+                    "LowRankConfig: give either a plan that was carried out or a budget, not both."
+                )
             Plan.from_dict(plan)  # a damaged or newer plan is refused here
             return
         Budget.of(rank=rank, keep=keep, energy=energy, error=error)
@@ -202,7 +206,13 @@ def _check_shapes(file: str, shapes: Mapping[str, tuple[int, ...]], plan: Plan) 
     A sharded checkpoint has each tensor in one of its files, and some models store other names.
     """
     for layer in plan:
-        for name, expected in stored_shapes(layer).items():
+        marker = f"{layer.name}.weight"  # without elements where the layer is factorized
+        if layer.rank is None and shapes.get(marker) == (0,):
+            raise CheckpointError(
+                f"{file}: the tensor {marker} belongs to a factorized layer, but by config.json the layer "
+                "is dense. One of the two files has been changed."
+            )
+        for name, expected in stored_shapes(layer).items() if layer.rank is not None else ():
             if shapes.get(name, expected) != expected:
                 raise CheckpointError(
                     f"{file}: the tensor {name} has shape {shapes[name]}, but by config.json it must have "

@@ -43,7 +43,7 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def obstacles(model: nn.Module) -> dict[str, str]:
+def find_obstacles(model: nn.Module) -> dict[str, str]:
     """Return ``{layer name: reason}`` for every linear layer that cannot be factorized.
 
     A reason reads on from "it …": ``"is used twice, also as encoder.b"``.

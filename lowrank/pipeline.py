@@ -83,7 +83,7 @@ def compress(
         predict=budget.kind != "rank",  # a given rank decides nothing by its error: spare the spectra
         progress=progress,
     )
-    return apply(model, decided, tolerance=tolerance, seed=seed, progress=progress)
+    return apply(model, decided, seed=seed, progress=progress)
 
 
 def plan(
@@ -127,7 +127,6 @@ def apply(
     model: nn.Module,
     plan: Plan,
     *,
-    tolerance: float = 1e-3,
     seed: int = 0,
     progress: bool = False,
 ) -> nn.Module:
@@ -138,7 +137,6 @@ def apply(
             ``requires_grad`` and hooks; biases are the same parameters as before.
         plan: Ranks by layer, from `plan`, perhaps edited. Layers that are factorized already must
             have the rank that it names.
-        tolerance: Largest relative excess over each layer's optimal error.
         seed: Seed of the randomized solver; results are reproducible for a seed.
         progress: Show a progress bar on a terminal.
 
@@ -154,7 +152,7 @@ def apply(
     if hf is not None:
         hf.check_unquantized(check_model(model))
     try:
-        surgery.apply(model, plan, tolerance=tolerance, seed=seed, progress=progress)
+        surgery.apply(model, plan, seed=seed, progress=progress)
     except LowRankError:
         raise  # nothing has changed
     except BaseException:  # an interrupt: what is done is done, and can be saved

@@ -203,6 +203,7 @@ class Plan:
         metric: What the errors measure; ``"weight"`` is the relative Frobenius error.
         allocation: ``"global"`` or ``"uniform"``, how `keep` was spread over the layers.
         round_to: Chosen ranks are multiples of this.
+        tolerance: Largest relative excess over each layer's optimal error that `apply` may have.
     """
 
     model: str
@@ -211,6 +212,7 @@ class Plan:
     metric: str = "weight"
     allocation: str = "global"
     round_to: int = 8
+    tolerance: float = 1e-3
     _index: dict[str, LayerPlan] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -391,6 +393,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "bool": (bool,),
     "int | None": (int, type(None)),
+    "float": (float, int),
     "float | None": (float, int, type(None)),
 }
 

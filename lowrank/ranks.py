@@ -64,10 +64,10 @@ def select(
     else:
         layers = _by_error(draft, budget, spectra, round_to, tolerance)
     chosen = {layer.name: _with_error(layer, spectra) for layer in layers}
-    plan = replace(draft, budget=str(budget), allocation=allocation, round_to=round_to)
+    plan = replace(draft, budget=str(budget), allocation=allocation, round_to=round_to, tolerance=tolerance)
     plan = plan.with_layers(chosen)
     if not any(layer.rank for layer in chosen.values()):
-        raise BudgetError(_nothing_changes(plan))
+        raise BudgetError(_nothing_changes(plan, budget))
     return plan
 
 
@@ -77,8 +77,8 @@ def _with_error(layer: LayerPlan, spectra: Mapping[str, Spectrum]) -> LayerPlan:
     return replace(layer, relative_error=spectra[layer.name].relative_error(layer.rank))
 
 
-def _nothing_changes(plan: Plan) -> str:
-    lines = [f"With {plan.budget}, no layer of {plan.model} would change."]
+def _nothing_changes(plan: Plan, budget: Budget) -> str:
+    lines = [f"With {budget}, no layer of {plan.model} would change."]
     reasons = dict.fromkeys((layer.reason, layer.targeted) for layer in plan)
     for reason, targeted in list(reasons)[:4]:
         example = next(layer.name for layer in plan if (layer.reason, layer.targeted) == (reason, targeted))
@@ -86,7 +86,7 @@ def _nothing_changes(plan: Plan) -> str:
     if not plan.layers:
         advice = "It has no linear layer."
     elif plan.targeted:
-        advice = _LESS[plan.budget.split("=")[0]]
+        advice = _LESS[budget.kind]
     elif plan.factorized:
         advice = "Call decompress(model) first, or start from the dense checkpoint."
     else:
@@ -212,7 +212,7 @@ def _curve(layer: LayerPlan, spectrum: Spectrum, round_to: int) -> Curve:
 def _uniform(curves: list[Curve], keep: float) -> list[int]:
     """Keep the same fraction of every layer; less than ``keep`` where small layers need more."""
     budget = keep * sum(float(curve.costs[-1]) for curve in curves)
-    for fraction in np.linspace(keep, 0, 1000):
+    for fraction in np.linspace(keep, 0, 1000):  # at once, unless small layers take more than their share
         choices = [_largest_within(curve, fraction * curve.costs[-1]) for curve in curves]
         if sum(int(curve.costs[choice]) for curve, choice in zip(curves, choices, strict=True)) <= budget:
             return choices

@@ -16,7 +16,7 @@ from lowrank.errors import LowRankError, PlanError, WeightError
 from lowrank.linalg import truncated_svd
 from lowrank.linalg.svd import check_options, checked_weight
 from lowrank.nn import LowRankLinear, kind_named, kind_of
-from lowrank.obstacles import check_model, obstacles
+from lowrank.obstacles import check_model, find_obstacles
 from lowrank.planning import LayerPlan, Plan
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -26,7 +26,6 @@ def apply(
     model: nn.Module,
     plan: Plan,
     *,
-    tolerance: float = 1e-3,
     seed: int = 0,
     progress: bool = False,
 ) -> nn.Module:
@@ -34,13 +33,13 @@ def apply(
     check_model(model)
     if not isinstance(plan, Plan):
         raise PlanError(f"apply needs a Plan, not {type(plan).__name__}. Make one with plan(model, ...).")
-    check_options(tolerance, seed)
+    check_options(plan.tolerance, seed)
     todo = _validate(model, plan)
     bar = tqdm(todo, desc="factorizing", unit="layer", disable=None if progress else True)
     for layer in bar:
         bar.set_postfix_str(layer.name)
         dense = model.get_submodule(layer.name)
-        replace_module(model, layer.name, _factorized(dense, layer, tolerance, seed))
+        replace_module(model, layer.name, _factorized(dense, layer, plan.tolerance, seed))
     return model
 
 
@@ -62,8 +61,8 @@ def restructure(model: nn.Module, plan: Plan) -> nn.Module:
             torch.empty(layer.rank or 0, layer.in_features, device="meta", dtype=weight.dtype),
             dense.bias,  # type: ignore[arg-type]
             kind=layer.kind,
+            relative_error=layer.relative_error,
         )
-        new.relative_error = layer.relative_error
         replace_module(model, layer.name, _adopt(new, dense))
     return model
 
@@ -85,12 +84,14 @@ def decompress(model: nn.Module) -> nn.Module:
             "The model is itself a LowRankLinear, and no module can replace itself. "
             "Its dense weight is model.dense_weight(); or pass the module that holds it."
         )
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LowRankLinear):
-            with torch.no_grad():
-                weight = module.dense_weight()
-            dense = kind_named(module.kind).layer(weight, module.bias)
-            replace_module(model, name, _adopt(dense, module))
+    layers = {n: module for n, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    kinds = {
+        name: kind_named(module.kind) for name, module in layers.items()
+    }  # all known, or nothing changes
+    for name, module in layers.items():
+        with torch.no_grad():
+            weight = module.dense_weight()
+        replace_module(model, name, _adopt(kinds[name].layer(weight, module.bias), module))
     return model
 
 
@@ -105,8 +106,8 @@ def _factorized(dense: nn.Module, layer: LayerPlan, tolerance: float, seed: int)
     assert kind is not None and layer.rank is not None  # _validate has refused everything else
     weight = kind.weight(dense)
     left, right, error, _ = truncated_svd(weight, layer.rank, tolerance=tolerance, seed=seed)
-    new = LowRankLinear.from_factors(left, right, dense.bias, kind=kind.name)  # type: ignore[arg-type]
-    new.relative_error = error
+    bias: nn.Parameter | None = dense.bias  # type: ignore[assignment]
+    new = LowRankLinear.from_factors(left, right, bias, kind=kind.name, relative_error=error)
     return _adopt(new, dense)
 
 
@@ -135,7 +136,7 @@ def _adopt(new: _Module, old: nn.Module) -> _Module:
 
 def _validate(model: nn.Module, plan: Plan, loading: bool = False) -> list[LayerPlan]:
     """Return the layers to factorize, or raise before anything has changed."""
-    blocked = obstacles(model)
+    blocked = find_obstacles(model)
     modules = dict(model.named_modules())
     todo = []
     for layer in plan:

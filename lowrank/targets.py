@@ -13,7 +13,7 @@ from torch import nn
 
 from lowrank.errors import TargetError
 from lowrank.nn import LowRankLinear, kind_of
-from lowrank.obstacles import linear_layers, obstacles
+from lowrank.obstacles import find_obstacles, linear_layers
 from lowrank.planning import LayerPlan, Plan, matches, no_match
 
 HEADS = frozenset(
@@ -56,7 +56,7 @@ def draft(
     for pattern in [*_patterns("targets", targets), *_patterns("ignore", ignore)]:
         if not any(matches(name, pattern) for name in layers):
             raise no_match(pattern, list(layers), f"linear layers of {type(model).__name__}")
-    blocked = obstacles(model)
+    blocked = find_obstacles(model)
     plans = []
     for name, module in layers.items():
         plan = _describe(name, module)

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from lowrank import LowRankLinear, compress, plan
 from lowrank.errors import LowRankError, TargetError
-from lowrank.obstacles import obstacles
+from lowrank.obstacles import find_obstacles
 from lowrank.targets import draft
 
 
@@ -343,5 +343,5 @@ def test_drafting_reads_names_only_and_works_on_the_meta_device():
 
 
 def test_a_plain_model_has_no_obstacles(mlp, tiny_bert):
-    assert obstacles(mlp) == {}
-    assert obstacles(tiny_bert) == {}
+    assert find_obstacles(mlp) == {}
+    assert find_obstacles(tiny_bert) == {}

@@ -1,7 +1,7 @@
 """The mathematics: pure functions of tensors that know nothing of modules or plans."""
 
 from lowrank.linalg.metric import Identity, Inputs, Metric
-from lowrank.linalg.spectrum import Spectrum, spectrum
+from lowrank.linalg.spectra import Spectrum, spectrum
 from lowrank.linalg.svd import Factors, choose_solver, truncated_svd
 
 __all__ = [

@@ -1,8 +1,8 @@
 """What "error" means: a metric is a value that says how to weigh the inputs of a layer.
 
-Every factorization minimises ``‖(W − LR) C^½‖_F``. A metric only has to answer one
-question: what is the symmetric matrix whose leading eigenvectors solve that problem, formed on the
-smaller side of ``W``. With ``C = I`` it is the truncated SVD (Eckart & Young, 1936).
+Every factorization minimises ``‖(W − LR) C^½‖_F``. A metric only has to weigh a matrix by ``C``,
+on the input side or, for the outputs' Gram matrix, from both sides. With ``C = I`` it is the
+truncated SVD (Eckart & Young, 1936).
 """
 
 from __future__ import annotations

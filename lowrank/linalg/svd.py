@@ -1,4 +1,4 @@
-"""Truncated SVD under a metric: one function, two solvers, and an error that is always measured.
+"""Truncated SVD under a metric: one function, two solvers, and an error that can be trusted.
 
 Both solvers work on the Gram matrix of the smaller side of ``W``, whose eigenvectors are the
 singular vectors. *exact* takes all of them from LAPACK or cuSOLVER. *randomized* takes the leading
@@ -33,7 +33,7 @@ class Factors(NamedTuple):
 
     left: Tensor  # (out, rank), dtype of the weight
     right: Tensor  # (rank, in), dtype of the weight
-    relative_error: float  # ‖(W − LR) C^½‖_F / ‖W C^½‖_F, measured
+    relative_error: float  # ‖(W − LR) C^½‖_F / ‖W C^½‖_F
     solver: str  # the solver that made it: "exact" or "randomized"
 
 
@@ -75,7 +75,8 @@ def truncated_svd(
         seed: Seed of the randomized solver; the global random state is not touched.
 
     Returns:
-        `Factors` in the dtype and on the device of ``weight``, with the measured relative error.
+        `Factors` in the dtype and on the device of ``weight``, with their relative error: from the
+        eigenvalues where these resolve it, else, and always in half precision, measured.
 
     Raises:
         RankError: If ``rank`` is outside ``1 .. min(out, in)``.

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lowrank.errors import LowRankError
+
 
 @dataclass(frozen=True)
 class DenseKind:
@@ -66,9 +68,12 @@ def kind_named(name: str) -> DenseKind:
     """Return the kind called ``name``.
 
     Raises:
-        KeyError: If no such kind is registered.
+        LowRankError: If no such kind is registered.
     """
-    return {kind.name: kind for kind in _KINDS.values()}[name]
+    for kind in _KINDS.values():
+        if kind.name == name:
+            return kind
+    raise LowRankError(f'No kind of dense layer is called "{name}" here. Call lowrank.nn.register first.')
 
 
 register(

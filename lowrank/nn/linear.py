@@ -26,7 +26,8 @@ class LowRankLinear(nn.Module):
         device, dtype: As for `torch.nn.Linear`.
 
     Attributes:
-        relative_error: ``‖W − LR‖ / ‖W‖`` when it was made from a dense weight; ``None`` if not known.
+        relative_error: ``‖W − LR‖ / ‖W‖`` when it was made from a dense weight,
+            before any training; ``None`` if not known.
     """
 
     def __init__(
@@ -63,7 +64,13 @@ class LowRankLinear(nn.Module):
 
     @classmethod
     def from_factors(
-        cls, left: Tensor, right: Tensor, bias: nn.Parameter | None = None, *, kind: str = "linear"
+        cls,
+        left: Tensor,
+        right: Tensor,
+        bias: nn.Parameter | None = None,
+        *,
+        kind: str = "linear",
+        relative_error: float | None = None,
     ) -> LowRankLinear:
         """Wrap ``left (out, rank)`` and ``right (rank, in)`` without copying; the bias is shared."""
         rank, in_features = right.shape
@@ -72,6 +79,7 @@ class LowRankLinear(nn.Module):
         layer.up.weight = nn.Parameter(left)
         layer.up.register_parameter("bias", bias)
         layer.weight = left.new_empty(0)
+        layer.relative_error = relative_error
         return layer
 
     @classmethod
@@ -90,8 +98,8 @@ class LowRankLinear(nn.Module):
         if kind is None:
             raise WeightError(f"{type(layer).__name__} is not a linear layer that can be factorized.")
         left, right, error, _ = truncated_svd(kind.weight(layer), rank, seed=seed)
-        new = cls.from_factors(left, right, layer.bias, kind=kind.name)  # type: ignore[arg-type]
-        new.relative_error = error
+        bias: nn.Parameter | None = layer.bias  # type: ignore[assignment]
+        new = cls.from_factors(left, right, bias, kind=kind.name, relative_error=error)
         return new.train(layer.training)
 
     def forward(self, input: Tensor) -> Tensor:
