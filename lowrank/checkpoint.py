@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import struct
@@ -267,7 +268,10 @@ def _replace(target: Path, staging: Path) -> None:
 
 def _is_checkpoint_file(path: Path) -> bool:
     """Tell whether an older save wrote ``path``; a new save must not keep it, such as a stale shard."""
-    return path.name in (STRUCTURE, "config.json") or ".safetensors" in path.suffixes
+    return path.name in (STRUCTURE, "config.json") or bool(_WEIGHTS.fullmatch(path.name))
+
+
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 def _write(model: nn.Module, folder: Path) -> None:
@@ -326,6 +330,9 @@ def _read(folder: Path, model: nn.Module) -> nn.Module:
         raise CheckpointError(f"{file}: cannot be read: {error}.") from error
     restructure(model, plan)
     _assign(model, tensors, aliases)
+    hf = plugin()
+    if hf is not None:
+        hf.record(model)  # a transformers model inside can be saved on its own
     return model
 
 

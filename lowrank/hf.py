@@ -117,6 +117,9 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
             restructure(model, self._plan)
         except PlanError as error:
             raise CheckpointError(f"config.json does not fit the architecture: {error}") from error
+        for module in model.modules():
+            if isinstance(module, LowRankLinear):  # some models initialise whatever is called Linear
+                module._is_hf_initialized = True  # type: ignore[assignment]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         # Factors are ordinary parameters: .half(), Trainer and save_pretrained must not see a
@@ -212,7 +215,13 @@ def _check_shapes(file: str, shapes: Mapping[str, tuple[int, ...]], plan: Plan) 
                 f"{file}: the tensor {marker} belongs to a factorized layer, but by config.json the layer "
                 "is dense. One of the two files has been changed."
             )
-        for name, expected in stored_shapes(layer).items() if layer.rank is not None else ():
+        if layer.rank is None:
+            continue
+        known = {*stored_shapes(layer), f"{layer.name}.up.bias"}
+        strange = next((n for n in shapes if n.startswith(f"{layer.name}.") and n not in known), None)
+        if strange is not None:
+            raise CheckpointError(f"{file}: the tensor {strange} is no part of a factorized layer.")
+        for name, expected in stored_shapes(layer).items():
             if shapes.get(name, expected) != expected:
                 raise CheckpointError(
                     f"{file}: the tensor {name} has shape {shapes[name]}, but by config.json it must have "
@@ -221,12 +230,12 @@ def _check_shapes(file: str, shapes: Mapping[str, tuple[int, ...]], plan: Plan) 
 
 
 def _pretrained_models(model: nn.Module) -> Iterator[PreTrainedModel]:
-    """Yield the transformers models in ``model`` that are not inside another one."""
-    if isinstance(model, PreTrainedModel):
-        yield model
-        return
-    for child in model.children():
-        yield from _pretrained_models(child)
+    """Yield the transformers models in ``model``: the whole, and the parts that have their own config."""
+    seen: set[int] = set()
+    for module in model.modules():  # outermost first
+        if isinstance(module, PreTrainedModel) and id(module.config) not in seen:
+            seen.add(id(module.config))
+            yield module
 
 
 def _localized(plan: Plan, model: PreTrainedModel) -> Plan:
@@ -262,9 +271,18 @@ def _check_loaded(model: PreTrainedModel) -> None:
         offloaded = parameter.is_meta  # to disk, by a device_map
         if required and not offloaded and not getattr(parameter, "_is_hf_initialized", False):
             raise CheckpointError(
-                f"{name}: the checkpoint lacks this tensor. It is damaged, or was not saved by lowrank. "
-                "Save the model again."
+                f"{model.config.name_or_path}: the checkpoint lacks the tensor {name}. It is damaged, or was "
+                "not saved by lowrank. Save the model again."
             )
+
+
+def head_layers(model: nn.Module) -> dict[str, str]:
+    """Return ``{layer name: head}`` for the linear layers outside the base model of a model with a head."""
+    if not isinstance(model, PreTrainedModel) or model.base_model is model:
+        return {}
+    base = f"{model.base_model_prefix}."
+    names = (layer.name for layer in draft(model))
+    return {name: name.split(".")[0] for name in names if not name.startswith(base)}
 
 
 def is_pretrained(model: nn.Module) -> bool:

@@ -6,10 +6,13 @@ Drafting a plan asks for the reasons; applying one checks against them.
 from __future__ import annotations
 
 import dis
+import inspect
 from collections.abc import Callable, Iterator
 from functools import cache
+from types import CodeType
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lowrank.errors import LowRankError
 from lowrank.linalg.svd import FLOATING
@@ -82,6 +85,8 @@ def _finder(model: nn.Module) -> Callable[[str, nn.Module], str | None]:
             return f"shares its weight with {other} (tied)"
         if weight.dtype not in FLOATING:
             return f"has a weight of {weight.dtype}, not floating point; it may be quantized already"
+        if weight.numel() == 0:
+            return "has a weight without elements"
         if "forward" in vars(module):
             return "has a forward replaced on the instance, as offloading does"
         return None
@@ -91,7 +96,8 @@ def _finder(model: nn.Module) -> Callable[[str, nn.Module], str | None]:
 
 def _place(parameter: Tensor) -> int:
     """Tell parameters apart by where their data lies; on the meta device, by identity."""
-    return id(parameter) if parameter.is_meta else parameter.data_ptr() or id(parameter)
+    without_data = parameter.is_meta or is_lazy(parameter)
+    return id(parameter) if without_data else parameter.data_ptr() or id(parameter)
 
 
 @cache
@@ -106,17 +112,24 @@ def _children_read_by_value(parent: type[nn.Module]) -> frozenset[str]:
     for cls in parent.__mro__:
         if cls in (nn.Module, object):
             continue
-        for function in vars(cls).values():
-            code = getattr(function, "__code__", None)
-            if code is None:
-                continue
-            steps = [step for step in dis.get_instructions(code) if step.opname != "CACHE"]
-            for self_, child, weight, then in zip(steps, steps[1:], steps[2:], steps[3:], strict=False):
-                reads = child.opname == weight.opname == "LOAD_ATTR" and weight.argval == "weight"
-                looks = then.opname == "LOAD_ATTR" and then.argval in ("dtype", "device")
-                if reads and not looks and _loads_self(self_.argval):
-                    found.add(str(child.argval))
+        for name, function in vars(cls).items():
+            if "init" not in name:  # initialising a weight is not computing with it
+                code = getattr(inspect.unwrap(function), "__code__", None)
+                found |= _weights_read(code) if code is not None else set()
     return frozenset(found)
+
+
+def _weights_read(code: CodeType) -> set[str]:
+    """Name the ``child`` in every ``self.child.weight`` of a function, and of those inside it."""
+    found = set()
+    steps = [step for step in dis.get_instructions(code) if step.opname != "CACHE"]
+    for owner, child, weight, then in zip(steps, steps[1:], steps[2:], steps[3:], strict=False):
+        reads = child.opname == weight.opname == "LOAD_ATTR" and weight.argval == "weight"
+        looks = then.opname == "LOAD_ATTR" and then.argval in ("dtype", "device")
+        if reads and not looks and _loads_self(owner.argval):
+            found.add(str(child.argval))
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return found.union(*map(_weights_read, inner))
 
 
 def _loads_self(argument: object) -> bool:

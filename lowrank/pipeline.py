@@ -14,6 +14,7 @@ from lowrank import surgery
 from lowrank._transformers import plugin
 from lowrank.errors import LowRankError, WeightError
 from lowrank.linalg import Spectrum, spectrum
+from lowrank.linalg.svd import check_options
 from lowrank.nn import kind_of
 from lowrank.obstacles import check_model
 from lowrank.planning import Budget, Plan, is_wildcard
@@ -196,7 +197,7 @@ def spectra(
     Raises:
         LowRankError: If a pattern matches nothing, or a weight cannot be factorized.
     """
-    return _spectra(model, draft(check_model(model), targets, ignore), progress)
+    return _spectra(model, _draft(model, targets, ignore), progress)
 
 
 def _decide(
@@ -211,7 +212,8 @@ def _decide(
     predict: bool,
     progress: bool,
 ) -> Plan:
-    drafted = draft(check_model(model), targets, ignore)
+    check_options(tolerance, seed=0)
+    drafted = _draft(model, targets, ignore)
     measured = _spectra(model, drafted, progress) if predict else {}
     return select(
         drafted,
@@ -222,6 +224,12 @@ def _decide(
         named=[pattern for pattern in targets or () if not is_wildcard(pattern)],
         tolerance=tolerance,
     )
+
+
+def _draft(model: nn.Module, targets: Sequence[str] | None, ignore: Sequence[str] | None) -> Plan:
+    hf = plugin()
+    heads = hf.head_layers(check_model(model)) if hf is not None else None
+    return draft(check_model(model), targets, ignore, heads)
 
 
 def _spectra(model: nn.Module, drafted: Plan, progress: bool) -> dict[str, Spectrum]:

@@ -10,6 +10,7 @@ import difflib
 import fnmatch
 import json
 import math
+import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -92,7 +93,7 @@ class Budget:
 
     def _check_fraction(self) -> None:
         value = self.value
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        number = isinstance(value, numbers.Real) and not isinstance(value, bool)
         if not number or not math.isfinite(value) or not 0 < value < 1:
             meaning = {
                 "keep": "the fraction of the targeted weights' parameters that remains",
@@ -102,6 +103,7 @@ class Budget:
             raise BudgetError(
                 f"{self.kind}={value!r}: {self.kind} is {meaning}, a number strictly between 0 and 1."
             )
+        object.__setattr__(self, "value", float(value))
 
     @classmethod
     def of(cls, **kinds: Any) -> Budget:
@@ -173,7 +175,7 @@ class LayerPlan:
     @property
     def kept_fraction(self) -> float:
         """Parameters after applying over parameters of the dense weight."""
-        return self.parameters / self.dense_parameters
+        return self.parameters / self.dense_parameters if self.dense_parameters else 1.0
 
     def dense(self, reason: str) -> LayerPlan:
         """Return this layer left as it is, for ``reason``."""
@@ -325,6 +327,10 @@ class Plan:
         if not isinstance(data.get("layers"), (list, tuple)):
             raise PlanError('The plan has no list of "layers".')
         values = {key: value for key, value in data.items() if key not in ("format", "layers")}
+        if values.get("metric", "weight") != "weight":
+            raise PlanError(
+                f"The plan has errors under the metric {values['metric']!r}, which is unknown here."
+            )
         layers = tuple(_layer_from_dict(layer) for layer in data["layers"])
         if "model" not in values:
             raise PlanError('The plan does not say which "model" it is for.')
@@ -344,8 +350,11 @@ class Plan:
         return cls.from_dict(data)
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON to ``path``."""
-        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+        """Write the plan as JSON to ``path``; raises `PlanError` if that is not possible."""
+        try:
+            Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+        except OSError as error:
+            raise PlanError(f"{path}: the plan cannot be written: {error}.") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

@@ -166,6 +166,6 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
         "" if layer.relative_error is None else f"{layer.relative_error:.4f}",
         f"{layer.parameters:,}",
         f"{layer.parameters_before:,}",
-        f"{layer.parameters / layer.parameters_before:.0%}",
+        f"{layer.parameters / max(1, layer.parameters_before):.0%}",
         format_bytes(layer.bytes),
     )

@@ -6,7 +6,7 @@ by value elsewhere, or if it is no plain floating-point linear layer. Naming suc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -21,6 +21,7 @@ HEADS = frozenset(
         *("classifier", "pre_classifier", "score", "qa_outputs", "pooler", "sequence_summary"),
         *("lm_head", "lm_loss", "embed_out", "cls", "predictions", "seq_relationship", "head", "heads"),
         *("generator_lm_head", "generator_predictions", "discriminator_predictions"),
+        *("classification_head", "mlm_head", "decode_head"),
         *("vocab_projector", "vocab_transform", "logits_proj"),
     }
 )
@@ -31,6 +32,7 @@ def draft(
     model: nn.Module,
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
+    heads: Mapping[str, str] | None = None,
 ) -> Plan:
     """List every linear layer of ``model`` as a plan without ranks.
 
@@ -39,6 +41,7 @@ def draft(
         targets: Unix-style patterns on module names; ``None`` means every layer but the heads. A head
             is a target only if a pattern spells its name (``"classifier"``, ``"lm_head*"``).
         ignore: Patterns of layers to leave alone; they win over ``targets``.
+        heads: ``{layer name: head}`` of layers that belong to a head, beside those that `HEADS` tells.
 
     Returns:
         A `Plan` with a `LayerPlan` for each linear layer, in the model's order.
@@ -66,7 +69,9 @@ def draft(
                 f"{name}: this layer cannot be factorized: it {reason}. "
                 "Take it out of targets; it stays as it is."
             )
-        reason = reason or _not_wanted(name, targets, ignore or ())
+        parts = [part for part in name.split(".") if part in HEADS]
+        parts += [heads[name]] if heads is not None and name in heads else []
+        reason = reason or _not_wanted(name, targets, ignore or (), parts)
         plans.append(replace(plan, reason=reason or "", targeted=reason is None))
     return Plan(model=type(model).__name__, layers=tuple(plans))
 
@@ -101,13 +106,14 @@ def _patterns(argument: str, patterns: Sequence[str] | None) -> Sequence[str]:
     return patterns
 
 
-def _not_wanted(name: str, targets: Sequence[str] | None, ignore: Sequence[str]) -> str | None:
+def _not_wanted(
+    name: str, targets: Sequence[str] | None, ignore: Sequence[str], heads: Sequence[str]
+) -> str | None:
     if any(matches(name, pattern) for pattern in ignore):
         return "ignored"
     wanted = [pattern for pattern in targets or ["*"] if matches(name, pattern)]
     if not wanted:
         return "not among the targets"
-    heads = [part for part in name.split(".") if part in HEADS]
     if heads and not any(head in pattern for head in heads for pattern in wanted):
         return f"part of a head ({heads[0]})"
     return None

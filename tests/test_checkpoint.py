@@ -633,3 +633,12 @@ def test_nothing_in_the_library_unpickles():
     assert {
         str(file): pickling.findall(file.read_text()) for file in sources if pickling.search(file.read_text())
     } == {}
+
+
+def test_overwriting_keeps_every_file_that_is_no_part_of_the_checkpoint(tmp_path):
+    folder = lowrank.save(compressed(build_mlp), tmp_path / "small")
+    (folder / "my_embeddings.safetensors").write_text("mine")
+    (folder / "model-00001-of-00002.safetensors").write_text("a stale shard")
+    lowrank.save(compressed(build_mlp), folder, overwrite=True)
+    assert (folder / "my_embeddings.safetensors").read_text() == "mine"
+    assert not (folder / "model-00001-of-00002.safetensors").exists()

@@ -704,3 +704,60 @@ def test_a_failed_apply_leaves_the_config_as_it_was(tiny_bert):
     with pytest.raises(lowrank.LowRankError):
         lowrank.apply(tiny_bert, lowrank.plan(tiny_bert, rank=8, targets=["*.key"]).with_rank("*.key", 999))
     assert tiny_bert.config.to_dict() == before
+
+
+def test_mamba_runs_after_compression_since_its_mixer_reads_weights_by_value():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=99, state_size=8))
+    lowrank.compress(model, rank=2)
+    assert model(input_ids=torch.arange(8)[None]).logits.shape == (1, 8, 99)
+    assert isinstance(model.backbone.layers[0].mixer.in_proj, LowRankLinear)
+
+
+def test_a_model_that_initialises_whatever_is_called_linear_loads(tmp_path):
+    from transformers import FunnelConfig, FunnelModel
+
+    config = FunnelConfig(vocab_size=99, d_model=64, n_head=4, d_head=16, d_inner=128, block_sizes=[1, 1])
+    model = lowrank.compress(FunnelModel(config).eval(), rank=4)
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(8)[None]
+    again = FunnelModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(model(ids).last_hidden_state, again(ids).last_hidden_state)
+
+
+def test_a_part_of_a_composite_model_can_be_saved_and_loaded(tmp_path):
+    from transformers import BertConfig, BertLMHeadModel, BertModel, EncoderDecoderModel
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 128}
+    encoder = BertModel(BertConfig(**sizes, vocab_size=99))
+    decoder = BertLMHeadModel(BertConfig(**sizes, vocab_size=99, is_decoder=True, add_cross_attention=True))
+    model = lowrank.compress(EncoderDecoderModel(encoder=encoder, decoder=decoder).eval(), rank=4)
+    ids = torch.arange(8)[None]
+    model.encoder.save_pretrained(tmp_path / "part")
+    part = BertModel.from_pretrained(tmp_path / "part").eval()
+    assert torch.equal(model.encoder(ids).last_hidden_state, part(ids).last_hidden_state)
+    model.save_pretrained(tmp_path / "whole")
+    whole = EncoderDecoderModel.from_pretrained(tmp_path / "whole").eval()
+    expected = model(input_ids=ids, decoder_input_ids=ids).logits
+    assert torch.equal(expected, whole(input_ids=ids, decoder_input_ids=ids).logits)
+
+
+def test_a_head_with_any_name_is_left_alone():
+    from transformers import BartConfig, BartForSequenceClassification
+
+    sizes = {"d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 99}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = BartConfig(**sizes, **heads, encoder_ffn_dim=128, decoder_ffn_dim=128)
+    decided = lowrank.plan(BartForSequenceClassification(config), rank=2)
+    assert decided["classification_head.dense"].reason == "part of a head (classification_head)"
+    assert decided["model.encoder.layers.0.fc1"].rank == 2
+
+
+def test_a_stray_tensor_in_a_factorized_layer_is_refused(tiny_bert, tmp_path):
+    lowrank.compress(tiny_bert, rank=8).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file) | {"encoder.layer.0.output.dense.mid.weight": torch.zeros(2)}
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model\.safetensors.*output\.dense\.mid\.weight is no part"):
+        AutoModel.from_pretrained(tmp_path)

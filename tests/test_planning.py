@@ -42,7 +42,7 @@ plans = st.builds(
     model=st.text(max_size=20),
     layers=st.lists(layer_plans, max_size=5, unique_by=lambda layer: layer.name).map(tuple),
     budget=st.text(max_size=20),
-    metric=st.text(max_size=10),
+    metric=st.just("weight"),
     allocation=st.sampled_from(["global", "uniform"]),
     round_to=st.integers(1, 64),
 )
@@ -299,3 +299,14 @@ def test_planning_imports_the_standard_library_errors_and_text_only():
 def test_a_layer_plan_with_a_rank_that_is_no_positive_integer_cannot_be_made(rank):
     with pytest.raises(RankError, match=r"^encoder\.query: "):
         LayerPlan("encoder.query", "linear", 64, 64, bias=True, rank=rank)
+
+
+def test_a_plan_under_an_unknown_metric_is_refused():
+    data = Plan("Model").to_dict() | {"metric": "loss"}
+    with pytest.raises(PlanError, match="under the metric 'loss', which is unknown here"):
+        Plan.from_dict(data)
+
+
+def test_a_plan_that_cannot_be_written_says_so(tmp_path):
+    with pytest.raises(PlanError, match="cannot be written"):
+        Plan("Model").save(tmp_path / "missing" / "plan.json")

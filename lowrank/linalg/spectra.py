@@ -18,10 +18,12 @@ class Spectrum:
 
     Args:
         tail: Shape ``(min(out, in) + 1,)``, float64: ``tail[k] = Σ_{i>k} σ_i²``, the squared error
-            that remains at rank ``k``. ``tail[0]`` is the squared norm of the weight.
+            that remains at rank ``k``, in units of ``scale²``.
+        scale: The power of two that a weight was divided by lest its squares overflow; mostly 1.
     """
 
     tail: Tensor
+    scale: float = 1.0
 
     def relative_error(self, rank: int) -> float:
         """Return ``‖W − LR‖ / ‖W‖`` at ``rank``; 0 for a weight of zeros."""
@@ -36,7 +38,7 @@ class Spectrum:
     @property
     def singular_values(self) -> Tensor:
         """Singular values, largest first, shape ``(min(out, in),)``, float64."""
-        return (self.tail[:-1] - self.tail[1:]).clamp(min=0).sqrt()
+        return (self.tail[:-1] - self.tail[1:]).clamp(min=0).sqrt() * self.scale
 
 
 def spectrum(weight: Tensor, metric: Metric = Identity()) -> Spectrum:
@@ -63,5 +65,5 @@ def spectrum(weight: Tensor, metric: Metric = Identity()) -> Spectrum:
     matrix, scale = checked_weight(weight)
     squares = small_side_gram(matrix.to(torch.float64), metric)
     values = torch.linalg.eigvalsh(squares).clamp(min=0)  # ascending
-    tail = torch.cat([values.new_zeros(1), values.cumsum(0)]).flip(0) * scale**2
-    return Spectrum(tail.cpu())
+    tail = torch.cat([values.new_zeros(1), values.cumsum(0)]).flip(0)
+    return Spectrum(tail.cpu(), scale)

@@ -124,8 +124,8 @@ def check_options(tolerance: float, seed: int) -> None:
     """
     if not isinstance(tolerance, (int, float)) or not tolerance > 0:
         raise LowRankError(f"tolerance={tolerance!r} must be a positive number: it bounds a relative excess.")
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise LowRankError(f"seed={seed!r} must be a whole number.")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise LowRankError(f"seed={seed!r} must be a whole number, from 0 to 2⁶³ − 1.")
 
 
 def checked_weight(weight: Tensor) -> tuple[Tensor, float]:
