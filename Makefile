@@ -32,7 +32,8 @@ docs: $(VENV)/.dev
 bench: $(VENV)/.dev  ## measure everything that the docs quote; run nothing else meanwhile
 	for name in compress_time memory speed import_time; do \
 	  $(PY) benchmarks/$$name.py --out benchmarks/results/$$name.json || exit 1; done
-	$(PY) -m pytest benchmarks -p no:xdist --benchmark-only --benchmark-json=benchmarks/results/suite.json
+	$(PY) -m pytest benchmarks -p no:xdist --benchmark-only --benchmark-max-time=0.3 --benchmark-min-rounds=3 \
+	  --benchmark-json=benchmarks/results/suite.json
 
 bench-accuracy: $(VENV)/.dev  ## needs DATA=folder with stsb-dev.csv and wikitext2-valid.txt
 	$(PY) benchmarks/accuracy.py --data $(DATA) --out benchmarks/results/accuracy.json

@@ -45,15 +45,18 @@ def compressing(budget: str) -> dict[str, int]:
     compress(BertModel(TINY), keep=0.5)  # load every library that will be used
     truncated_svd(torch.randn(600, 600), 50)
     model = BertModel(BertConfig()).eval()
-    weight = model.encoder.layer[0].intermediate.dense.weight
-    with PeakMemory() as alone:
-        truncated_svd(weight, 100 if budget == "rank" else 300)
-        if budget == "keep":
-            spectrum(weight)
+    block = model.encoder.layer[0]
+    alone = []
+    for weight in (block.intermediate.dense.weight, block.output.dense.weight):
+        with PeakMemory() as peak:
+            truncated_svd(weight, 100 if budget == "rank" else 300)
+            if budget == "keep":
+                spectrum(weight)
+        alone.append(peak.bytes)
     gc.collect()
     with PeakMemory() as whole:
         compress(model, **request)
-    return {"largest_layer_bytes": alone.bytes, "compress_bytes": whole.bytes}
+    return {"largest_layer_bytes": max(alone), "compress_bytes": whole.bytes}
 
 
 def loading(kind: str) -> dict[str, float]:
