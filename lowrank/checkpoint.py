@@ -11,13 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
-import secrets
-import shutil
-import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +22,15 @@ from torch import Tensor, nn
 
 from lowrank._transformers import load_plugin, plugin
 from lowrank.errors import CheckpointError, LowRankError, PlanError
+from lowrank.folders import STRUCTURE, TENSORS, staged
 from lowrank.obstacles import check_model
 from lowrank.planning import LayerPlan, Plan
 from lowrank.surgery import check_structure, restructure
 from lowrank.targets import draft
+from lowrank.tensorfile import DTYPE_NAMES, METADATA
 
 FORMAT = 1
 """Version of ``lowrank.json``; a reader refuses anything newer."""
-
-TENSORS = "model.safetensors"
-STRUCTURE = "lowrank.json"
-_METADATA = {"format": "pt"}
 
 
 def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -66,7 +58,7 @@ def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> Pa
         ['lowrank.json', 'model.safetensors']
     """
     check_model(model)
-    with _staged(Path(folder), overwrite) as staging:
+    with staged(Path(folder), overwrite) as staging:
         hf = plugin()
         if hf is not None and hf.is_pretrained(model):
             hf.save(model, staging)
@@ -107,48 +99,6 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     raise CheckpointError(f"{folder}: no {STRUCTURE} and no config.json here. Is this the right folder?")
 
 
-def safetensors_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Predict the exact size of a safetensors file in bytes, with its header.
-
-    Source: the safetensors format: 8 bytes, JSON padded to 8 bytes, then the tensors, sorted by
-    falling dtype and rising name.
-    """
-    order = sorted(tensors, key=lambda name: (-_DTYPE_ORDER.index(tensors[name].dtype), name))
-    header: dict[str, Any] = {"__metadata__": _METADATA}
-    offset = 0
-    for name in order:
-        tensor = tensors[name]
-        stop = offset + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, stop],
-        }
-        offset = stop
-    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + -(-length // 8) * 8 + offset
-
-
-_DTYPE_NAMES = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.int16: "I16",
-    torch.uint16: "U16",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int32: "I32",
-    torch.uint32: "U32",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.uint64: "U64",
-}
-_DTYPE_ORDER = list(_DTYPE_NAMES)
-
-
 def stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors that a checkpoint of ``model`` holds, and the names that share one of them.
 
@@ -159,7 +109,7 @@ def stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
     aliases: dict[str, str] = {}
     owner: dict[tuple[Any, ...], str] = {}
     for name, tensor in _state(model).items():
-        if tensor.dtype not in _DTYPE_NAMES:
+        if tensor.dtype not in DTYPE_NAMES:
             raise CheckpointError(f"{name}: {tensor.dtype} cannot be stored in a safetensors file.")
         if tensor.is_meta:
             raise CheckpointError(f"{name}: on the meta device, without data. Load the weights first.")
@@ -182,103 +132,11 @@ def stored_shapes(layer: LayerPlan) -> dict[str, tuple[int, ...]]:
     }
 
 
-def read_shapes(file: str | Path) -> dict[str, tuple[int, ...]]:
-    """Check that ``file`` is a whole safetensors file, and return its tensors' shapes from the header.
-
-    Raises:
-        CheckpointError: If it is truncated, has bytes to spare, or is something else.
-    """
-    size = Path(file).stat().st_size
-    try:
-        with Path(file).open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > size:
-                raise ValueError(f"its header claims {length:,} bytes")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{file}: not a safetensors file, or damaged: {error}.") from error
-    if size != end:
-        raise CheckpointError(
-            f"{file}: damaged: its tensors need {end:,} bytes, the file has {size:,}. Copy it again."
-        )
-    return shapes
-
-
-def check_folder(folder: Path, overwrite: bool) -> None:
-    """Check that `save` may write to ``folder``, before the work that is to be saved.
-
-    Raises:
-        CheckpointError: If it is a file, or has files that must not be replaced.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder}: a file is in the way. Choose another folder.")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise CheckpointError(
-            f"{folder}: the folder is not empty. Choose another one, or pass overwrite=True (--overwrite)."
-        )
-
-
-@contextmanager
-def _staged(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """Give a folder to write to, and put it in the place of ``folder`` if all went well."""
-    target = folder.resolve()
-    staging = _sibling(target, "new")
-    try:
-        check_folder(folder, overwrite)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
-        yield staging
-        _replace(target, staging)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be written: {error}.") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _sibling(target: Path, role: str) -> Path:
-    """Name a folder beside ``target``, on the same file system, so that renaming is atomic."""
-    return target.parent / f".{target.name}.{role}-{secrets.token_hex(4)}"
-
-
-def _replace(target: Path, staging: Path) -> None:
-    """Put ``staging`` in the place of ``target``; what is not part of a checkpoint is carried over."""
-    if target.is_dir():
-        for entry in target.iterdir():
-            if not (staging / entry.name).exists() and not _is_checkpoint_file(entry):
-                (shutil.copytree if entry.is_dir() else shutil.copy2)(entry, staging / entry.name)
-    for file in staging.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
-    if not target.exists():
-        staging.rename(target)
-        return
-    old = _sibling(target, "old")
-    target.rename(old)
-    try:
-        staging.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _is_checkpoint_file(path: Path) -> bool:
-    """Tell whether an older save wrote ``path``; a new save must not keep it, such as a stale shard."""
-    return path.name in (STRUCTURE, "config.json") or bool(_WEIGHTS.fullmatch(path.name))
-
-
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-
-
 def _write(model: nn.Module, folder: Path) -> None:
     tensors, aliases = stored_tensors(model)
     ready = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     separate = {name: t.clone() if _is_view(t) else t for name, t in ready.items()}
-    save_file(separate, folder / TENSORS, metadata=_METADATA)
+    save_file(separate, folder / TENSORS, metadata=METADATA)
     structure = {
         "format": FORMAT,
         "plan": draft(model).to_dict(),
@@ -296,7 +154,7 @@ def _is_view(tensor: Tensor) -> bool:
 def _digest(tensor: Tensor) -> str:
     """Hash dtype, shape and bytes: the same bytes read as another dtype are another tensor."""
     data = tensor.reshape(-1).view(torch.uint8).cpu().numpy()
-    about = f"{_DTYPE_NAMES.get(tensor.dtype)} {tuple(tensor.shape)} "
+    about = f"{DTYPE_NAMES.get(tensor.dtype)} {tuple(tensor.shape)} "
     return hashlib.sha256(about.encode() + data.tobytes()).hexdigest()
 
 

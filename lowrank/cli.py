@@ -101,7 +101,8 @@ def compress(
     debug: Debug = False,
 ) -> None:
     """Compress a checkpoint and write it, ready for from_pretrained."""
-    from lowrank.checkpoint import check_folder, save
+    from lowrank.checkpoint import save
+    from lowrank.folders import check_folder
     from lowrank.reporting import report
 
     budget = {"rank": rank, "keep": keep, "energy": energy, "error": error}

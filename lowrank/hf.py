@@ -20,13 +20,14 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lowrank.checkpoint import read_shapes, stored_shapes, stored_tensors
+from lowrank.checkpoint import stored_shapes, stored_tensors
 from lowrank.errors import BudgetError, CheckpointError, LowRankError, PlanError
 from lowrank.nn import LowRankLinear
 from lowrank.pipeline import compress
 from lowrank.planning import Budget, Plan
 from lowrank.surgery import restructure
 from lowrank.targets import draft
+from lowrank.tensorfile import read_shapes
 
 METHOD = "lowrank"
 

@@ -17,7 +17,8 @@ from lowrank.linalg import Spectrum, spectrum
 from lowrank.linalg.svd import check_options
 from lowrank.nn import kind_of
 from lowrank.obstacles import check_model
-from lowrank.planning import Budget, Plan, is_wildcard
+from lowrank.patterns import is_wildcard
+from lowrank.planning import Budget, Plan
 from lowrank.ranks import select
 from lowrank.targets import draft
 

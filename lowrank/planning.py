@@ -6,43 +6,20 @@ can be edited (`Plan.with_rank`) and compared (`Plan.diff`). Nothing here touche
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import json
 import math
 import numbers
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lowrank.errors import BudgetError, PlanError, RankError, TargetError
+from lowrank.errors import BudgetError, PlanError, RankError
+from lowrank.patterns import matches, no_match
 from lowrank.text import format_table
 
 PLAN_FORMAT = 1
 """Version of the JSON written by `Plan.to_json`; a reader refuses anything newer."""
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Tell whether the module name matches the Unix-style, case-sensitive ``pattern``."""
-    return fnmatch.fnmatchcase(name, pattern)
-
-
-def is_wildcard(pattern: str) -> bool:
-    """Tell whether ``pattern`` can match more than one name."""
-    return any(sign in pattern for sign in "*?[")
-
-
-def no_match(pattern: str, names: Sequence[str], where: str) -> TargetError:
-    """Make the error for a pattern that matches none of ``names``, with the closest ones."""
-    bare = pattern.strip("*.")
-
-    def likeness(name: str) -> float:
-        return difflib.SequenceMatcher(None, bare, name[-len(bare) - 2 :]).ratio()
-
-    close = sorted(names, key=likeness, reverse=True)[:2]
-    hint = f"\n  Closest: {', '.join(close)}." if close else ""
-    return TargetError(f'"{pattern}" matches none of the {len(names)} {where}.{hint}')
 
 
 def check_rank(rank: object, where: str = "rank") -> int:

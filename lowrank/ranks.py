@@ -18,7 +18,8 @@ import numpy as np
 
 from lowrank.errors import BudgetError, RankError, TargetError
 from lowrank.linalg import Spectrum
-from lowrank.planning import Budget, LayerPlan, Plan, is_wildcard, matches, no_match
+from lowrank.patterns import is_wildcard, matches, no_match
+from lowrank.planning import Budget, LayerPlan, Plan
 
 ALLOCATIONS = ("global", "uniform")
 

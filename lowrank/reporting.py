@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass
 from torch import nn
 
 from lowrank._transformers import plugin
-from lowrank.checkpoint import safetensors_bytes, stored_tensors
+from lowrank.checkpoint import stored_tensors
 from lowrank.nn import LowRankLinear
 from lowrank.obstacles import check_model
 from lowrank.planning import LayerPlan
 from lowrank.targets import draft
+from lowrank.tensorfile import safetensors_bytes
 from lowrank.text import format_bytes, format_table
 
 

@@ -14,7 +14,8 @@ from torch import nn
 from lowrank.errors import TargetError
 from lowrank.nn import LowRankLinear, kind_of
 from lowrank.obstacles import find_obstacles, linear_layers
-from lowrank.planning import LayerPlan, Plan, matches, no_match
+from lowrank.patterns import matches, no_match
+from lowrank.planning import LayerPlan, Plan
 
 HEADS = frozenset(
     {

@@ -71,6 +71,7 @@ def test_nn_knows_only_errors_linalg_and_itself(path):
 def test_planning_knows_only_errors_and_text():
     assert {name.rpartition(".")[0] for name in own(imported_by(ROOT / "planning.py"))} == {
         "lowrank.errors",
+        "lowrank.patterns",
         "lowrank.text",
     }
 
@@ -82,7 +83,8 @@ def test_errors_and_text_know_nothing_of_the_library(leaf):
 
 LAYERS = [
     {"errors", "text"},
-    {"planning", "linalg"},
+    {"patterns", "tensorfile", "folders", "linalg"},
+    {"planning"},
     {"nn"},
     {"obstacles"},
     {"targets", "ranks", "surgery"},  # the stages

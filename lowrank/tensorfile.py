@@ -1,0 +1,84 @@
+"""The safetensors format: what a file will weigh, and what its header says, without its data."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank.errors import CheckpointError
+
+METADATA = {"format": "pt"}
+"""What transformers writes into the header, and expects there."""
+
+
+DTYPE_NAMES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int16: "I16",
+    torch.uint16: "U16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.uint32: "U32",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.uint64: "U64",
+}
+_ORDER = list(DTYPE_NAMES)
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Predict the exact size of a safetensors file in bytes, with its header.
+
+    Source: the safetensors format: 8 bytes, JSON padded to 8 bytes, then the tensors, sorted by
+    falling dtype and rising name.
+    """
+    order = sorted(tensors, key=lambda name: (-_ORDER.index(tensors[name].dtype), name))
+    header: dict[str, Any] = {"__metadata__": METADATA}
+    offset = 0
+    for name in order:
+        tensor = tensors[name]
+        stop = offset + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, stop],
+        }
+        offset = stop
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-length // 8) * 8 + offset
+
+
+def read_shapes(file: str | Path) -> dict[str, tuple[int, ...]]:
+    """Check that ``file`` is a whole safetensors file, and return its tensors' shapes from the header.
+
+    Raises:
+        CheckpointError: If it is truncated, has bytes to spare, or is something else.
+    """
+    size = Path(file).stat().st_size
+    try:
+        with Path(file).open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > size:
+                raise ValueError(f"its header claims {length:,} bytes")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{file}: not a safetensors file, or damaged: {error}.") from error
+    if size != end:
+        raise CheckpointError(
+            f"{file}: damaged: its tensors need {end:,} bytes, the file has {size:,}. Copy it again."
+        )
+    return shapes
