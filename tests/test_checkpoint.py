@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from allocations import LargestTensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import lowrank
 from lowrank import CheckpointError, LowRankError, LowRankLinear
@@ -164,19 +163,6 @@ def test_a_meta_model_is_filled_completely(build, tmp_path):
     assert {tensor.device.type for tensor in again.state_dict().values()} == {"cpu"}
     inputs = example_input(model)
     assert torch.equal(again(inputs), model(inputs))
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remember the largest floating-point tensor with data that an operator makes."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.is_floating_point() and not leaf.is_meta:
-                self.elements = max(self.elements, leaf.numel())
-        return result
 
 
 def test_loading_into_a_meta_model_never_makes_a_dense_weight(tmp_path):

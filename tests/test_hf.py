@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from allocations import LargestTensor
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModel
 
@@ -618,19 +618,6 @@ def test_tie_weights_keeps_the_tie(name):
     model.get_output_embeddings().weight = nn.Parameter(model.get_input_embeddings().weight.detach().clone())
     model.tie_weights()
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remember the largest floating-point tensor with data that an operator makes."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.is_floating_point() and not leaf.is_meta:
-                self.elements = max(self.elements, leaf.numel())
-        return result
 
 
 def test_loading_never_makes_a_dense_weight(tmp_path, monkeypatch):
