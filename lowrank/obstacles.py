@@ -5,11 +5,7 @@ Drafting a plan asks for the reasons; applying one checks against them.
 
 from __future__ import annotations
 
-import dis
-import inspect
 from collections.abc import Callable, Iterator
-from functools import cache
-from types import CodeType
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -17,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from lowrank.errors import LowRankError
 from lowrank.linalg.svd import FLOATING
 from lowrank.nn import LowRankLinear, kind_of
+from lowrank.reads import layers_read
 
 
 def check_model(model: object) -> nn.Module:
@@ -64,6 +61,10 @@ def _finder(model: nn.Module) -> Callable[[str, nn.Module], str | None]:
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(_place(parameter), []).append(name)
+    readers: dict[int, str] = {}  # of several the nearest, which comes last
+    for module in model.modules():
+        for layer in layers_read(module):
+            readers[id(layer)] = type(module).__name__
 
     def obstacle(name: str, module: nn.Module) -> str | None:
         if isinstance(module, LowRankLinear):
@@ -71,10 +72,8 @@ def _finder(model: nn.Module) -> Callable[[str, nn.Module], str | None]:
         if len(names[id(module)]) > 1:
             other = next(n for n in names[id(module)] if n != name)
             return f"is used twice, also as {other}"
-        parent_name, _, child = name.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        if child in _children_read_by_value(type(parent)):  # type: ignore[arg-type]
-            return f"has its weight read by value in {type(parent).__name__}"
+        if id(module) in readers:
+            return f"has its weight read by value in {readers[id(module)]}"
         if kind_of(module) is None:
             return f"is a {type(module).__name__}, which may compute something else than nn.Linear"
         weight = module.weight
@@ -98,40 +97,3 @@ def _place(parameter: Tensor) -> int:
     """Tell parameters apart by where their data lies; on the meta device, by identity."""
     without_data = parameter.is_meta or is_lazy(parameter)
     return id(parameter) if without_data else parameter.data_ptr() or id(parameter)
-
-
-@cache
-def _children_read_by_value(parent: type[nn.Module]) -> frozenset[str]:
-    """Name the children whose ``.weight`` the methods of ``parent`` read: ``self.child.weight``.
-
-    Such code (`torch.nn.MultiheadAttention`, WavLM, Mamba …) multiplies by the weight itself, without
-    calling the layer. Reading only ``.weight.dtype`` or ``.weight.device`` does not count. The
-    methods' bytecode tells, so this holds for models that nobody has listed.
-    """
-    found: set[str] = set()
-    for cls in parent.__mro__:
-        if cls in (nn.Module, object):
-            continue
-        for name, function in vars(cls).items():
-            if "init" not in name:  # initialising a weight is not computing with it
-                code = getattr(inspect.unwrap(function), "__code__", None)
-                found |= _weights_read(code) if code is not None else set()
-    return frozenset(found)
-
-
-def _weights_read(code: CodeType) -> set[str]:
-    """Name the ``child`` in every ``self.child.weight`` of a function, and of those inside it."""
-    found = set()
-    steps = [step for step in dis.get_instructions(code) if step.opname != "CACHE"]
-    for owner, child, weight, then in zip(steps, steps[1:], steps[2:], steps[3:], strict=False):
-        reads = child.opname == weight.opname == "LOAD_ATTR" and weight.argval == "weight"
-        looks = then.opname == "LOAD_ATTR" and then.argval in ("dtype", "device")
-        if reads and not looks and _loads_self(owner.argval):
-            found.add(str(child.argval))
-    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
-    return found.union(*map(_weights_read, inner))
-
-
-def _loads_self(argument: object) -> bool:
-    """Tell whether an instruction leaves ``self`` on the stack; Python 3.13 loads two names at once."""
-    return argument == "self" or (isinstance(argument, tuple) and argument[-1:] == ("self",))

@@ -86,6 +86,7 @@ LAYERS = [
     {"patterns", "tensorfile", "folders", "linalg"},
     {"planning"},
     {"nn"},
+    {"reads"},
     {"obstacles"},
     {"targets", "ranks", "surgery"},  # the stages
     {"_transformers", "plot"},
