@@ -8,6 +8,7 @@ Importing this file registers both; `lowrank` imports it as soon as transformers
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import (
@@ -29,8 +31,9 @@ from transformers.quantizers import HfQuantizer, auto, register_quantization_con
 from transformers.utils.loading_report import LoadStateDictInfo
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lowrank.checkpoint import stored_shapes, stored_tensors
+from lowrank.checkpoint import checked, digest_of, stored_shapes, stored_tensors
 from lowrank.errors import BudgetError, CheckpointError, LowRankError, PlanError
+from lowrank.folders import TENSORS
 from lowrank.nn import LowRankLinear
 from lowrank.pipeline import compress
 from lowrank.planning import Budget, Plan
@@ -49,6 +52,8 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         rank, keep, energy, error: The budget, exactly one of them, as in `lowrank.compress`.
         targets, ignore, allocation, round_to, tolerance, seed: As in `lowrank.compress`.
         plan: The plan that was carried out, as `Plan.to_dict` gives it; then no budget is needed.
+        tensors: The digests that `lowrank.save` leaves in ``config.json`` for `lowrank.load`. Not kept: the
+            config of a model in memory must not vouch for tensors that may change.
 
     Raises:
         LowRankError: If the budget is malformed, or the plan is damaged or from a newer version.
@@ -72,6 +77,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         seed: int = 0,
         plan: dict[str, Any] | None = None,
         quant_method: str = METHOD,
+        tensors: Mapping[str, str] | None = None,
     ) -> None:
         self.quant_method = quant_method
         self.plan = plan
@@ -390,20 +396,61 @@ def is_pretrained(model: nn.Module) -> bool:
 
 
 def save(model: PreTrainedModel, folder: Path) -> None:
-    """Write ``model`` by its own ``save_pretrained``, its config up to date."""
+    """Write ``model`` by its own ``save_pretrained``, its config up to date, and digests into the config.
+
+    A later ``save_pretrained`` into the folder writes tensors and config anew, without digests: they are
+    never out of date.
+    """
     record(model)
     model.save_pretrained(folder)
+    if _method(model) == METHOD:
+        file = folder / "config.json"
+        config = json.loads(file.read_text(encoding="utf-8"))
+        tensors = {name: digest_of(tensor) for _, name, tensor in _tensors(folder)}
+        config["quantization_config"]["tensors"] = tensors
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def load(folder: str | Path) -> PreTrainedModel:
     """Load a transformers folder, or a name on the hub, as the class that was saved.
 
     Raises:
-        CheckpointError: If the config names no class of transformers.
+        CheckpointError: If the config names no class of transformers, or the folder has digests and a
+            tensor is not the one that was saved.
     """
     config = transformers.AutoConfig.from_pretrained(folder)
     name = (config.architectures or ["none"])[0]
     cls = getattr(transformers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         raise CheckpointError(f"{folder}/config.json: architecture {name!r} is not one of transformers'.")
+    section = getattr(config, "quantization_config", None)
+    if isinstance(section, dict) and section.get("tensors") is not None:
+        _check_digests(Path(folder), section["tensors"])
     return cls.from_pretrained(folder)  # type: ignore[attr-defined]
+
+
+def _check_digests(folder: Path, digests: Any) -> None:
+    """Refuse tensors that `save` did not write; a folder without digests is not checked."""
+    config = folder / "config.json"
+    if not isinstance(digests, dict) or not all(isinstance(value, str) for value in digests.values()):
+        raise CheckpointError(f'{config}: "tensors" must map names to strings.')
+    missing = set(digests)
+    for file, name, tensor in _tensors(folder):
+        if name not in digests:
+            raise CheckpointError(f"{file}: has the tensor {name}, which {config} does not list.")
+        checked(file, name, tensor, digests[name])
+        missing.discard(name)
+    for name in sorted(missing):
+        raise CheckpointError(f"{folder}: lacks the tensor {name}. A file is damaged or gone; copy it again.")
+
+
+def _tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
+    """Yield file, name and tensor for all that ``save_pretrained`` has written, one at a time."""
+    for file in (*folder.glob(TENSORS), *sorted(folder.glob("model-*.safetensors"))):
+        names = sorted(read_header(file))
+        try:
+            with safe_open(file, framework="pt") as stored:
+                for name in names:
+                    yield file, name, stored.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file}: cannot be read: {error}.") from error

@@ -885,3 +885,75 @@ def test_a_compressed_folder_is_not_compressed_again(cls, saved):
     config = LowRankConfig(keep=0.3)
     with pytest.raises(LowRankError, match=r"factorized already.* dense checkpoint"):
         getattr(transformers, cls).from_pretrained(saved, quantization_config=config)
+
+
+# --- digests, which lowrank.save writes and lowrank.load checks
+
+
+def flip(tensors: dict[str, Tensor], name: str) -> None:
+    if name in tensors:
+        tensors[name].view(-1)[7] *= -1
+
+
+@pytest.fixture
+def with_digests(tmp_path) -> Path:
+    return lowrank.save(small(), tmp_path / "small")
+
+
+@pytest.mark.parametrize("name", [f"{LAYER}.up.weight", "embeddings.word_embeddings.weight"])
+def test_a_changed_number_is_refused_by_name(name, with_digests):
+    change_tensors(with_digests, lambda tensors: flip(tensors, name))
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: the tensor {name} is not the one"):
+        lowrank.load(with_digests)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.update(backdoor=torch.zeros(2)), r"safetensors: has the tensor backdoor"),
+        (lambda tensors: tensors.pop("pooler.dense.bias"), r"small: lacks the tensor pooler\.dense\.bias"),
+    ],
+    ids=["extra", "missing"],
+)
+def test_digests_cover_the_names_too(change, message, with_digests):
+    change_tensors(with_digests, change)
+    with pytest.raises(CheckpointError, match=message):
+        lowrank.load(with_digests)
+
+
+@pytest.mark.parametrize("digests", [3, ["a"], {"a": 1}], ids=repr)
+def test_malformed_digests_are_refused(digests, with_digests):
+    file = with_digests / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["tensors"] = digests
+    file.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r'config\.json: "tensors" must map'):
+        lowrank.load(with_digests)
+
+
+@pytest.mark.parametrize("build", [vit, mixtral], ids=["vit", "mixtral"])
+def test_digests_follow_the_names_in_the_file(build, tmp_path):
+    model = small(build)
+    lowrank.save(model, tmp_path / "small")
+    digests = json.loads((tmp_path / "small" / "config.json").read_text())["quantization_config"]["tensors"]
+    assert digests.keys() == load_file(tmp_path / "small" / "model.safetensors").keys()
+    assert_same_outputs(model, lowrank.load(tmp_path / "small"))
+
+
+@pytest.mark.parametrize(
+    "load", [lowrank.load, transformers.BertModel.from_pretrained], ids=["lowrank", "hf"]
+)
+@pytest.mark.parametrize("shard", ["1GB", "20KB"], ids=["one-file", "shards"])
+def test_save_pretrained_over_a_folder_with_digests_leaves_none(load, shard, with_digests):
+    model = load(with_digests)
+    with torch.no_grad():
+        model.pooler.dense.bias.add_(1)
+    (with_digests / "model.safetensors").unlink()
+    model.save_pretrained(with_digests, max_shard_size=shard)
+    assert "tensors" not in json.loads((with_digests / "config.json").read_text())["quantization_config"]
+    assert_same_outputs(model, lowrank.load(with_digests))
+
+
+def test_from_pretrained_does_not_ask_for_digests(with_digests):
+    change_tensors(with_digests, lambda tensors: flip(tensors, f"{LAYER}.up.weight"))
+    transformers.BertModel.from_pretrained(with_digests)
