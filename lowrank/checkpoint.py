@@ -140,7 +140,7 @@ def _write(model: nn.Module, folder: Path) -> None:
     structure = {
         "format": FORMAT,
         "plan": draft(model).to_dict(),
-        "tensors": {name: _digest(tensor) for name, tensor in ready.items()},
+        "tensors": {name: digest_of(tensor) for name, tensor in ready.items()},
         "aliases": aliases,
     }
     (folder / STRUCTURE).write_text(json.dumps(structure, indent=1), encoding="utf-8")
@@ -151,7 +151,7 @@ def _is_view(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
 
 
-def _digest(tensor: Tensor) -> str:
+def digest_of(tensor: Tensor) -> str:
     """Hash dtype, shape and bytes: the same bytes read as another dtype are another tensor."""
     data = tensor.reshape(-1).view(torch.uint8).cpu().numpy()
     about = f"{DTYPE_NAMES.get(tensor.dtype)} {tuple(tensor.shape)} "
@@ -183,7 +183,7 @@ def _read(folder: Path, model: nn.Module) -> nn.Module:
             _check_names(file, set(stored.keys()), set(digests))
             shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in digests}
             _check_architecture(file, model, plan, shapes, aliases)
-            tensors = {name: _checked(file, name, stored.get_tensor(name), digests[name]) for name in digests}
+            tensors = {name: checked(file, name, stored.get_tensor(name), digests[name]) for name in digests}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: cannot be read: {error}.") from error
     restructure(model, plan)
@@ -272,8 +272,9 @@ def _expected_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]
     return shapes
 
 
-def _checked(file: Path, name: str, tensor: Tensor, digest: str) -> Tensor:
-    if _digest(tensor) != digest:
+def checked(file: Path, name: str, tensor: Tensor, digest: str) -> Tensor:
+    """Return ``tensor`` if it is the one that was saved; raises `CheckpointError` if not."""
+    if digest_of(tensor) != digest:
         raise CheckpointError(f"{file}: the tensor {name} is not the one that was saved. Copy it again.")
     return tensor
 

@@ -8,26 +8,38 @@ Importing this file registers both; `lowrank` imports it as soon as transformers
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.quantizers import HfQuantizer, auto, register_quantization_config, register_quantizer
+from transformers.utils.loading_report import LoadStateDictInfo
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lowrank.checkpoint import stored_shapes, stored_tensors
+from lowrank.checkpoint import checked, digest_of, stored_shapes, stored_tensors
 from lowrank.errors import BudgetError, CheckpointError, LowRankError, PlanError
+from lowrank.folders import TENSORS
 from lowrank.nn import LowRankLinear
 from lowrank.pipeline import compress
 from lowrank.planning import Budget, Plan
 from lowrank.surgery import restructure
 from lowrank.targets import draft
-from lowrank.tensorfile import read_shapes
+from lowrank.tensorfile import Stored, read_header
 
 METHOD = "lowrank"
 
@@ -40,6 +52,8 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         rank, keep, energy, error: The budget, exactly one of them, as in `lowrank.compress`.
         targets, ignore, allocation, round_to, tolerance, seed: As in `lowrank.compress`.
         plan: The plan that was carried out, as `Plan.to_dict` gives it; then no budget is needed.
+        tensors: The digests that `lowrank.save` leaves in ``config.json`` for `lowrank.load`. Not kept: the
+            config of a model in memory must not vouch for tensors that may change.
 
     Raises:
         LowRankError: If the budget is malformed, or the plan is damaged or from a newer version.
@@ -63,6 +77,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         seed: int = 0,
         plan: dict[str, Any] | None = None,
         quant_method: str = METHOD,
+        tensors: Mapping[str, str] | None = None,
     ) -> None:
         self.quant_method = quant_method
         self.plan = plan
@@ -88,6 +103,13 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """Return the keyword arguments for `lowrank.compress`."""
         return {k: v for k, v in vars(self).items() if k not in ("quant_method", "plan")}
 
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """Refuse to be passed for a folder that is factorized: transformers asks this in no other case."""
+        raise LowRankError(
+            "from_pretrained(quantization_config=LowRankConfig(...)): this checkpoint is factorized already, "
+            "and keeps its ranks. Load it without quantization_config, or compress the dense checkpoint."
+        )
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Read the config from ``config.json``; raises `CheckpointError` for an unknown field."""
@@ -97,6 +119,12 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise CheckpointError(f"config.json: the lowrank section is not understood: {error}.") from error
         except LowRankError as error:
             raise CheckpointError(f"config.json: {error}") from error
+
+
+# Where a folder is quantized already, transformers only warns about the config that was passed, unless
+# the class is in this table; then it asks the config for the attributes that still count. There is no
+# function to register for that.
+auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, LowRankConfig)
 
 
 @register_quantizer(METHOD)
@@ -111,8 +139,9 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         if not self.pre_quantized:
             return
         plan = Plan.from_dict(self.quantization_config.plan)
-        for file in checkpoint_files or ():
-            _check_shapes(file, read_shapes(file), plan)
+        self._headers = {file: read_header(file) for file in checkpoint_files or ()}
+        for file, header in self._headers.items():
+            _check_shapes(file, {name: stored.shape for name, stored in header.items()}, plan)
         self._plan = _localized(plan, model)
         try:
             restructure(model, self._plan)
@@ -122,12 +151,21 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(module, LowRankLinear):  # some models initialise whatever is called Linear
                 module._is_hf_initialized = True  # type: ignore[assignment]
 
+    def update_weight_conversions(
+        self, weight_conversions: list[WeightTransform], model: PreTrainedModel
+    ) -> list[WeightTransform]:
+        """Check the files against the model: only here transformers tells which names it will translate."""
+        if self.pre_quantized:
+            _check_tensors(self._headers, weight_conversions, model)
+        return super().update_weight_conversions(weight_conversions, model)
+
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         # Factors are ordinary parameters: .half(), Trainer and save_pretrained must not see a
         # quantized model. The config alone remembers.
         self.remove_quantization_config(model)
         if self.pre_quantized:
             _check_loaded(model)
+            _check_finite(model)
             record(model, self._plan)
         else:
             compress(model, **self.quantization_config.request())
@@ -230,6 +268,60 @@ def _check_shapes(file: str, shapes: Mapping[str, tuple[int, ...]], plan: Plan) 
                 )
 
 
+def _check_tensors(
+    headers: Mapping[str, Mapping[str, Stored]], conversions: list[WeightTransform], model: PreTrainedModel
+) -> None:
+    """Refuse integers where the model has floating-point numbers, and tensors that it does not know.
+
+    A model of another class than the saved one need not know those of the head.
+    """
+    stored = {name: (file, tensor) for file, header in headers.items() for name, tensor in header.items()}
+    expected = model.state_dict()
+    strays: dict[str, str] = {}  # name in the model -> name in the file
+    for name, target in _targets(stored, conversions, model.base_model_prefix, expected).items():
+        file, tensor = stored[name]
+        if target not in expected:
+            strays[target] = name
+        elif expected[target].is_floating_point() and not tensor.is_floating_point:
+            raise CheckpointError(
+                f"{file}: the tensor {name} is stored as {tensor.dtype}, but the model needs "
+                "floating-point numbers there. The file has been changed; copy it again."
+            )
+    if _is_saved_class(model):
+        for stray in sorted(_unexpected(model, set(strays))):
+            name = strays[stray]
+            raise CheckpointError(
+                f"{stored[name][0]}: has the tensor {name}, which {type(model).__name__} does not know. "
+                "The file has been changed; copy it again."
+            )
+
+
+def _targets(
+    names: Iterable[str], conversions: list[WeightTransform], prefix: str, expected: dict[str, Tensor]
+) -> dict[str, str]:
+    """Translate names in a file into names in the model, as transformers will."""
+    rules = deepcopy(conversions)  # each notes whether it was used
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    targets = {}
+    for name in names:
+        target, _ = rename_source_key(name, renamings, converters, prefix, expected)
+        targets[name] = name if target not in expected and name in expected else target
+    return targets
+
+
+def _unexpected(model: PreTrainedModel, names: set[str]) -> set[str]:
+    """Leave out the names that the model's class lets a checkpoint have in excess."""
+    info = LoadStateDictInfo(set(), names, set(), [], {}, set())
+    model._adjust_missing_and_unexpected_keys(info)
+    return info.unexpected_keys
+
+
+def _is_saved_class(model: PreTrainedModel) -> bool:
+    """Tell whether ``model`` is of the class that was saved."""
+    return type(model).__name__ in (model.config.architectures or ())
+
+
 def _pretrained_models(model: nn.Module) -> Iterator[PreTrainedModel]:
     """Yield the transformers models in ``model``: the whole, and the parts that have their own config."""
     seen: set[int] = set()
@@ -265,7 +357,7 @@ def _check_loaded(model: PreTrainedModel) -> None:
 
     A model of another class than the saved one may lack its head, but no factor.
     """
-    same_class = type(model).__name__ in (model.config.architectures or ())
+    same_class = _is_saved_class(model)
     factorized = tuple(f"{n}." for n, module in model.named_modules() if isinstance(module, LowRankLinear))
     for name, parameter in model.named_parameters():
         required = same_class or name.startswith(factorized)
@@ -275,6 +367,18 @@ def _check_loaded(model: PreTrainedModel) -> None:
                 f"{model.config.name_or_path}: the checkpoint lacks the tensor {name}. It is damaged, or was "
                 "not saved by lowrank. Save the model again."
             )
+
+
+def _check_finite(model: PreTrainedModel) -> None:
+    """Refuse factors with NaN or infinity; what is offloaded stays where it is, unread."""
+    for layer, module in model.named_modules():
+        for name, factor in module.named_parameters() if isinstance(module, LowRankLinear) else ():
+            if not factor.is_meta and not torch.isfinite(factor).all():
+                raise CheckpointError(
+                    f"{model.config.name_or_path}: the tensor {layer}.{name} has NaN or infinite elements in "
+                    f"{factor.dtype}. Load it in the dtype in which it was saved; if that does not help, the "
+                    "file is damaged: copy it again."
+                )
 
 
 def head_layers(model: nn.Module) -> dict[str, str]:
@@ -292,20 +396,61 @@ def is_pretrained(model: nn.Module) -> bool:
 
 
 def save(model: PreTrainedModel, folder: Path) -> None:
-    """Write ``model`` by its own ``save_pretrained``, its config up to date."""
+    """Write ``model`` by its own ``save_pretrained``, its config up to date, and digests into the config.
+
+    A later ``save_pretrained`` into the folder writes tensors and config anew, without digests: they are
+    never out of date.
+    """
     record(model)
     model.save_pretrained(folder)
+    if _method(model) == METHOD:
+        file = folder / "config.json"
+        config = json.loads(file.read_text(encoding="utf-8"))
+        tensors = {name: digest_of(tensor) for _, name, tensor in _tensors(folder)}
+        config["quantization_config"]["tensors"] = tensors
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def load(folder: str | Path) -> PreTrainedModel:
     """Load a transformers folder, or a name on the hub, as the class that was saved.
 
     Raises:
-        CheckpointError: If the config names no class of transformers.
+        CheckpointError: If the config names no class of transformers, or the folder has digests and a
+            tensor is not the one that was saved.
     """
     config = transformers.AutoConfig.from_pretrained(folder)
     name = (config.architectures or ["none"])[0]
     cls = getattr(transformers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         raise CheckpointError(f"{folder}/config.json: architecture {name!r} is not one of transformers'.")
+    section = getattr(config, "quantization_config", None)
+    if isinstance(section, dict) and section.get("tensors") is not None:
+        _check_digests(Path(folder), section["tensors"])
     return cls.from_pretrained(folder)  # type: ignore[attr-defined]
+
+
+def _check_digests(folder: Path, digests: Any) -> None:
+    """Refuse tensors that `save` did not write; a folder without digests is not checked."""
+    config = folder / "config.json"
+    if not isinstance(digests, dict) or not all(isinstance(value, str) for value in digests.values()):
+        raise CheckpointError(f'{config}: "tensors" must map names to strings.')
+    missing = set(digests)
+    for file, name, tensor in _tensors(folder):
+        if name not in digests:
+            raise CheckpointError(f"{file}: has the tensor {name}, which {config} does not list.")
+        checked(file, name, tensor, digests[name])
+        missing.discard(name)
+    for name in sorted(missing):
+        raise CheckpointError(f"{folder}: lacks the tensor {name}. A file is damaged or gone; copy it again.")
+
+
+def _tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
+    """Yield file, name and tensor for all that ``save_pretrained`` has written, one at a time."""
+    for file in (*folder.glob(TENSORS), *sorted(folder.glob("model-*.safetensors"))):
+        names = sorted(read_header(file))
+        try:
+            with safe_open(file, framework="pt") as stored:
+                for name in names:
+                    yield file, name, stored.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file}: cannot be read: {error}.") from error

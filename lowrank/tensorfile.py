@@ -6,7 +6,7 @@ import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,19 @@ DTYPE_NAMES = {
     torch.uint64: "U64",
 }
 _ORDER = list(DTYPE_NAMES)
+_FLOATS = {name for dtype, name in DTYPE_NAMES.items() if dtype.is_floating_point}
+
+
+class Stored(NamedTuple):
+    """What a header says about one tensor."""
+
+    dtype: str  # a name of the format, such as "F32"
+    shape: tuple[int, ...]
+
+    @property
+    def is_floating_point(self) -> bool:
+        """Whether the tensor can stand for weights."""
+        return self.dtype in _FLOATS
 
 
 def safetensors_bytes(tensors: Mapping[str, Tensor]) -> int:
@@ -59,8 +72,8 @@ def safetensors_bytes(tensors: Mapping[str, Tensor]) -> int:
     return 8 + -(-length // 8) * 8 + offset
 
 
-def read_shapes(file: str | Path) -> dict[str, tuple[int, ...]]:
-    """Check that ``file`` is a whole safetensors file, and return its tensors' shapes from the header.
+def read_header(file: str | Path) -> dict[str, Stored]:
+    """Check that ``file`` is a whole safetensors file, and return its tensors' dtypes and shapes.
 
     Raises:
         CheckpointError: If it is truncated, has bytes to spare, or is something else.
@@ -74,11 +87,11 @@ def read_shapes(file: str | Path) -> dict[str, tuple[int, ...]]:
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
         end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+        tensors = {name: Stored(str(entry["dtype"]), tuple(entry["shape"])) for name, entry in header.items()}
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{file}: not a safetensors file, or damaged: {error}.") from error
     if size != end:
         raise CheckpointError(
             f"{file}: damaged: its tensors need {end:,} bytes, the file has {size:,}. Copy it again."
         )
-    return shapes
+    return tensors

@@ -748,3 +748,212 @@ def test_a_stray_tensor_in_a_factorized_layer_is_refused(tiny_bert, tmp_path):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"model\.safetensors.*output\.dense\.mid\.weight is no part"):
         AutoModel.from_pretrained(tmp_path)
+
+
+# --- tensors that are not what was saved
+
+
+def change_tensors(folder: Path, change) -> Path:
+    """Pass each safetensors file's tensors to ``change``, and write back what it leaves; return the last."""
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file, metadata={"format": "pt"})
+    return file
+
+
+def as_integers(tensors: dict[str, Tensor], name: str) -> None:
+    if name in tensors:
+        tensors[name] = tensors[name].to(torch.int32)
+
+
+LAYER = "encoder.layer.1.output.dense"
+
+
+@pytest.mark.parametrize("shard", ["1GB", "20KB"], ids=["one-file", "shards"])
+@pytest.mark.parametrize("kind", ["weight", "down.weight", "up.weight", "up.bias"])
+def test_a_factor_of_integers_is_refused_by_name(kind, shard, tmp_path):
+    small().save_pretrained(tmp_path, max_shard_size=shard)
+    change_tensors(tmp_path, lambda tensors: as_integers(tensors, f"{LAYER}.{kind}"))
+    message = rf"model.*\.safetensors: the tensor {re.escape(LAYER)}\.{kind} is stored as I32"
+    with pytest.raises(CheckpointError, match=message):
+        transformers.BertModel.from_pretrained(tmp_path)
+
+
+def test_a_factor_of_integers_is_refused_also_by_a_model_with_a_head(saved):
+    change_tensors(saved, lambda tensors: as_integers(tensors, f"{LAYER}.up.bias"))
+    with pytest.raises(CheckpointError, match=r"output\.dense\.up\.bias is stored as I32"):
+        transformers.BertForSequenceClassification.from_pretrained(saved)
+
+
+def test_other_weights_of_integers_are_refused_too(saved):
+    name = "encoder.layer.1.output.LayerNorm.weight"
+    change_tensors(saved, lambda tensors: as_integers(tensors, name))
+    with pytest.raises(CheckpointError, match=rf"{name} is stored as I32"):
+        transformers.BertModel.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("kind", ["down.weight", "up.weight", "up.bias"])
+def test_a_factor_that_is_not_finite_is_refused_by_name(kind, value, saved):
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{LAYER}.{kind}"].view(-1)[5] = value
+
+    change_tensors(saved, spoil)
+    with pytest.raises(CheckpointError, match=rf"small: the tensor {LAYER}\.{kind} has NaN or infinite"):
+        transformers.BertModel.from_pretrained(saved)
+
+
+def test_a_factor_that_overflows_in_the_dtype_asked_for_is_refused(saved):
+    def enlarge(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{LAYER}.up.weight"][0, 0] = 1e6  # above the largest float16
+
+    change_tensors(saved, enlarge)
+    transformers.BertModel.from_pretrained(saved)
+    with pytest.raises(CheckpointError, match=r"up\.weight has .* in torch\.float16\. Load it in the dtype"):
+        transformers.BertModel.from_pretrained(saved, dtype=torch.float16)
+
+
+def test_layers_on_disk_are_loaded_without_being_read_into_memory(saved, tmp_path):
+    pytest.importorskip("accelerate", reason="device_map needs accelerate")
+    places = {"embeddings": "cpu", "encoder.layer.0": "disk", "encoder.layer.1": "cpu", "pooler": "cpu"}
+    model = transformers.BertModel.from_pretrained(saved, device_map=places, offload_folder=tmp_path / "off")
+    assert all(parameter.is_meta for parameter in model.encoder.layer[0].parameters())
+    assert_same_outputs(model, transformers.BertModel.from_pretrained(saved))
+
+
+def mixtral() -> nn.Module:
+    sizes = {**BERT, "num_key_value_heads": 2, "num_local_experts": 2, "max_position_embeddings": 64}
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes))
+
+
+def test_mixtral_stores_other_names_than_it_has(tmp_path):
+    model = small(mixtral)
+    model.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() - model.state_dict().keys()
+    assert_same_outputs(model, type(model).from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize("shard", ["1GB", "20KB"], ids=["one-file", "shards"])
+@pytest.mark.parametrize("build", [*FAMILIES.values(), mixtral], ids=[*FAMILIES, "mixtral"])
+def test_a_stray_tensor_is_refused_by_name(build, shard, tmp_path):
+    model = small(build)
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    last = sorted(tmp_path.glob("*.safetensors"))[-1]
+    tensors = load_file(last) | {"encoder.backdoor.weight": torch.zeros(2)}
+    save_file(tensors, last, metadata={"format": "pt"})
+    message = rf"{last.name}: has the tensor encoder\.backdoor\.weight, which {type(model).__name__} does not"
+    with pytest.raises(CheckpointError, match=message):
+        type(model).from_pretrained(tmp_path)
+
+
+def test_a_model_without_the_head_need_not_know_its_tensors(tmp_path):
+    head = small(FAMILIES["bert-sequence-classification"])
+    head.save_pretrained(tmp_path)
+    extra = torch.zeros(2)
+    change_tensors(tmp_path, lambda tensors: tensors.update({"classifier.extra.weight": extra}))
+    assert_same_outputs(head.bert, transformers.BertModel.from_pretrained(tmp_path))
+
+
+def test_tensors_that_the_class_lets_a_checkpoint_have_are_no_strays(saved):
+    ids = torch.arange(512)[None]
+    change_tensors(saved, lambda tensors: tensors.update({"embeddings.position_ids": ids}))
+    transformers.BertModel.from_pretrained(saved)
+
+
+def test_names_that_the_caller_translates_are_no_strays(saved):
+    def rename(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith("pooler.")]:
+            tensors[name.replace("pooler", "swimmer")] = tensors.pop(name)
+
+    model = transformers.BertModel.from_pretrained(saved)
+    change_tensors(saved, rename)
+    again = transformers.BertModel.from_pretrained(saved, key_mapping={"^swimmer": "pooler"})
+    assert_same_outputs(model, again)
+    again.save_pretrained(saved)
+    assert "swimmer.dense.weight" in load_file(saved / "model.safetensors")  # the checks left no traces
+    with pytest.raises(CheckpointError, match=r"swimmer\.dense"):
+        transformers.BertModel.from_pretrained(saved)
+
+
+# --- a request for a folder that is compressed already
+
+
+@pytest.mark.filterwarnings("error:You passed")  # the error says it all
+@pytest.mark.parametrize("cls", ["AutoModel", "BertModel", "BertForSequenceClassification"])
+def test_a_compressed_folder_is_not_compressed_again(cls, saved):
+    config = LowRankConfig(keep=0.3)
+    with pytest.raises(LowRankError, match=r"factorized already.* dense checkpoint"):
+        getattr(transformers, cls).from_pretrained(saved, quantization_config=config)
+
+
+# --- digests, which lowrank.save writes and lowrank.load checks
+
+
+def flip(tensors: dict[str, Tensor], name: str) -> None:
+    if name in tensors:
+        tensors[name].view(-1)[7] *= -1
+
+
+@pytest.fixture
+def with_digests(tmp_path) -> Path:
+    return lowrank.save(small(), tmp_path / "small")
+
+
+@pytest.mark.parametrize("name", [f"{LAYER}.up.weight", "embeddings.word_embeddings.weight"])
+def test_a_changed_number_is_refused_by_name(name, with_digests):
+    change_tensors(with_digests, lambda tensors: flip(tensors, name))
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: the tensor {name} is not the one"):
+        lowrank.load(with_digests)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.update(backdoor=torch.zeros(2)), r"safetensors: has the tensor backdoor"),
+        (lambda tensors: tensors.pop("pooler.dense.bias"), r"small: lacks the tensor pooler\.dense\.bias"),
+    ],
+    ids=["extra", "missing"],
+)
+def test_digests_cover_the_names_too(change, message, with_digests):
+    change_tensors(with_digests, change)
+    with pytest.raises(CheckpointError, match=message):
+        lowrank.load(with_digests)
+
+
+@pytest.mark.parametrize("digests", [3, ["a"], {"a": 1}], ids=repr)
+def test_malformed_digests_are_refused(digests, with_digests):
+    file = with_digests / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["tensors"] = digests
+    file.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r'config\.json: "tensors" must map'):
+        lowrank.load(with_digests)
+
+
+@pytest.mark.parametrize("build", [vit, mixtral], ids=["vit", "mixtral"])
+def test_digests_follow_the_names_in_the_file(build, tmp_path):
+    model = small(build)
+    lowrank.save(model, tmp_path / "small")
+    digests = json.loads((tmp_path / "small" / "config.json").read_text())["quantization_config"]["tensors"]
+    assert digests.keys() == load_file(tmp_path / "small" / "model.safetensors").keys()
+    assert_same_outputs(model, lowrank.load(tmp_path / "small"))
+
+
+@pytest.mark.parametrize(
+    "load", [lowrank.load, transformers.BertModel.from_pretrained], ids=["lowrank", "hf"]
+)
+@pytest.mark.parametrize("shard", ["1GB", "20KB"], ids=["one-file", "shards"])
+def test_save_pretrained_over_a_folder_with_digests_leaves_none(load, shard, with_digests):
+    model = load(with_digests)
+    with torch.no_grad():
+        model.pooler.dense.bias.add_(1)
+    (with_digests / "model.safetensors").unlink()
+    model.save_pretrained(with_digests, max_shard_size=shard)
+    assert "tensors" not in json.loads((with_digests / "config.json").read_text())["quantization_config"]
+    assert_same_outputs(model, lowrank.load(with_digests))
+
+
+def test_from_pretrained_does_not_ask_for_digests(with_digests):
+    change_tensors(with_digests, lambda tensors: flip(tensors, f"{LAYER}.up.weight"))
+    transformers.BertModel.from_pretrained(with_digests)
