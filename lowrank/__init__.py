@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from lowrank import _transformers
 from lowrank.benchmarking import benchmark
+from lowrank.calibration import calibrate
 from lowrank.checkpoint import load, save
 from lowrank.errors import (
     BudgetError,
     CheckpointError,
+    DataError,
     LowRankError,
     PlanError,
     RankError,
+    StatsError,
     TargetError,
     WeightError,
 )
@@ -24,6 +27,7 @@ from lowrank.pipeline import apply, compress, decompress, plan, spectra
 from lowrank.planning import LayerPlan, Plan
 from lowrank.plot import plot_ranks, plot_spectra
 from lowrank.reporting import report
+from lowrank.statistics import Stats
 
 if TYPE_CHECKING:
     from lowrank.hf import LowRankConfig
@@ -33,6 +37,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BudgetError",
     "CheckpointError",
+    "DataError",
     "LayerPlan",
     "LowRankConfig",
     "LowRankError",
@@ -40,10 +45,13 @@ __all__ = [
     "Plan",
     "PlanError",
     "RankError",
+    "Stats",
+    "StatsError",
     "TargetError",
     "WeightError",
     "apply",
     "benchmark",
+    "calibrate",
     "compress",
     "decompress",
     "load",

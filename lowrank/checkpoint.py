@@ -269,6 +269,8 @@ def _expected_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]
         shapes.update(stored_shapes(layer))
         if f"{layer.name}.bias" in shapes:
             shapes[f"{layer.name}.up.bias"] = shapes.pop(f"{layer.name}.bias")
+        elif layer.added_bias:
+            shapes[f"{layer.name}.up.bias"] = (layer.out_features,)
     return shapes
 
 

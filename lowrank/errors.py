@@ -32,3 +32,11 @@ class PlanError(LowRankError):
 
 class CheckpointError(LowRankError):
     """A file is missing, damaged, foreign or from a newer version; or a folder cannot be written."""
+
+
+class DataError(LowRankError):
+    """Calibration data are missing, of the wrong kind, or refused by the model."""
+
+
+class StatsError(LowRankError):
+    """Statistics belong to another model, are damaged, or lack what a metric needs."""

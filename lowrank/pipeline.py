@@ -1,25 +1,31 @@
-"""The stages in order: draft → spectra → select → apply. Read this file to see how it all fits.
+"""The stages in order: calibrate → draft → spectra → select → apply. Read this file to see how it all fits.
 
 `compress` does everything in one call; `plan` only decides; `apply` only acts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowrank import surgery
 from lowrank._transformers import plugin
-from lowrank.errors import LowRankError, WeightError
+from lowrank.calibration import calibrate
+from lowrank.costs import byte_costs
+from lowrank.errors import BudgetError, LowRankError, WeightError
+from lowrank.factoring import check_model_of, metric_of
 from lowrank.linalg import Spectrum, spectrum
 from lowrank.linalg.svd import check_options
 from lowrank.nn import kind_of
 from lowrank.obstacles import check_model
 from lowrank.patterns import is_wildcard
-from lowrank.planning import Budget, Plan
+from lowrank.planning import METRICS, Budget, Plan
 from lowrank.ranks import select
+from lowrank.statistics import Stats
 from lowrank.targets import draft
 
 
@@ -30,6 +36,13 @@ def compress(
     keep: float | None = None,
     energy: float | None = None,
     error: float | None = None,
+    max_bytes: int | None = None,
+    data: Iterable[Any] | None = None,
+    tokenizer: Callable[..., Any] | None = None,
+    loss: Callable[[Any, Any], Tensor] | str | None = "auto",
+    stats: Stats | None = None,
+    metric: str = "auto",
+    add_bias: bool = False,
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
     allocation: str = "global",
@@ -47,7 +60,17 @@ def compress(
         keep: Fraction of the targeted weights' parameters that remains, in (0, 1), spread over the
             layers so that the sum of their squared relative errors, times their parameters, is least.
         energy: Fraction of each weight's squared norm to retain, in (0, 1).
-        error: Largest relative Frobenius error of each weight, in (0, 1).
+        error: Largest relative error of each weight under the metric, in (0, 1).
+        max_bytes: What the whole model's parameters and buffers may take.
+        data: What to calibrate on, as for `lowrank.calibrate`. Without data the error is that of the
+            weights alone, which costs far more accuracy.
+        tokenizer: A tokenizer of transformers, for data that are strings.
+        loss: As for `lowrank.calibrate`.
+        stats: Statistics from `lowrank.calibrate`, in place of ``data``.
+        metric: What the error measures: ``"weight"``, ``"diagonal"``, ``"inputs"`` or ``"loss"``;
+            ``"auto"`` takes the last that the statistics allow, and ``"weight"`` without any.
+        add_bias: Whether a factorized layer may get a bias where the dense one has none. It takes up
+            the mean of the error; a bias that exists always does so under a calibrated metric.
         targets: Unix-style patterns of the layers to factorize; by default all but the heads.
         ignore: Patterns of layers to leave alone.
         allocation: ``"global"``, or ``"uniform"`` to keep the same fraction of each layer.
@@ -73,19 +96,17 @@ def compress(
           (up): Linear(in_features=16, out_features=256, bias=True)
         )
     """
-    budget = Budget.of(rank=rank, keep=keep, energy=energy, error=error)
-    decided = _decide(
-        model,
-        budget,
-        targets=targets,
-        ignore=ignore,
-        allocation=allocation,
-        round_to=round_to,
-        tolerance=tolerance,
-        predict=budget.kind != "rank",  # a given rank decides nothing by its error: spare the spectra
-        progress=progress,
-    )
-    return apply(model, decided, seed=seed, progress=progress)
+    budget = Budget.of(rank=rank, keep=keep, energy=energy, error=error, max_bytes=max_bytes)
+    request = Request(budget, metric, add_bias, targets, ignore, allocation, round_to, tolerance)
+    drafted = _draft(model, request, stats)  # before the work of calibrating: a bad request fails here
+    if data is not None:
+        if stats is not None:
+            raise LowRankError("Give either data or stats, not both. Add statistics of more data with +.")
+        stats = calibrate(model, data, tokenizer, loss, seed=seed, progress=progress)
+        drafted = _draft(model, request, stats)
+    predict = budget.kind != "rank"  # a given rank decides nothing by its error: spare the spectra
+    decided = _decide(model, drafted, request, stats, predict, progress)
+    return apply(model, decided, stats, seed=seed, progress=progress)
 
 
 def plan(
@@ -95,6 +116,10 @@ def plan(
     keep: float | None = None,
     energy: float | None = None,
     error: float | None = None,
+    max_bytes: int | None = None,
+    stats: Stats | None = None,
+    metric: str = "auto",
+    add_bias: bool = False,
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
     allocation: str = "global",
@@ -112,22 +137,15 @@ def plan(
     Raises:
         LowRankError: If anything is wrong with the request or the model.
     """
-    return _decide(
-        model,
-        Budget.of(rank=rank, keep=keep, energy=energy, error=error),
-        targets=targets,
-        ignore=ignore,
-        allocation=allocation,
-        round_to=round_to,
-        tolerance=tolerance,
-        predict=True,
-        progress=progress,
-    )
+    budget = Budget.of(rank=rank, keep=keep, energy=energy, error=error, max_bytes=max_bytes)
+    request = Request(budget, metric, add_bias, targets, ignore, allocation, round_to, tolerance)
+    return _decide(model, _draft(model, request, stats), request, stats, predict=True, progress=progress)
 
 
 def apply(
     model: nn.Module,
     plan: Plan,
+    stats: Stats | None = None,
     *,
     seed: int = 0,
     progress: bool = False,
@@ -136,9 +154,11 @@ def apply(
 
     Args:
         model: The model that the plan was made for. Layers keep their device, dtype, training mode,
-            ``requires_grad`` and hooks; biases are the same parameters as before.
+            ``requires_grad`` and hooks; biases are the same parameters as before, with the mean of the
+            error added under a calibrated metric.
         plan: Ranks by layer, from `plan`, perhaps edited. Layers that are factorized already must
             have the rank that it names.
+        stats: The statistics that the plan was made with; needed unless its metric is ``"weight"``.
         seed: Seed of the randomized solver; results are reproducible for a seed.
         progress: Show a progress bar on a terminal.
 
@@ -147,14 +167,15 @@ def apply(
 
     Raises:
         PlanError: If a layer is missing, has another shape, must stay dense, or would not shrink.
+        StatsError: If the statistics are of another model.
         WeightError: If a weight is not finite or has no data.
-            Both are raised before anything has changed. An interrupt leaves the layers done so far.
+            All are raised before anything has changed. An interrupt leaves the layers done so far.
     """
     hf = plugin()
     if hf is not None:
         hf.check_unquantized(check_model(model))
     try:
-        surgery.apply(model, plan, seed=seed, progress=progress)
+        surgery.apply(model, plan, stats, seed=seed, progress=progress)
     except LowRankError:
         raise  # nothing has changed
     except BaseException:  # an interrupt: what is done is done, and can be saved
@@ -187,6 +208,9 @@ def decompress(model: nn.Module) -> nn.Module:
 def spectra(
     model: nn.Module,
     *,
+    stats: Stats | None = None,
+    metric: str = "auto",
+    add_bias: bool = False,
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
     progress: bool = False,
@@ -198,42 +222,84 @@ def spectra(
     Raises:
         LowRankError: If a pattern matches nothing, or a weight cannot be factorized.
     """
-    return _spectra(model, _draft(model, targets, ignore), progress)
+    request = Request(None, metric, add_bias, targets, ignore)
+    return _spectra(model, _draft(model, request, stats), stats, progress)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for; the arguments are those of `compress`."""
+
+    budget: Budget | None
+    metric: str
+    add_bias: bool
+    targets: Sequence[str] | None
+    ignore: Sequence[str] | None
+    allocation: str = "global"
+    round_to: int = 8
+    tolerance: float = 1e-3
+
+    def metric_with(self, stats: Stats | None) -> str:
+        """Return the metric that ``"auto"`` stands for.
+
+        Raises:
+            BudgetError: If it is unknown, or needs statistics.
+        """
+        if self.metric == "auto":
+            return "weight" if stats is None else stats.best_metric()
+        if self.metric not in METRICS:
+            raise BudgetError(f"metric={self.metric!r}: choose one of auto, {', '.join(METRICS)}.")
+        return self.metric
+
+
+def _draft(model: nn.Module, request: Request, stats: Stats | None) -> Plan:
+    """List the layers; with statistics, leave alone those that these do not cover."""
+    hf = plugin()
+    heads = hf.head_layers(check_model(model)) if hf is not None else None
+    drafted = draft(check_model(model), request.targets, request.ignore, heads)
+    metric = request.metric_with(stats)
+    if metric == "weight" or stats is None:
+        return replace(drafted, metric=metric)
+    check_model_of(model, stats)
+    layers = {}
+    for layer in drafted.targeted:
+        reason = stats.lacks(layer.name, metric)
+        if reason is not None:
+            layers[layer.name] = replace(layer, reason=reason, targeted=False)
+        elif request.add_bias:
+            layers[layer.name] = replace(layer, added_bias=not layer.bias)
+    return replace(drafted, metric=metric).with_layers(layers)
 
 
 def _decide(
-    model: nn.Module,
-    budget: Budget,
-    *,
-    targets: Sequence[str] | None,
-    ignore: Sequence[str] | None,
-    allocation: str,
-    round_to: int,
-    tolerance: float,
-    predict: bool,
-    progress: bool,
+    model: nn.Module, drafted: Plan, request: Request, stats: Stats | None, predict: bool, progress: bool
 ) -> Plan:
-    check_options(tolerance, seed=0)
-    drafted = _draft(model, targets, ignore)
-    measured = _spectra(model, drafted, progress) if predict else {}
+    assert request.budget is not None
+    check_options(request.tolerance, seed=0)
+    if drafted.metric != "weight" and stats is None:
+        raise BudgetError(
+            f"metric={drafted.metric!r} needs statistics: pass data=, or stats=calibrate(model, data)."
+        )
+    measured = _spectra(model, drafted, stats, progress) if predict else {}
+    loss_per_square = None
+    if drafted.metric == "loss" and stats is not None:
+        loss_per_square = {layer.name: stats.loss_per_square(layer.name) for layer in drafted.targeted}
     return select(
         drafted,
-        budget,
+        request.budget,
         measured,
-        allocation=allocation,
-        round_to=round_to,
-        named=[pattern for pattern in targets or () if not is_wildcard(pattern)],
-        tolerance=tolerance,
+        allocation=request.allocation,
+        round_to=request.round_to,
+        named=[pattern for pattern in request.targets or () if not is_wildcard(pattern)],
+        tolerance=request.tolerance,
+        costs=byte_costs(model, drafted, request.budget.value)
+        if request.budget.kind == "max_bytes"
+        else None,
+        loss_per_square=loss_per_square,
     )
 
 
-def _draft(model: nn.Module, targets: Sequence[str] | None, ignore: Sequence[str] | None) -> Plan:
-    hf = plugin()
-    heads = hf.head_layers(check_model(model)) if hf is not None else None
-    return draft(check_model(model), targets, ignore, heads)
-
-
-def _spectra(model: nn.Module, drafted: Plan, progress: bool) -> dict[str, Spectrum]:
+def _spectra(model: nn.Module, drafted: Plan, stats: Stats | None, progress: bool) -> dict[str, Spectrum]:
     measured = {}
     bar = tqdm(drafted.targeted, desc="spectra", unit="layer", disable=None if progress else True)
     for layer in bar:
@@ -241,7 +307,7 @@ def _spectra(model: nn.Module, drafted: Plan, progress: bool) -> dict[str, Spect
         kind = kind_of(module)
         assert kind is not None  # drafted as a target
         try:
-            measured[layer.name] = spectrum(kind.weight(module))
+            measured[layer.name] = spectrum(kind.weight(module), metric_of(layer, drafted.metric, stats))
         except WeightError as error:
             raise WeightError(f"{layer.name}: {error}") from error
     return measured

@@ -21,6 +21,9 @@ from lowrank.text import format_table
 PLAN_FORMAT = 1
 """Version of the JSON written by `Plan.to_json`; a reader refuses anything newer."""
 
+METRICS = ("weight", "diagonal", "inputs", "loss")
+"""What an error can measure, from what knows the least about the data to what knows the most."""
+
 
 def check_rank(rank: object, where: str = "rank") -> int:
     """Return ``rank`` if it is a positive integer.
@@ -37,23 +40,36 @@ def check_rank(rank: object, where: str = "rank") -> int:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much may remain, in one of four units.
+    """How much may remain, in one of six units.
 
     ``rank``: an int for every layer, or a mapping of name pattern to int. ``keep``: the fraction
     of the targeted weights' parameters that remain. ``energy``: the fraction of each layer's
-    squared Frobenius norm to retain. ``error``: the largest relative Frobenius error per layer.
+    squared norm to retain. ``error``: the largest relative error per layer. ``max_bytes``: the whole
+    model's parameters and buffers. ``speedup``: the dense model's latency over the compressed one's.
     """
 
     kind: str
     value: Any
 
-    KINDS = ("rank", "keep", "energy", "error")
+    KINDS = ("rank", "keep", "energy", "error", "max_bytes")
 
     def __post_init__(self) -> None:
         if self.kind not in self.KINDS:
             raise BudgetError(f"Unknown budget {self.kind!r}. Give one of: {', '.join(self.KINDS)}.")
         if self.kind == "rank":
             self._check_ranks()
+        elif self.kind == "max_bytes":
+            if not isinstance(self.value, int) or isinstance(self.value, bool) or self.value < 1:
+                raise BudgetError(
+                    f"max_bytes={self.value!r}: give the bytes that the whole model may take, a whole number."
+                )
+        elif self.kind == "speedup":
+            number = isinstance(self.value, numbers.Real) and not isinstance(self.value, bool)
+            if not number or not math.isfinite(self.value) or not self.value > 1:
+                raise BudgetError(
+                    f"speedup={self.value!r}: give the dense latency over the compressed one, above 1."
+                )
+            object.__setattr__(self, "value", float(self.value))
         else:
             self._check_fraction()
 
@@ -109,11 +125,14 @@ class LayerPlan:
         name: Module name, as in ``model.named_modules()``.
         kind: Which dense layer it is, ``"linear"`` (weight ``(out, in)``) or ``"conv1d"``.
         in_features, out_features: Shape of the weight.
-        bias: Whether the layer has a bias (it is never changed).
+        bias: Whether the dense layer has a bias.
         rank: Inner size of the factors; ``None`` leaves the layer as it is.
-        relative_error: ``‖W − LR‖_F / ‖W‖_F`` at that rank; ``None`` until measured.
+        relative_error: ``‖W − LR‖ / ‖W‖`` at that rank under the plan's metric; ``None`` until measured.
         reason: Why the layer has this rank, or why it stays dense.
         targeted: Whether the layer may change and counts for `keep`; if not, `reason` says why.
+        added_bias: Whether the factorized layer gets a bias that the dense one has not.
+        loss_increase: Predicted increase of the objective per term (a sample, or a token of a language
+            model); ``None`` unless the metric is ``"loss"``.
     """
 
     name: str
@@ -125,10 +144,17 @@ class LayerPlan:
     relative_error: float | None = None
     reason: str = ""
     targeted: bool = True
+    added_bias: bool = False
+    loss_increase: float | None = None
 
     def __post_init__(self) -> None:
         if self.rank is not None:
             check_rank(self.rank, where=self.name)
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the factorized layer has a bias."""
+        return self.bias or self.added_bias
 
     @property
     def dense_parameters(self) -> int:
@@ -156,7 +182,9 @@ class LayerPlan:
 
     def dense(self, reason: str) -> LayerPlan:
         """Return this layer left as it is, for ``reason``."""
-        return replace(self, rank=None, relative_error=None, reason=reason)
+        return replace(
+            self, rank=None, relative_error=None, reason=reason, added_bias=False, loss_increase=None
+        )
 
 
 @dataclass(frozen=True)
@@ -179,7 +207,7 @@ class Plan:
         model: Class name of the model that the plan was made for.
         layers: One `LayerPlan` per linear layer, in the model's order.
         budget: The request, for people to read: ``"keep=0.5"``.
-        metric: What the errors measure; ``"weight"`` is the relative Frobenius error.
+        metric: What the errors measure, one of `METRICS`; ``"weight"`` is the relative Frobenius error.
         allocation: ``"global"`` or ``"uniform"``, how `keep` was spread over the layers.
         round_to: Chosen ranks are multiples of this.
         tolerance: Largest relative excess over each layer's optimal error that `apply` may have.
@@ -226,6 +254,12 @@ class Plan:
     def targeted(self) -> tuple[LayerPlan, ...]:
         """The layers over which `keep` counts parameters."""
         return tuple(layer for layer in self.layers if layer.targeted)
+
+    @property
+    def loss_increase(self) -> float | None:
+        """Predicted increase of the objective per term: the sum over the layers; ``None`` if not known."""
+        parts = [layer.loss_increase for layer in self.factorized]
+        return sum(part for part in parts if part is not None) if parts and None not in parts else None
 
     @property
     def kept_fraction(self) -> float:
@@ -304,9 +338,10 @@ class Plan:
         if not isinstance(data.get("layers"), (list, tuple)):
             raise PlanError('The plan has no list of "layers".')
         values = {key: value for key, value in data.items() if key not in ("format", "layers")}
-        if values.get("metric", "weight") != "weight":
+        if values.get("metric", "weight") not in METRICS:
             raise PlanError(
-                f"The plan has errors under the metric {values['metric']!r}, which is unknown here."
+                f"The plan has errors under the metric {values['metric']!r}, which is unknown here; "
+                f"known are {', '.join(METRICS)}."
             )
         layers = tuple(_layer_from_dict(layer) for layer in data["layers"])
         if "model" not in values:
@@ -365,6 +400,10 @@ class Plan:
             f" layers factorized; {after:,} of {before:,} targeted parameters remain"
             f" ({self.kept_fraction:.1%})."
         )
+        if self.metric != "weight":
+            footer += f" Errors are of the metric {self.metric!r}."
+        if self.loss_increase is not None:
+            footer += f" Predicted increase of the loss: {self.loss_increase:.4g}."
         return format_table(("layer", "out×in", "rank", "kept", "error", "reason"), rows) + "\n\n" + footer
 
 

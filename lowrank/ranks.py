@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +33,8 @@ def select(
     round_to: int = 8,
     named: Collection[str] = (),
     tolerance: float = 1e-3,
+    loss_per_square: Mapping[str, float] | None = None,
+    costs: Costs | None = None,
 ) -> Plan:
     """Give every targeted layer of ``draft`` a rank, or the reason why it stays dense.
 
@@ -48,6 +50,9 @@ def select(
             them is an error, for others a reason to stay dense.
         tolerance: Relative excess over the optimal error that `apply` may have; the ranks for an
             ``error`` or ``energy`` leave room for it, so that the bound holds in the end.
+        loss_per_square: Factor from each layer's squared error to the loss, where the metric is in
+            units of the loss: errors of different layers are then compared as they are.
+        costs: The unit of a ``max_bytes`` or ``speedup`` budget.
 
     Raises:
         BudgetError: If no layer would change, or ``keep`` is below what the smallest ranks need.
@@ -60,11 +65,15 @@ def select(
         raise BudgetError(f"round_to={round_to!r}: ranks are rounded to a positive whole number.")
     if budget.kind == "rank":
         layers = _by_rank(draft, budget.value, named)
-    elif budget.kind == "keep":
-        layers = _by_keep(draft, budget.value, spectra, allocation, round_to)
-    else:
+    elif budget.kind in ("energy", "error"):
         layers = _by_error(draft, budget, spectra, round_to, tolerance)
-    chosen = {layer.name: _with_error(layer, spectra) for layer in layers}
+    else:
+        curves = [_curve(x, spectra[x.name], round_to, loss_per_square) for x in draft.targeted]
+        if costs is None:
+            layers = _by_keep(draft, budget.value, curves, allocation, round_to)
+        else:
+            layers = _by_cost(draft, budget, curves, costs, allocation)
+    chosen = {layer.name: _with_error(layer, spectra, loss_per_square) for layer in layers}
     plan = replace(draft, budget=str(budget), allocation=allocation, round_to=round_to, tolerance=tolerance)
     plan = plan.with_layers(chosen)
     if not any(layer.rank for layer in chosen.values()):
@@ -72,10 +81,16 @@ def select(
     return plan
 
 
-def _with_error(layer: LayerPlan, spectra: Mapping[str, Spectrum]) -> LayerPlan:
+def _with_error(
+    layer: LayerPlan, spectra: Mapping[str, Spectrum], loss_per_square: Mapping[str, float] | None
+) -> LayerPlan:
     if layer.rank is None or layer.name not in spectra:
         return layer
-    return replace(layer, relative_error=spectra[layer.name].relative_error(layer.rank))
+    spectrum, rank = spectra[layer.name], layer.rank
+    layer = replace(layer, relative_error=spectrum.relative_error(rank))
+    if loss_per_square is None:
+        return layer
+    return replace(layer, loss_increase=loss_per_square[layer.name] * spectrum.squared_error(rank))
 
 
 def _nothing_changes(plan: Plan, budget: Budget) -> str:
@@ -100,6 +115,8 @@ _LESS = {
     "keep": "Keep less.",
     "energy": "Retain less energy.",
     "error": "Allow a larger error.",
+    "max_bytes": "Allow fewer bytes.",
+    "speedup": "Ask for more.",
 }
 
 
@@ -155,10 +172,9 @@ def _by_error(
 
 
 def _by_keep(
-    draft: Plan, keep: float, spectra: Mapping[str, Spectrum], allocation: str, round_to: int
+    draft: Plan, keep: float, curves: list[Curve], allocation: str, round_to: int
 ) -> list[LayerPlan]:
     total = sum(layer.dense_parameters for layer in draft.targeted)
-    curves = [_curve(layer, spectra[layer.name], round_to) for layer in draft.targeted]
     least = sum(int(curve.costs[0]) for curve in curves)
     if least > keep * total:
         nearest = math.floor(1000 * least / total + 1) / 1000
@@ -167,7 +183,27 @@ def _by_keep(
             f"keep={keep!r} leaves {keep * total:,.0f} of {total:,} parameters, but the smallest ranks "
             f"(multiples of {round_to}) need {least:,}. {advice} smaller round_to."
         )
-    choices = _uniform(curves, keep) if allocation == "uniform" else allocate(curves, keep * total)
+    return _within(draft, curves, keep * total, allocation)
+
+
+def _by_cost(
+    draft: Plan, budget: Budget, curves: list[Curve], costs: Costs, allocation: str
+) -> list[LayerPlan]:
+    """Allocate under a cost other than parameters."""
+    priced = [costs.price(layer, curve) for layer, curve in zip(draft.targeted, curves, strict=True)]
+    limit = costs.limit - costs.fixed
+    least = sum(float(curve.costs[0]) for curve in priced)
+    if least > limit:
+        nearest = costs.say(least + costs.fixed)
+        raise BudgetError(
+            f"{budget} cannot be met: with the smallest ranks on offer {draft.model} still needs "
+            f"{nearest}. That is the least possible with these targets and this round_to."
+        )
+    return _within(draft, priced, limit, allocation)
+
+
+def _within(draft: Plan, curves: list[Curve], limit: float, allocation: str) -> list[LayerPlan]:
+    choices = _uniform(curves, limit) if allocation == "uniform" else allocate(curves, limit)
     return [
         _chosen(layer, curve, choice)
         for layer, curve, choice in zip(draft.targeted, curves, choices, strict=True)
@@ -179,6 +215,23 @@ def _chosen(layer: LayerPlan, curve: Curve, choice: int) -> LayerPlan:
         small = not len(curve.ranks)
         return layer.dense("too small: no rank saves parameters" if small else "worth its parameters")
     return replace(layer, rank=int(curve.ranks[choice]), reason="chosen by the allocator")
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What layers cost in a unit other than parameters.
+
+    Args:
+        limit: What the whole model may cost.
+        fixed: What everything but the targeted weights costs.
+        price: Returns a layer's curve with its costs in this unit.
+        say: Puts a cost into words.
+    """
+
+    limit: float
+    fixed: float
+    price: Callable[[LayerPlan, Curve], Curve]
+    say: Callable[[float], str]
 
 
 @dataclass(frozen=True)
@@ -196,12 +249,17 @@ class Curve:
     losses: np.ndarray[Any, Any]
 
 
-def _curve(layer: LayerPlan, spectrum: Spectrum, round_to: int) -> Curve:
+def _curve(
+    layer: LayerPlan, spectrum: Spectrum, round_to: int, loss_per_square: Mapping[str, float] | None
+) -> Curve:
     ranks = np.arange(round_to, layer.largest_paying_rank + 1, round_to)
     tail = spectrum.tail.numpy()
-    # Squared error with each weight scaled to unit mean square. Absolute errors would follow the
-    # arbitrary scale of a layer, and relative ones alone would count a small layer like a large one.
-    scale = layer.dense_parameters / tail[0] if tail[0] > 0 else 0.0
+    if loss_per_square is not None:
+        scale = loss_per_square[layer.name] * spectrum.scale**2
+    else:
+        # Squared error with each weight scaled to unit mean square. Absolute errors would follow the
+        # arbitrary scale of a layer, and relative ones alone would count a small layer like a large one.
+        scale = layer.dense_parameters / float(tail[0]) if tail[0] > 0 else 0.0
     losses = tail[ranks] * scale
     return Curve(
         ranks=ranks,
@@ -210,12 +268,12 @@ def _curve(layer: LayerPlan, spectrum: Spectrum, round_to: int) -> Curve:
     )
 
 
-def _uniform(curves: list[Curve], keep: float) -> list[int]:
-    """Keep the same fraction of every layer; less than ``keep`` where small layers need more."""
-    budget = keep * sum(float(curve.costs[-1]) for curve in curves)
+def _uniform(curves: list[Curve], budget: float) -> list[int]:
+    """Keep the same fraction of every layer; less than the budget's where small layers need more."""
+    keep = min(1.0, budget / sum(float(curve.costs[-1]) for curve in curves))
     for fraction in np.linspace(keep, 0, 1000):  # at once, unless small layers take more than their share
         choices = [_largest_within(curve, fraction * curve.costs[-1]) for curve in curves]
-        if sum(int(curve.costs[choice]) for curve, choice in zip(curves, choices, strict=True)) <= budget:
+        if sum(float(curve.costs[choice]) for curve, choice in zip(curves, choices, strict=True)) <= budget:
             return choices
     return [0] * len(curves)
 

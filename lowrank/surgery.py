@@ -1,7 +1,8 @@
 """The only file that replaces modules: `apply` a plan, or `decompress` a model.
 
-Everything is validated before anything is swapped. Then layer after layer is decomposed, swapped,
-and its dense weight freed, so that the extra memory is that of one layer's decomposition.
+Everything is validated before anything is swapped. Then layer after layer is factorized
+(`lowrank.factoring`), swapped, and its dense weight freed, so that the extra memory is that of one
+layer's decomposition.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from torch import nn
 from tqdm import tqdm
 
 from lowrank.errors import LowRankError, PlanError, WeightError
-from lowrank.linalg import truncated_svd
+from lowrank.factoring import check_stats, factorized
 from lowrank.linalg.svd import check_options, checked_weight
 from lowrank.nn import LowRankLinear, kind_named, kind_of
 from lowrank.obstacles import check_model, find_obstacles
 from lowrank.planning import LayerPlan, Plan
+from lowrank.statistics import Stats
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -25,6 +27,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 def apply(
     model: nn.Module,
     plan: Plan,
+    stats: Stats | None = None,
     *,
     seed: int = 0,
     progress: bool = False,
@@ -35,11 +38,13 @@ def apply(
         raise PlanError(f"apply needs a Plan, not {type(plan).__name__}. Make one with plan(model, ...).")
     check_options(plan.tolerance, seed)
     todo = _validate(model, plan)
+    if todo:
+        check_stats(model, plan, stats)
     bar = tqdm(todo, desc="factorizing", unit="layer", disable=None if progress else True)
     for layer in bar:
         bar.set_postfix_str(layer.name)
         dense = model.get_submodule(layer.name)
-        replace_module(model, layer.name, _factorized(dense, layer, plan.tolerance, seed))
+        replace_module(model, layer.name, _adopt(factorized(dense, layer, plan, stats, seed), dense))
     return model
 
 
@@ -56,12 +61,16 @@ def restructure(model: nn.Module, plan: Plan) -> nn.Module:
         kind = kind_of(dense)
         assert kind is not None  # _validate has refused everything else
         weight = kind.weight(dense)
+        bias: nn.Parameter | None = dense.bias  # type: ignore[assignment]
+        if bias is None and layer.added_bias:
+            bias = nn.Parameter(torch.empty(layer.out_features, device="meta", dtype=weight.dtype))
         new = LowRankLinear.from_factors(
             torch.empty(layer.out_features, layer.rank or 0, device="meta", dtype=weight.dtype),
             torch.empty(layer.rank or 0, layer.in_features, device="meta", dtype=weight.dtype),
-            dense.bias,  # type: ignore[arg-type]
+            bias,
             kind=layer.kind,
             relative_error=layer.relative_error,
+            added_bias=layer.added_bias,
         )
         replace_module(model, layer.name, _adopt(new, dense))
     return model
@@ -99,16 +108,6 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put ``new`` in the place that the dotted ``name`` gives."""
     parent, _, child = name.rpartition(".")
     model.get_submodule(parent)._modules[child] = new
-
-
-def _factorized(dense: nn.Module, layer: LayerPlan, tolerance: float, seed: int) -> LowRankLinear:
-    kind = kind_of(dense)
-    assert kind is not None and layer.rank is not None  # _validate has refused everything else
-    weight = kind.weight(dense)
-    left, right, error, _ = truncated_svd(weight, layer.rank, tolerance=tolerance, seed=seed)
-    bias: nn.Parameter | None = dense.bias  # type: ignore[assignment]
-    new = LowRankLinear.from_factors(left, right, bias, kind=kind.name, relative_error=error)
-    return _adopt(new, dense)
 
 
 _HOOKS = (

@@ -84,9 +84,10 @@ def _describe(name: str, module: nn.Module) -> LayerPlan:
             module.kind,
             module.in_features,
             module.out_features,
-            module.bias is not None,
+            module.bias is not None and not module.added_bias,
             module.rank,
             module.relative_error,
+            added_bias=module.added_bias,
         )
     kind = kind_of(module)
     bias = module.bias is not None

@@ -655,9 +655,9 @@ def test_a_real_bert_survives_the_round_trip(minilm, tmp_path):
 
 
 def test_an_interrupted_apply_leaves_a_model_that_can_be_saved_and_loaded(tiny_bert, tmp_path, monkeypatch):
-    from lowrank import surgery
+    from lowrank import factoring
 
-    real, calls = surgery.truncated_svd, []
+    real, calls = factoring.truncated_svd, []
 
     def interrupted(*args, **kwargs):
         calls.append(args)
@@ -665,7 +665,7 @@ def test_an_interrupted_apply_leaves_a_model_that_can_be_saved_and_loaded(tiny_b
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(surgery, "truncated_svd", interrupted)
+    monkeypatch.setattr(factoring, "truncated_svd", interrupted)
     with pytest.raises(KeyboardInterrupt):
         lowrank.compress(tiny_bert, rank=8)
     tiny_bert.save_pretrained(tmp_path)

@@ -83,13 +83,13 @@ def test_errors_and_text_know_nothing_of_the_library(leaf):
 
 LAYERS = [
     {"errors", "text"},
-    {"patterns", "tensorfile", "folders", "linalg"},
-    {"planning"},
-    {"nn"},
-    {"reads"},
-    {"obstacles"},
-    {"targets", "ranks", "surgery"},  # the stages
-    {"_transformers", "plot"},
+    {"patterns", "tensorfile", "folders", "linalg", "batches", "blocks"},
+    {"planning", "statistics", "objectives"},
+    {"nn", "reads", "distillation"},
+    {"obstacles", "fingerprints"},
+    {"factoring"},
+    {"targets", "calibration", "ranks", "surgery", "recovery", "evaluation"},  # the stages
+    {"_transformers", "plot", "costs"},
     {"checkpoint", "pipeline", "benchmarking"},
     {"hf", "reporting"},
     {"demo"},

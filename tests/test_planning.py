@@ -51,7 +51,7 @@ plans = st.builds(
 @pytest.mark.parametrize(
     ("kinds", "message"),
     [
-        ({}, "exactly one budget of rank, keep, energy, error; got none"),
+        ({}, "exactly one budget of rank, keep, energy, error, max_bytes; got none"),
         ({"rank": None, "keep": None}, "got none"),
         ({"rank": 8, "keep": 0.5}, "got rank=8 and keep=0.5"),
         ({"fraction": 0.5}, "Unknown budget 'fraction'"),
@@ -302,8 +302,8 @@ def test_a_layer_plan_with_a_rank_that_is_no_positive_integer_cannot_be_made(ran
 
 
 def test_a_plan_under_an_unknown_metric_is_refused():
-    data = Plan("Model").to_dict() | {"metric": "loss"}
-    with pytest.raises(PlanError, match="under the metric 'loss', which is unknown here"):
+    data = Plan("Model").to_dict() | {"metric": "taste"}
+    with pytest.raises(PlanError, match="under the metric 'taste', which is unknown here"):
         Plan.from_dict(data)
 
 

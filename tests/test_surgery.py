@@ -250,16 +250,16 @@ def test_dense_weights_are_freed(tiny_bert):
 
 
 def test_a_dense_weight_is_gone_before_the_next_layer_is_decomposed(mlp, monkeypatch):
-    from lowrank import surgery
+    from lowrank import factoring
 
     first, alive = weakref.ref(mlp[0].weight), []
-    real = surgery.truncated_svd
+    real = factoring.truncated_svd
 
     def watched(*args: object, **kwargs: object) -> object:
         alive.append(first() is not None)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(surgery, "truncated_svd", watched)
+    monkeypatch.setattr(factoring, "truncated_svd", watched)
     compress(mlp, rank=8)
     assert alive == [True, False]
 

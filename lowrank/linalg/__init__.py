@@ -1,15 +1,18 @@
 """The mathematics: pure functions of tensors that know nothing of modules or plans."""
 
-from lowrank.linalg.metric import Identity, Inputs, Metric
+from lowrank.linalg.metric import Diagonal, Gram, Identity, Metric, PulledBack, Stacked
 from lowrank.linalg.spectra import Spectrum, spectrum
 from lowrank.linalg.svd import Factors, choose_solver, truncated_svd
 
 __all__ = [
+    "Diagonal",
     "Factors",
+    "Gram",
     "Identity",
-    "Inputs",
     "Metric",
+    "PulledBack",
     "Spectrum",
+    "Stacked",
     "choose_solver",
     "spectrum",
     "truncated_svd",

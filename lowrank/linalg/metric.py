@@ -1,66 +1,208 @@
-"""What "error" means: a metric is a value that says how to weigh the inputs of a layer.
+r"""What "error" means: a metric is a value that weighs the inputs and the outputs of a layer.
 
-Every factorization minimises ``‖(W − LR) C^½‖_F``. A metric only has to weigh a matrix by ``C``,
-on the input side or, for the outputs' Gram matrix, from both sides. With ``C = I`` it is the
-truncated SVD (Eckart & Young, 1936).
+Every factorization minimises ``‖G^½ (W − LR) C^½‖_F`` with a matrix ``C (in, in)`` that says how
+the inputs lie, and ``G (out, out)`` that says how much each output direction matters. A side of the
+metric is an `Identity`, a `Diagonal` or a full `Gram`:
+
+========  ==========  ========  ============================================================
+metric    outputs G   inputs C  known as
+========  ==========  ========  ============================================================
+weight    I           I         truncated SVD (Eckart & Young 1936)
+diagonal  I           diagonal  ASVD (Yuan et al. 2023, arXiv:2312.05821), without its exponent
+inputs    I           full      DRONE (Chen et al. 2021); SVD-LLM (Wang et al. 2024, arXiv:2403.07378)
+loss      full        full      Kronecker-factored Fisher (Martens & Grosse 2015, arXiv:1503.05671)
+========  ==========  ========  ============================================================
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 
-class Metric(Protocol):
-    """How the error of a factorization is measured."""
+class Outputs(Protocol):
+    """What a factorization asks of the outputs' metric ``G = H Hᵀ``."""
 
-    def weigh(self, weight: Tensor) -> Tensor:
-        """Return ``W S`` with ``S Sᵀ = C``, shape ``(out, in)``: its Frobenius norm is the metric's."""
+    def pull_back(self, weight: Tensor) -> Tensor:
+        """Return ``Wᵀ G W``, shape ``(in, in)``."""
         ...
 
-    def output_gram(self, weight: Tensor) -> Tensor:
-        """Return ``W C Wᵀ``, shape ``(out, out)``."""
+    def enter(self, weight: Tensor) -> Tensor:
+        """Return ``Hᵀ W``, shape ``(out, in)``."""
         ...
 
 
-@dataclass(frozen=True)
-class Identity:
-    """Every input direction counts the same: the truncated SVD of the weight itself."""
+class Side(ABC):
+    """A positive semi-definite matrix ``C = S Sᵀ`` that weighs either side of a layer."""
 
-    def weigh(self, weight: Tensor) -> Tensor:
-        """Return the weight as it is, shape ``(out, in)``."""
-        return weight
+    @abstractmethod
+    def times(self, matrix: Tensor) -> Tensor:
+        """Return ``M C`` for ``M (rows, n)``."""
 
-    def output_gram(self, weight: Tensor) -> Tensor:
-        """Return ``W Wᵀ``, shape ``(out, out)``."""
-        return gram(weight)
+    @abstractmethod
+    def times_root(self, matrix: Tensor) -> Tensor:
+        """Return ``M S`` for ``M (rows, n)``: its Frobenius norm is the weighed norm of ``M``."""
+
+    @abstractmethod
+    def root_times(self, matrix: Tensor) -> Tensor:
+        """Return ``S M`` for ``M (n, columns)``."""
+
+    def pull_back(self, weight: Tensor) -> Tensor:
+        """Return ``Wᵀ G W``, shape ``(in, in)``."""
+        product = self.times(weight.T) @ weight
+        return (product + product.T) / 2
+
+    def enter(self, weight: Tensor) -> Tensor:
+        """Return ``Hᵀ W``, shape ``(out, in)``."""
+        return self.times_root(weight.T).T
+
+
+class Identity(Side):
+    """Every direction counts the same."""
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """Return the matrix as it is."""
+        return matrix
+
+    def times_root(self, matrix: Tensor) -> Tensor:
+        """Return the matrix as it is."""
+        return matrix
+
+    def root_times(self, matrix: Tensor) -> Tensor:
+        """Return the matrix as it is."""
+        return matrix
 
 
 @dataclass(frozen=True, eq=False)
-class Inputs:
-    """Input directions count by how much of the calibration data lies along them.
+class Diagonal(Side):
+    """Each feature has a weight of its own: ``values (n,)``, not negative."""
+
+    values: Tensor
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """Return ``M C``."""
+        return matrix * self.values.to(matrix)
+
+    def times_root(self, matrix: Tensor) -> Tensor:
+        """Return ``M C^½``."""
+        return matrix * self.values.to(matrix).sqrt()
+
+    def root_times(self, matrix: Tensor) -> Tensor:
+        """Return ``C^½ M``."""
+        return self.values.to(matrix).sqrt()[:, None] * matrix
+
+
+@dataclass(frozen=True, eq=False)
+class Gram(Side):
+    """Directions count by how much of the calibration data lies along them.
 
     Args:
-        second_moment: ``C = E[xxᵀ]``, centred or not, ``(in, in)``, positive semi-definite. It may
-            be singular, since nothing is inverted.
-
-    Source: DRONE (Chen et al., 2021); the optimum of SVD-LLM (Wang et al., 2024, arXiv:2403.07378).
+        matrix: ``(n, n)``, symmetric positive semi-definite up to rounding. It may be singular:
+            nothing is inverted.
     """
 
-    second_moment: Tensor
+    matrix: Tensor
 
-    def weigh(self, weight: Tensor) -> Tensor:
-        """Return ``W E λ^½`` with ``C = E λ Eᵀ``, shape ``(out, in)``."""
-        values, vectors = torch.linalg.eigh(self.second_moment.to(weight))
-        return weight @ (vectors * values.clamp(min=0).sqrt())
+    def times(self, matrix: Tensor) -> Tensor:
+        """Return ``M C``."""
+        return matrix @ self.matrix.to(matrix)
 
-    def output_gram(self, weight: Tensor) -> Tensor:
-        """Return ``W C Wᵀ``, shape ``(out, out)``."""
-        product = weight @ self.second_moment.to(weight) @ weight.T
-        return (product + product.T) / 2
+    def times_root(self, matrix: Tensor) -> Tensor:
+        """Return ``M S``."""
+        return matrix @ self.root.to(matrix)
+
+    def root_times(self, matrix: Tensor) -> Tensor:
+        """Return ``S M``."""
+        return self.root.to(matrix) @ matrix
+
+    @cached_property
+    def root(self) -> Tensor:
+        """The Cholesky factor ``S`` in float64, computed once for all layers that share the matrix.
+
+        Every direction gets 1e-15 of the mean variance, and more only as long as rounding makes the
+        factorization fail; a matrix of zeros is its own root.
+        """
+        matrix = self.matrix.to(torch.float64)
+        matrix = (matrix + matrix.T) / 2
+        mean = float(matrix.diagonal().mean())
+        if not mean > 0:
+            return torch.zeros_like(matrix)
+        added = 1e-15 * mean
+        while True:
+            damped = matrix.clone()
+            damped.diagonal().add_(added)
+            root, failed = torch.linalg.cholesky_ex(damped)
+            if not failed:
+                return root
+            added *= 10
+
+
+@dataclass(frozen=True, eq=False)
+class PulledBack:
+    """The outputs' metric of one weight, seen from its inputs: ``Wᵀ G W (in, in)``.
+
+    Where ``out > in`` this is all that a factorization asks of ``G``, and smaller. It is right for
+    that ``W`` only.
+    """
+
+    matrix: Tensor
+
+    def pull_back(self, weight: Tensor) -> Tensor:
+        """Return ``Wᵀ G W``, shape ``(in, in)``."""
+        return self.matrix.to(weight)
+
+    def enter(self, weight: Tensor) -> Tensor:
+        """Refuse: the outputs are not known any more."""
+        raise ValueError(
+            f"a metric pulled back through W has no root for a wide weight {tuple(weight.shape)}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Stacked:
+    """The outputs of several layers, one below the other: a block-diagonal metric.
+
+    Args:
+        sides: One per layer.
+        sizes: Their numbers of outputs.
+    """
+
+    sides: tuple[Outputs, ...]
+    sizes: tuple[int, ...]
+
+    def pull_back(self, weight: Tensor) -> Tensor:
+        """Return ``Σ Wᵢᵀ Gᵢ Wᵢ``, shape ``(in, in)``."""
+        parts = torch.split(weight, list(self.sizes))
+        pulled = [side.pull_back(part) for side, part in zip(self.sides, parts, strict=True)]
+        return torch.stack(pulled).sum(0)
+
+    def enter(self, weight: Tensor) -> Tensor:
+        """Return ``Hᵀ W``, shape ``(Σ out, in)``."""
+        parts = torch.split(weight, list(self.sizes))
+        return torch.cat([side.enter(part) for side, part in zip(self.sides, parts, strict=True)])
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """How the error of a factorization is measured: ``‖G^½ (W − LR) C^½‖_F``.
+
+    Args:
+        inputs: ``C``: `Identity`, `Diagonal` or `Gram`.
+        outputs: ``G``: one of these, `PulledBack`, or `Stacked`.
+    """
+
+    inputs: Side = field(default_factory=Identity)
+    outputs: Outputs = field(default_factory=Identity)
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is the truncated SVD of the weight itself."""
+        return isinstance(self.inputs, Identity) and isinstance(self.outputs, Identity)
 
 
 def gram(matrix: Tensor, block: int = 192) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank.linalg.metric import Identity, Metric
+from lowrank.linalg.metric import Metric
 from lowrank.linalg.svd import checked_weight, small_side_gram
 
 
@@ -30,6 +30,10 @@ class Spectrum:
         total = float(self.tail[0])
         return math.sqrt(float(self.tail[rank]) / total) if total > 0 else 0.0
 
+    def squared_error(self, rank: int) -> float:
+        """Return ``‖W − LR‖²`` at ``rank``, in the metric's units."""
+        return float(self.tail[rank]) * self.scale**2
+
     def smallest_rank(self, relative_error: float) -> int:
         """Return the smallest rank, at least 1, whose relative error is at most ``relative_error``."""
         enough = self.tail <= relative_error**2 * self.tail[0]
@@ -41,7 +45,7 @@ class Spectrum:
         return (self.tail[:-1] - self.tail[1:]).clamp(min=0).sqrt() * self.scale
 
 
-def spectrum(weight: Tensor, metric: Metric = Identity()) -> Spectrum:
+def spectrum(weight: Tensor, metric: Metric = Metric()) -> Spectrum:
     """Return the squared error ``Σ_{i>k} σ_i²`` at every rank ``k``.
 
     The squared singular values are the eigenvalues of the Gram matrix of the smaller side. They are

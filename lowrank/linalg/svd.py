@@ -1,9 +1,17 @@
 """Truncated SVD under a metric: one function, two solvers, and an error that can be trusted.
 
-Both solvers work on the Gram matrix of the smaller side of ``W``, whose eigenvectors are the
-singular vectors. *exact* takes all of them from LAPACK or cuSOLVER. *randomized* takes the leading
-ones and proves that no rank-k factorization is better by more than the tolerance
-(`lowrank.linalg.subspace`); where it cannot, the exact solver runs instead.
+Both solvers work on the Gram matrix of the smaller side of ``B = Hᵀ W S``, with ``G = H Hᵀ`` and
+``C = S Sᵀ``; its eigenvectors are the singular vectors. *exact* takes all of them from LAPACK or
+cuSOLVER. *randomized* takes the leading ones and proves that no rank-k factorization is better by
+more than the tolerance (`lowrank.linalg.subspace`); where it cannot, the exact solver runs instead.
+
+The best approximation of ``B`` leads back to ``W`` without inverting ``C`` or ``G``. With the right
+singular vectors ``V`` (tall weights) or the left ones ``U`` (wide weights)
+
+    LR = W S V σ⁻² Vᵀ Sᵀ (Wᵀ G W)        LR = W C Wᵀ H U σ⁻² Uᵀ Hᵀ W
+
+so that only the singular values which are kept stand below a fraction line. Either says: ``R`` picks
+k features of the input, and ``L`` is the linear regression of the dense output on them.
 """
 
 from __future__ import annotations
@@ -15,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import LowRankError, RankError, WeightError
-from lowrank.linalg.metric import Identity, Metric, gram
+from lowrank.linalg.metric import Metric, gram
 from lowrank.linalg.subspace import leading_eigenspace
 
 SOLVERS = ("auto", "exact", "randomized")
@@ -54,7 +62,7 @@ def choose_solver(rows: int, columns: int, rank: int) -> str:
 def truncated_svd(
     weight: Tensor,
     rank: int,
-    metric: Metric = Identity(),
+    metric: Metric = Metric(),
     *,
     solver: str = "auto",
     tolerance: float = 1e-3,
@@ -93,6 +101,8 @@ def truncated_svd(
         raise LowRankError(f"solver={solver!r}: choose one of {', '.join(SOLVERS)}.")
     check_options(tolerance, seed)
     matrix, scale = checked_weight(weight)
+    if not metric.plain:
+        matrix = matrix.to(torch.float64)  # data lie in few directions: small tails must be resolved
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= min(matrix.shape):
         raise RankError(
             f"rank {rank!r} of a weight (out={matrix.shape[0]}, in={matrix.shape[1]}): "
@@ -111,8 +121,8 @@ def truncated_svd(
         if weight.dtype == torch.float16:
             left, right = _balanced(left, right)
         left, right = left.to(weight.dtype), right.to(weight.dtype)
-        if error is None or weight.dtype in (torch.float16, torch.bfloat16):
-            error = _measure(matrix, left.to(matrix) / scale, right.to(matrix), metric)
+        if error is None or (metric.plain and weight.dtype in (torch.float16, torch.bfloat16)):
+            error = _measure(matrix, left.to(matrix) / scale, right.to(matrix))
     return Factors(left.contiguous(), right.contiguous(), error, solver)
 
 
@@ -156,9 +166,17 @@ def checked_weight(weight: Tensor) -> tuple[Tensor, float]:
 
 
 def small_side_gram(matrix: Tensor, metric: Metric) -> Tensor:
-    """Return ``W C Wᵀ`` or ``(WS)ᵀ(WS)``, whichever is smaller; both have the wanted eigenvalues."""
+    """Return ``BᵀB`` or ``BBᵀ`` of ``B = Hᵀ W S``, whichever is smaller; both have the wanted eigenvalues."""
     rows, columns = matrix.shape
-    return metric.output_gram(matrix) if rows <= columns else gram(metric.weigh(matrix).T)
+    if metric.plain:
+        return gram(matrix if rows <= columns else matrix.T)
+    if rows <= columns:
+        entered = metric.outputs.enter(matrix)  # Hᵀ W
+        squares = metric.inputs.times(entered) @ entered.T
+    else:
+        half = metric.inputs.times_root(metric.outputs.pull_back(matrix))  # Wᵀ G W S
+        squares = metric.inputs.times_root(half.T)
+    return (squares + squares.T) / 2
 
 
 _Found = tuple[Tensor, Tensor, float | None]  # left, right, and the relative error if resolved
@@ -169,12 +187,12 @@ def _exact(matrix: Tensor, rank: int, metric: Metric) -> _Found:
     values, vectors = torch.linalg.eigh(small_side_gram(matrix, metric))
     values = values.clamp(min=0).to(torch.float64)
     total, tail = float(values.sum()), float(values[:-rank].sum())
-    if tail > _RESOLVED[matrix.dtype] * total or total == 0:
+    if tail > _RESOLVED[matrix.dtype] * total or total == 0 or not metric.plain:
         error = math.sqrt(tail / total) if total else 0.0
-        left, right = _factors(matrix, vectors[:, -rank:].flip(1), metric)
+        left, right = _factors(matrix, vectors[:, -rank:].flip(1), values[-rank:].flip(0), metric)
         return left, right, error
     if matrix.dtype == torch.float64:
-        left = torch.linalg.svd(metric.weigh(matrix), full_matrices=False).U[:, :rank]
+        left = torch.linalg.svd(matrix, full_matrices=False).U[:, :rank]
         return left, left.T @ matrix, None
     left, right, resolved = _exact(matrix.to(torch.float64), rank, metric)
     return left.to(matrix.dtype), right.to(matrix.dtype), resolved
@@ -189,19 +207,40 @@ def _randomized(matrix: Tensor, rank: int, metric: Metric, tolerance: float, see
     tail, smallest_tail = total - space.captured, total - space.bound
     if tail > (1 + excess) * smallest_tail or tail < _RESOLVED[matrix.dtype] * total:
         return None
-    left, right = _factors(matrix, space.basis, metric)
+    captured = (space.basis * (squares @ space.basis)).sum(0) if not metric.plain else squares.new_empty(0)
+    left, right = _factors(matrix, space.basis, captured, metric)
     return left, right, math.sqrt(tail / total)
 
 
-def _factors(matrix: Tensor, vectors: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
-    """Turn leading eigenvectors of `small_side_gram` into factors; nothing is inverted."""
+def _factors(matrix: Tensor, vectors: Tensor, squares: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
+    """Turn leading eigenvectors of `small_side_gram`, with eigenvalues ``squares``, into factors.
+
+    Under a metric the factors share each component's norm evenly, as training them later likes it.
+    """
     rows, columns = matrix.shape
+    if metric.plain:
+        wide = rows <= columns
+        return (vectors, vectors.T @ matrix) if wide else (matrix @ vectors, vectors.T)
+    squares = squares.to(matrix)
+    kept = (
+        squares > torch.finfo(matrix.dtype).eps * rows * squares[0]
+    )  # beyond the rank of B, nothing is left
+    inverse = kept / torch.where(kept, squares, 1.0)
     if rows <= columns:
-        return vectors, vectors.T @ matrix  # W C Wᵀ: the eigenvectors span the best outputs
-    if isinstance(metric, Identity):
-        return matrix @ vectors, vectors.T  # WᵀW: the eigenvectors are the right singular vectors
-    left = torch.linalg.qr(metric.weigh(matrix) @ vectors).Q
-    return left, left.T @ matrix
+        right = vectors.T @ metric.outputs.enter(matrix)  # Uᵀ Hᵀ W
+        left = matrix @ metric.inputs.times(right).T  # W C Wᵀ H U
+    else:
+        basis = metric.inputs.root_times(vectors)  # S V
+        left, right = matrix @ basis, basis.T @ metric.outputs.pull_back(matrix)
+    return _evened(left, inverse[:, None] * right)
+
+
+def _evened(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Share each component's norm evenly between the factors."""
+    norms = torch.linalg.vector_norm(left, dim=0), torch.linalg.vector_norm(right, dim=1)
+    shift = (norms[1] / norms[0]).sqrt()
+    shift = torch.where(shift.isfinite() & (shift > 0), shift, 1.0)
+    return left * shift, right / shift[:, None]
 
 
 def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,8 +252,6 @@ def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return left * shift, right / shift
 
 
-def _measure(matrix: Tensor, left: Tensor, right: Tensor, metric: Metric) -> float:
-    norm = float(torch.linalg.matrix_norm(metric.weigh(matrix)))
-    if norm == 0:
-        return 0.0
-    return float(torch.linalg.matrix_norm(metric.weigh(matrix - left @ right))) / norm
+def _measure(matrix: Tensor, left: Tensor, right: Tensor) -> float:
+    norm = float(torch.linalg.matrix_norm(matrix))
+    return float(torch.linalg.matrix_norm(matrix - left @ right)) / norm if norm else 0.0

@@ -28,6 +28,7 @@ class LowRankLinear(nn.Module):
     Attributes:
         relative_error: ``‖W − LR‖ / ‖W‖`` when it was made from a dense weight,
             before any training; ``None`` if not known.
+        added_bias: Whether the bias is one that the dense layer did not have.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class LowRankLinear(nn.Module):
         self.rank = rank
         self.kind = kind
         self.relative_error: float | None = None
+        self.added_bias = False
         self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
         self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
         self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
@@ -71,6 +73,7 @@ class LowRankLinear(nn.Module):
         *,
         kind: str = "linear",
         relative_error: float | None = None,
+        added_bias: bool = False,
     ) -> LowRankLinear:
         """Wrap ``left (out, rank)`` and ``right (rank, in)`` without copying; the bias is shared."""
         rank, in_features = right.shape
@@ -80,6 +83,7 @@ class LowRankLinear(nn.Module):
         layer.up.register_parameter("bias", bias)
         layer.weight = left.new_empty(0)
         layer.relative_error = relative_error
+        layer.added_bias = added_bias
         return layer
 
     @classmethod

@@ -1,110 +1,141 @@
-"""`Inputs(C)`: the optimum of the Cholesky-whitening oracle, and of the outputs where C is singular."""
+"""A metric's factorization against slow oracles: whitening by matrix square roots, and linear regression."""
 
 import pytest
 import torch
-from torch import Tensor
 
-from lowrank.linalg import Identity, Inputs, truncated_svd
-from lowrank.linalg.metric import gram
+from lowrank.linalg import Diagonal, Gram, Identity, Metric, PulledBack, Stacked, spectrum, truncated_svd
 
-SHAPES = {"wide": (12, 30), "tall": (30, 12), "square": (16, 16)}
+SHAPES = [(12, 30), (30, 12), (16, 16)]
+SHAPE_IDS = ["wide", "tall", "square"]
 
 
-def gaussian(*shape: int, seed: int = 0) -> Tensor:
+def made(*shape, seed):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def anisotropic(tokens: int, features: int) -> Tensor:
-    """Inputs whose directions differ by a factor of thirty, or the metric would not matter."""
-    rotation = torch.linalg.qr(gaussian(features, features, seed=2)).Q
-    scales = torch.logspace(0, -1.5, features, dtype=torch.float64)
-    return gaussian(tokens, features, seed=1) * scales @ rotation.T  # (tokens, in)
+def moment(size, samples, seed):
+    """The second moment of samples whose directions differ by a factor of thirty, or G = I would do."""
+    data = made(samples, size, seed=seed) * torch.logspace(0, -1.5, size, dtype=torch.float64)
+    return data.T @ data / samples
 
 
-def best_output_error(weight: Tensor, inputs: Tensor, rank: int) -> float:
-    """No rank-``rank`` map gives outputs closer than the truncated SVD of the outputs themselves."""
-    values = torch.linalg.svdvals(inputs @ weight.T)
-    return float(values[rank:].norm() / values.norm())
+def root(matrix):
+    """The symmetric square root: not the one that the library uses."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values.clamp(min=0).sqrt() @ vectors.T
 
 
-def output_error(weight: Tensor, left: Tensor, right: Tensor, inputs: Tensor) -> float:
-    return float((inputs @ (weight - left @ right).T).norm() / (inputs @ weight.T).norm())
+def squared_error(product, weight, C, G):
+    difference = weight - product
+    return float(torch.trace(difference.T @ G @ difference @ C))
+
+
+def optimum(weight, C, G, rank):
+    return float(torch.linalg.svdvals(root(G) @ weight @ root(C))[rank:].square().sum())
+
+
+@pytest.mark.parametrize("samples", [300, 6], ids=["full-rank", "singular"])
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
+@pytest.mark.parametrize("sides", ["C", "G", "CG"])
+def test_the_error_reaches_the_optimum_of_the_whitened_weight(shape, samples, sides):
+    weight = made(*shape, seed=0)
+    C = moment(shape[1], samples, seed=1) if "C" in sides else torch.eye(shape[1], dtype=torch.float64)
+    G = moment(shape[0], samples, seed=2) if "G" in sides else torch.eye(shape[0], dtype=torch.float64)
+    left, right, error, _ = truncated_svd(weight, 4, Metric(Gram(C), Gram(G)))
+    total = squared_error(0, weight, C, G)
+    best = optimum(weight, C, G, 4)
+    assert squared_error(left @ right, weight, C, G) <= best + 1e-9 * total
+    assert error == pytest.approx((best / total) ** 0.5, abs=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
+def test_the_spectrum_is_the_whitened_weights(shape):
+    weight, C, G = made(*shape, seed=0), moment(shape[1], 300, seed=1), moment(shape[0], 300, seed=2)
+    expected = torch.linalg.svdvals(root(G) @ weight @ root(C))
+    torch.testing.assert_close(spectrum(weight, Metric(Gram(C), Gram(G))).singular_values, expected)
 
 
 @pytest.mark.parametrize("solver", ["exact", "randomized"])
-@pytest.mark.parametrize("rank", [1, 5, 11])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_the_product_is_that_of_cholesky_whitening(shape, rank, solver):
-    weight, inputs = gaussian(*shape), anisotropic(300, shape[1])
-    second_moment = inputs.T @ inputs / 300
-    triangle = torch.linalg.cholesky(second_moment)
-    u, s, vt = torch.linalg.svd(weight @ triangle, full_matrices=False)
-    whitened = (u[:, :rank] * s[:rank]) @ torch.linalg.solve_triangular(
-        triangle, vt[:rank], upper=False, left=False
-    )
-    left, right, error, _ = truncated_svd(weight, rank, Inputs(second_moment), solver=solver, tolerance=1e-7)
-    # The optimum is unique; errors equal to 1e-7 leave the product free by about the root of that.
-    torch.testing.assert_close(left @ right, whitened, rtol=0, atol=2e-3 * float(weight.norm()))
-    assert error == pytest.approx(
-        output_error(weight, whitened, torch.eye(shape[1]).double(), inputs), rel=1e-6
-    )
+def test_both_solvers_agree_on_a_large_weight(solver):
+    weight, C, G = made(520, 600, seed=0), moment(600, 900, seed=1), moment(520, 900, seed=2)
+    left, right, _, used = truncated_svd(weight, 10, Metric(Gram(C), Gram(G)), solver=solver, tolerance=1e-4)
+    assert used == solver
+    assert squared_error(left @ right, weight, C, G) <= optimum(weight, C, G, 10) * (1 + 1e-4) ** 2
 
 
-@pytest.mark.parametrize("solver", ["exact", "randomized"])
-@pytest.mark.parametrize("tokens", [300, 8], ids=["gram-full-rank", "gram-singular"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_the_outputs_are_as_close_as_any_of_that_rank(shape, dtype, tokens, solver):
-    weight, inputs = gaussian(*shape).to(dtype), anisotropic(tokens, shape[1])
-    metric = Inputs((inputs.T @ inputs / tokens).to(dtype))
-    for rank in (1, 4, 7):
-        left, right, error, _ = truncated_svd(weight, rank, metric, solver=solver)
-        measured = output_error(weight.double(), left.double(), right.double(), inputs)
-        best = best_output_error(weight.double(), inputs, rank)
-        assert best * (1 - 1e-9) <= measured <= best * (1 + 1e-3) + 4 * torch.finfo(dtype).eps
-        assert error == pytest.approx(measured, rel=1e-3)
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
+def test_left_is_the_regression_of_the_dense_output_on_the_features(shape):
+    weight, C, G = made(*shape, seed=0), moment(shape[1], 300, seed=1), moment(shape[0], 300, seed=2)
+    left, right, *_ = truncated_svd(weight, 4, Metric(Gram(C), Gram(G)))
+    regression = weight @ C @ right.T @ torch.linalg.inv(right @ C @ right.T)
+    torch.testing.assert_close(left, regression)
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_a_rank_of_the_inputs_reproduces_the_outputs(shape):
-    weight, inputs = gaussian(*shape), anisotropic(8, shape[1])
-    left, right, error, _ = truncated_svd(weight, 8, Inputs(inputs.T @ inputs / 8))
-    # C is known to 1e-16, so a direction without data counts for at most the root of that.
-    assert output_error(weight, left, right, inputs) <= 1e-7
-    assert error <= 1e-7
+def test_what_was_pulled_back_through_a_tall_weight_replaces_the_outputs_metric():
+    weight, C, G = made(30, 12, seed=0), moment(12, 300, seed=1), moment(30, 300, seed=2)
+    full = truncated_svd(weight, 4, Metric(Gram(C), Gram(G)))
+    pulled = truncated_svd(weight, 4, Metric(Gram(C), PulledBack(weight.T @ G @ weight)))
+    torch.testing.assert_close(full.left @ full.right, pulled.left @ pulled.right)
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_it_beats_the_plain_svd_on_the_outputs(shape):
-    weight, inputs = gaussian(*shape), anisotropic(300, shape[1])
+@pytest.mark.parametrize("sizes", [(5, 4), (20, 10)], ids=["wide", "tall"])
+def test_stacked_outputs_are_one_block_diagonal_metric(sizes):
+    weight, C = made(sum(sizes), 12, seed=0), moment(12, 300, seed=1)
+    blocks = [moment(size, 300, seed=size) for size in sizes]
+    stacked = truncated_svd(weight, 4, Metric(Gram(C), Stacked(tuple(map(Gram, blocks)), sizes)))
+    whole = truncated_svd(weight, 4, Metric(Gram(C), Gram(torch.block_diag(*blocks))))
+    torch.testing.assert_close(stacked.left @ stacked.right, whole.left @ whole.right)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
+def test_a_diagonal_is_the_gram_matrix_with_zeros_elsewhere(shape):
+    weight = made(*shape, seed=0)
+    inputs, outputs = made(shape[1], seed=1).square(), made(shape[0], seed=2).square()
+    short = truncated_svd(weight, 4, Metric(Diagonal(inputs), Diagonal(outputs)))
+    long = truncated_svd(weight, 4, Metric(Gram(torch.diag(inputs)), Gram(torch.diag(outputs))))
+    torch.testing.assert_close(short.left @ short.right, long.left @ long.right)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
+def test_equal_weights_give_the_truncated_svd(shape):
+    weight = made(*shape, seed=0)
     plain = truncated_svd(weight, 4)
-    aware = truncated_svd(weight, 4, Inputs(inputs.T @ inputs))
-    assert output_error(weight, *aware[:2], inputs) < 0.95 * output_error(weight, *plain[:2], inputs)
-
-
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_inputs_without_a_preferred_direction_are_the_identity(shape):
-    weight = gaussian(*shape)
-    same = truncated_svd(weight, 4, Inputs(3 * torch.eye(shape[1], dtype=torch.float64)))
-    plain = truncated_svd(weight, 4, Identity())
+    same = truncated_svd(weight, 4, Metric(Gram(3 * torch.eye(shape[1])), Identity()))
     torch.testing.assert_close(same.left @ same.right, plain.left @ plain.right)
     assert same.relative_error == pytest.approx(plain.relative_error)
 
 
-@pytest.mark.parametrize("tokens", [300, 8], ids=["gram-full-rank", "gram-singular"])
-def test_weigh_and_output_gram_are_two_views_of_one_norm(tokens):
-    weight, inputs = gaussian(12, 30), anisotropic(tokens, 30)
-    metric = Inputs(inputs.T @ inputs)
-    weighed = metric.weigh(weight)
-    assert weighed.shape == weight.shape
-    torch.testing.assert_close(weighed @ weighed.T, metric.output_gram(weight))
-    assert float(weighed.norm()) == pytest.approx(float((inputs @ weight.T).norm()))
+def hard(name, size):
+    matrix = moment(size, 300, seed=3)
+    if name == "zero":
+        matrix.zero_()
+    elif name == "dead-channels":
+        matrix[::3] = 0
+        matrix[:, ::3] = 0
+    elif name == "one-huge-channel":
+        matrix[1] *= 1e6
+        matrix[:, 1] *= 1e6
+    elif name == "slightly-indefinite":
+        matrix -= 1e-9 * torch.eye(size)
+    elif name == "tiny":
+        matrix *= 1e-30
+    return matrix
 
 
-@pytest.mark.parametrize(
-    ("rows", "block"), [(1, 192), (191, 192), (192, 192), (193, 192), (500, 192), (7, 3)], ids=str
-)
-def test_gram_is_the_whole_product(rows, block):
-    matrix = gaussian(rows, 20)
-    product = gram(matrix, block)
-    torch.testing.assert_close(product, matrix @ matrix.T, rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
+@pytest.mark.parametrize("name", ["zero", "dead-channels", "one-huge-channel", "slightly-indefinite", "tiny"])
+def test_hard_statistics_never_fail(name, shape, dtype):
+    weight = made(*shape, seed=0).to(dtype)
+    metric = Metric(Gram(hard(name, shape[1])), Gram(hard(name, shape[0])))
+    left, right, error, _ = truncated_svd(weight, 6, metric)
+    assert left.dtype == right.dtype == dtype
+    assert left.isfinite().all()
+    assert right.isfinite().all()
+    assert 0 <= error <= 1
+
+
+def test_each_component_has_its_norm_shared_evenly():
+    weight, C = made(30, 12, seed=0), moment(12, 300, seed=1)
+    left, right, *_ = truncated_svd(weight, 4, Metric(Gram(C)))
+    torch.testing.assert_close(left.norm(dim=0), right.norm(dim=1))

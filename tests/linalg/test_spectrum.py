@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowrank.errors import WeightError
-from lowrank.linalg import Inputs, spectrum, truncated_svd
+from lowrank.linalg import Gram, Metric, spectrum, truncated_svd
 
 SHAPES = {"wide": (12, 30), "tall": (30, 12), "square": (16, 16), "row": (1, 9), "column": (9, 1)}
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -73,7 +73,7 @@ def test_under_a_metric_it_is_the_spectrum_of_the_outputs(shape, tokens):
     weight, inputs = gaussian(*shape), gaussian(tokens, shape[1], seed=1)
     outputs = weight @ inputs.T / math.sqrt(tokens)  # its Gram matrix is W C Wᵀ
     values = torch.linalg.svdvals(outputs)[: min(shape)]
-    measured = spectrum(weight, Inputs(inputs.T @ inputs / tokens)).singular_values
+    measured = spectrum(weight, Metric(Gram(inputs.T @ inputs / tokens))).singular_values
     expected = torch.cat([values, values.new_zeros(min(shape) - len(values))])
     torch.testing.assert_close(measured, expected, rtol=1e-6, atol=1e-7 * float(values[0]))
 

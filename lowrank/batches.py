@@ -1,0 +1,166 @@
+"""Turn what users have (sentences, tensors, dicts, a DataLoader) into batches that a model is called with."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.errors import DataError, LowRankError
+
+LONGEST = 512
+"""Tokens that a sentence is cut to, unless the tokenizer or the caller says less."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One call of a model.
+
+    Args:
+        index: Number of the batch, from 0.
+        given: What the data yielded, on the model's device; a loss function gets it whole.
+        arguments, keywords: What the model is called with. Of a tuple that is its first element: the
+            others, labels mostly, are for the loss.
+        mask: ``(batch, tokens)``, true for real tokens; ``None`` if all are.
+    """
+
+    index: int
+    given: Any
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    mask: Tensor | None
+
+    def call(self, model: nn.Module) -> Any:
+        """Call the model; its own error gets the batch's index as a note.
+
+        Raises:
+            DataError: If the model refuses the batch.
+        """
+        try:
+            return model(*self.arguments, **self.keywords)
+        except LowRankError:
+            raise  # from a hook of ours
+        except Exception as error:
+            raise DataError(
+                f"Batch {self.index}: {type(model).__name__} refuses it: {type(error).__name__}: {error}"
+            ) from error
+
+    def on(self, device: torch.device | str | None) -> Batch:
+        """Return the batch with its tensors on ``device``."""
+        return _batch(self.index, moved(self.given, device))
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens in the batch; of inputs without tokens, samples."""
+        if self.mask is not None:
+            return int(self.mask.sum())
+        tensors = [v for v in (*self.arguments, *self.keywords.values()) if isinstance(v, Tensor)]
+        return (
+            (tensors[0].numel() if not tensors[0].is_floating_point() else len(tensors[0])) if tensors else 0
+        )
+
+    def digest(self) -> int:
+        """Return a number that tells batches apart; the sum over batches does not depend on their order."""
+        state = hashlib.sha256()
+        for value in (*self.arguments, *self.keywords.values()):
+            if isinstance(value, Tensor):
+                state.update(f"{value.dtype}{tuple(value.shape)}".encode())
+                state.update(value.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
+        return int.from_bytes(state.digest()[:8], "big")
+
+    def real(self, values: Tensor) -> Tensor:
+        """Return the rows ``(tokens, features)`` of ``values (…, features)`` that belong to real tokens."""
+        rows = values.reshape(-1, values.shape[-1])
+        if self.mask is not None and len(rows) == self.mask.numel() and values.ndim != 2:
+            return rows[self.mask.reshape(-1)]
+        return rows
+
+
+def batches(
+    data: Iterable[Any],
+    tokenizer: Callable[..., Any] | None = None,
+    *,
+    device: torch.device | str | None = None,
+    batch_size: int = 32,
+    max_length: int | None = None,
+) -> Iterator[Batch]:
+    """Yield batches from ``data``, one at a time.
+
+    Args:
+        data: Strings, with a ``tokenizer``; or any iterable of batches, each a dict of tensors, a
+            tensor, or a tuple whose first element is the model's input.
+        tokenizer: A tokenizer of transformers, for strings.
+        device: Where tensors are moved to.
+        batch_size: Strings per batch.
+        max_length: Longest string in tokens; by default what the tokenizer allows, at most 512.
+
+    Raises:
+        DataError: If there are no data, strings come without a tokenizer, or a batch is none of these.
+    """
+    if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable):
+        raise DataError(
+            f"data is {type(data).__name__}: give a list of strings, or an iterable of batches such as a "
+            "DataLoader. One batch alone goes into a list: [batch]."
+        )
+    items = iter(data)
+    first = next(items, None)
+    if first is None:
+        raise DataError("data has no batch. An iterator can be used up: give a list or a DataLoader.")
+    items = itertools.chain([first], items)
+    if isinstance(first, str):
+        if tokenizer is None:
+            raise DataError("data has strings, so a tokenizer is needed: pass tokenizer=...")
+        items = _tokenized(items, tokenizer, batch_size, max_length)
+    for index, given in enumerate(items):
+        yield _batch(index, moved(given, device))
+
+
+def _tokenized(
+    texts: Iterator[Any], tokenizer: Callable[..., Any], batch_size: int, max_length: int | None
+) -> Iterator[dict[str, Tensor]]:
+    limit = max_length or min(LONGEST, getattr(tokenizer, "model_max_length", LONGEST))
+    while chunk := list(itertools.islice(texts, batch_size)):
+        strange = next((text for text in chunk if not isinstance(text, str)), None)
+        if strange is not None:
+            raise DataError(f"data mixes strings with {type(strange).__name__}. Give one kind only.")
+        encoded = tokenizer(chunk, truncation=True, max_length=limit, return_attention_mask=True)
+        rows = [i for i, ids in enumerate(encoded["input_ids"]) if len(ids)]
+        if rows:  # padded here, since not every tokenizer has a token for it
+            yield {key: _padded([values[i] for i in rows]) for key, values in encoded.items()}
+
+
+def _padded(rows: list[list[int]]) -> Tensor:
+    tensors = [torch.tensor(row) for row in rows]
+    return nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+
+
+def _batch(index: int, given: Any) -> Batch:
+    if isinstance(given, Tensor):
+        return Batch(index, given, (given,), {}, None)
+    if isinstance(given, Mapping):
+        mask = given.get("attention_mask")
+        usable = isinstance(mask, Tensor) and mask.ndim == 2
+        return Batch(index, given, (), dict(given), mask.bool() if usable else None)  # type: ignore[union-attr]
+    if isinstance(given, (tuple, list)) and given:
+        inner = _batch(index, given[0])
+        return Batch(index, given, inner.arguments, inner.keywords, inner.mask)
+    raise DataError(
+        f"Batch {index} is {type(given).__name__}: a batch is a dict of tensors, a tensor, or a tuple whose "
+        "first element is the model's input."
+    )
+
+
+def moved(value: Any, device: torch.device | str | None) -> Any:
+    """Return ``value`` with every tensor in it on ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device) if device is not None else value
+    if isinstance(value, Mapping):
+        return {key: moved(item, device) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)([moved(item, device) for item in value]) if type(value) in (tuple, list) else value
+    return value

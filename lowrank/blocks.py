@@ -1,0 +1,59 @@
+"""Find the stack of repeated blocks in a model: what a deep network is made of, whatever its names.
+
+The stack is the container of at least two modules of one class that holds the most parameters of
+linear layers: the encoder layers of BERT, the decoder layers of Llama, the residual blocks of a plain
+`torch.nn.Sequential`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the blocks in their order, by name; empty if nothing in ``model`` is repeated."""
+    best: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1:
+            blocks = {f"{name}.{key}" if name else key: child for key, child in module.named_children()}
+            alike = len({type(block) for block in blocks.values()}) == 1
+            if alike and _size(blocks) > _size(best):
+                best = blocks
+    return best
+
+
+def _size(blocks: Mapping[str, nn.Module]) -> int:
+    return sum(parameter.numel() for block in blocks.values() for parameter in block.parameters())
+
+
+def hidden_state(output: Any) -> Tensor | None:
+    """Return the hidden states in what a block returned: itself, or the first of several."""
+    first = output[0] if isinstance(output, (tuple, list)) and output else output
+    return first if isinstance(first, Tensor) else None
+
+
+@contextlib.contextmanager
+def outputs_of(blocks: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Give a dictionary that each forward pass fills with the blocks' hidden states, by name."""
+    found: dict[str, Tensor] = {}
+
+    def listen(name: str, block: nn.Module) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            hidden = hidden_state(output)
+            if hidden is not None:
+                found[name] = hidden
+
+        return block.register_forward_hook(hook)
+
+    handles = []
+    try:
+        handles += [listen(name, block) for name, block in blocks.items()]
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+        found.clear()

@@ -1,0 +1,174 @@
+"""How good a model is, in the four ways that tell compressed models apart.
+
+`embedding_cosine` compares with the dense model itself and needs no labels; it shows differences
+between methods long before a benchmark's score does. Every function leaves the model's mode and
+random state alone, and follows its device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.batches import batches
+from lowrank.errors import DataError
+from lowrank.objectives import pooled
+
+
+def embed(
+    model: nn.Module, texts: Sequence[str], tokenizer: Callable[..., Any], *, batch_size: int = 64
+) -> Tensor:
+    """Embed texts as sentence encoders do: the mean over real tokens, normalised.
+
+    Args:
+        model: An encoder that returns ``last_hidden_state (batch, tokens, features)``.
+        texts: Any number of strings; each is cut to what the tokenizer allows, at most 512 tokens.
+        tokenizer: The model's tokenizer.
+        batch_size: Texts per forward pass.
+
+    Returns:
+        Shape ``(texts, features)``, rows of norm 1, on the model's device.
+
+    Raises:
+        DataError: If there are no texts, or the model refuses them.
+    """
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding
+    ordered = [texts[i] for i in order]
+    parts = []
+    with _evaluating(model):
+        for batch in batches(ordered, tokenizer, device=_device(model), batch_size=batch_size):
+            outputs = batch.call(model)
+            if "last_hidden_state" not in outputs:
+                raise DataError(
+                    f"{type(model).__name__} returns no last_hidden_state; embed needs an encoder."
+                )
+            parts.append(pooled(outputs["last_hidden_state"].float(), batch.mask))
+    embeddings = torch.cat(parts)
+    if len(embeddings) != len(texts):
+        raise DataError("Some texts have no tokens. Take the empty ones out.")
+    return embeddings[torch.tensor(order, device=embeddings.device).argsort()]
+
+
+def embedding_cosine(
+    model: nn.Module,
+    dense: nn.Module,
+    texts: Sequence[str],
+    tokenizer: Callable[..., Any],
+    *,
+    batch_size: int = 64,
+) -> float:
+    """Return the mean cosine between the two models' embeddings of each text; 1 for equal models."""
+    first = embed(model, texts, tokenizer, batch_size=batch_size)
+    second = embed(dense, texts, tokenizer, batch_size=batch_size)
+    return float((first * second.to(first)).sum(-1).mean())
+
+
+def sts_spearman(
+    model: nn.Module,
+    pairs: Sequence[tuple[str, str]],
+    scores: Sequence[float],
+    tokenizer: Callable[..., Any],
+    *,
+    batch_size: int = 64,
+) -> float:
+    """Return Spearman's rank correlation of the pairs' cosines with people's ``scores``, in [-1, 1].
+
+    Source: STS Benchmark, Cer et al. 2017 (arXiv:1708.00055).
+    """
+    texts = [text for pair in pairs for text in pair]
+    embeddings = embed(model, texts, tokenizer, batch_size=batch_size)
+    cosines = (embeddings[0::2] * embeddings[1::2]).sum(-1)
+    return spearman(cosines.cpu(), torch.tensor(scores, dtype=torch.float64))
+
+
+def perplexity(
+    model: nn.Module,
+    text: str | Tensor,
+    tokenizer: Callable[..., Any] | None = None,
+    *,
+    window: int = 512,
+    windows: int | None = None,
+    batch_size: int = 2,
+) -> float:
+    """Return the perplexity of a causal language model on one text, cut into windows without overlap.
+
+    Args:
+        model: A model that returns ``logits (batch, tokens, vocabulary)``.
+        text: The text, or its token ids ``(tokens,)``.
+        tokenizer: Needed for a text.
+        window: Tokens per window; each window's first token is not predicted.
+        windows: How many windows, from the start; ``None`` means all.
+        batch_size: Windows per forward pass.
+
+    Raises:
+        DataError: If the text is shorter than one window, or comes without a tokenizer.
+    """
+    if isinstance(text, str):
+        if tokenizer is None:
+            raise DataError("A text needs a tokenizer: pass tokenizer=..., or token ids.")
+        text = torch.tensor(tokenizer(text)["input_ids"])
+    count = len(text) // window if windows is None else windows
+    if not 1 <= count <= len(text) // window:
+        raise DataError(f"{len(text):,} tokens do not make {max(1, count)} windows of {window}.")
+    ids = text[: count * window].view(count, window).to(_device(model))
+    total = 0.0
+    with _evaluating(model):
+        for chunk in torch.split(ids, batch_size):
+            logits = model(input_ids=chunk).logits[:, :-1].float()
+            losses = nn.functional.cross_entropy(
+                logits.flatten(0, 1), chunk[:, 1:].flatten(), reduction="sum"
+            )
+            total += float(losses)
+    return math.exp(total / (count * (window - 1)))
+
+
+def accuracy(
+    model: nn.Module,
+    texts: Sequence[str],
+    labels: Sequence[int],
+    tokenizer: Callable[..., Any],
+    *,
+    batch_size: int = 64,
+) -> float:
+    """Return the fraction of ``texts`` whose largest logit is at their label, in [0, 1]."""
+    right, start = 0, 0
+    with _evaluating(model):
+        for batch in batches(texts, tokenizer, device=_device(model), batch_size=batch_size):
+            found = batch.call(model).logits.argmax(-1)
+            wanted = torch.tensor(labels[start : start + len(found)], device=found.device)
+            right, start = right + int((found == wanted).sum()), start + len(found)
+    if start != len(labels):
+        raise DataError(f"{start} texts with tokens, but {len(labels)} labels.")
+    return right / start
+
+
+def spearman(first: Tensor, second: Tensor) -> float:
+    """Return Spearman's rank correlation of two vectors; ties share their mean rank."""
+    return float(torch.corrcoef(torch.stack([_ranks(first), _ranks(second)]))[0, 1])
+
+
+def _ranks(values: Tensor) -> Tensor:
+    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    ends = counts.cumsum(0).double()
+    return (ends - (counts - 1) / 2)[inverse]
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, was in training.items():
+            module.training = was
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -1,0 +1,300 @@
+"""What calibration learned about each layer: moments of its inputs, and a metric of its outputs.
+
+Plain sums over tokens in float64, so that statistics of parts of the data add up to those of the
+whole. They answer every metric and every budget without another forward pass.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lowrank.errors import CheckpointError, StatsError
+from lowrank.folders import staged
+from lowrank.linalg import Diagonal, Gram, Metric, PulledBack
+from lowrank.tensorfile import METADATA, read_header
+
+STATS_FORMAT = 1
+"""Version of the folder written by `Stats.save`; a reader refuses anything newer."""
+
+_TENSORS, _STRUCTURE = "stats.safetensors", "stats.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Sums over tokens ``x (n,)``, each with a weight.
+
+    Args:
+        weight: ``Σ w``.
+        total: ``Σ w x``, shape ``(n,)``, float64.
+        products: ``Σ w x xᵀ``, shape ``(n, n)``, or its diagonal ``(n,)``, float64.
+    """
+
+    weight: float
+    total: Tensor
+    products: Tensor
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """``μ = E[x]``, shape ``(n,)``."""
+        return self.total / self.weight if self.weight else self.total
+
+    def second(self, centred: bool) -> Tensor:
+        """Return ``E[xxᵀ]``, less ``μμᵀ`` if ``centred``; its diagonal if only that is known."""
+        second = self.products / self.weight if self.weight else self.products
+        if not centred:
+            return second
+        return second - (self.mean.square() if second.ndim == 1 else torch.outer(self.mean, self.mean))
+
+    @cached_property
+    def centred(self) -> Diagonal | Gram:
+        """The centred second moment as one side of a metric, made once for all layers that share it."""
+        return _side(self.second(centred=True))
+
+    @cached_property
+    def raw(self) -> Diagonal | Gram:
+        """The second moment about zero as one side of a metric."""
+        return _side(self.second(centred=False))
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.weight + other.weight, self.total + other.total, self.products + other.products)
+
+
+def _side(matrix: Tensor) -> Diagonal | Gram:
+    return Diagonal(matrix.clamp(min=0)) if matrix.ndim == 1 else Gram(matrix)
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """Sums over tokens of ``g gᵀ``, with ``g = ∂loss/∂y`` for the layer's output ``y``.
+
+    Args:
+        tokens: How many were summed.
+        products: ``Σ ggᵀ (out, out)``, or its diagonal ``(out,)``; or, where ``pulled_back``,
+            ``Wᵀ Σ ggᵀ W (in, in)``, which is smaller for ``out > in``.
+        pulled_back: Whether the products are seen from the layer's input.
+    """
+
+    tokens: int
+    products: Tensor
+    pulled_back: bool
+
+    @cached_property
+    def side(self) -> Diagonal | Gram | PulledBack:
+        """``G = E[ggᵀ]`` as the outputs' side of a metric."""
+        mean = self.products / max(1, self.tokens)
+        return PulledBack(mean) if self.pulled_back else _side(mean)
+
+    def __add__(self, other: Gradients) -> Gradients:
+        return Gradients(self.tokens + other.tokens, self.products + other.products, self.pulled_back)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What the statistics were made from: numbers that differ when the thing differs."""
+
+    model: str
+    tokenizer: str
+    data: str
+
+
+@dataclass(frozen=True, eq=False)
+class Stats:
+    """Calibration statistics of a model, from `lowrank.calibrate`.
+
+    Args:
+        fingerprint: What they were made from. Statistics of another model are refused.
+        inputs: Moments by input; layers that read the same tensor share them.
+        sources: ``{layer name: key of inputs}``.
+        gradients: The outputs' metric by layer name; empty without a loss.
+        tokens: Real tokens seen.
+        terms: Independent terms of the objective: samples, or tokens of a language model.
+    """
+
+    fingerprint: Fingerprint
+    inputs: Mapping[str, Moments]
+    sources: Mapping[str, str]
+    gradients: Mapping[str, Gradients] = field(default_factory=dict)
+    tokens: int = 0
+    terms: int = 0
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self.sources
+
+    def __repr__(self) -> str:
+        return (
+            f"Stats({len(self.sources)} layers, {len(self.inputs)} distinct inputs, "
+            f"{len(self.gradients)} with gradients, {self.tokens:,} tokens, {self.bytes / 1e6:.1f} MB)"
+        )
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the sums take."""
+        tensors = [t for m in self.inputs.values() for t in (m.total, m.products)]
+        tensors += [g.products for g in self.gradients.values()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def moments(self, layer: str) -> Moments:
+        """Return the moments of what ``layer`` reads; raises `StatsError` if it was never called."""
+        if layer not in self.sources:
+            raise StatsError(f"{layer}: the statistics do not have this layer. Calibrate this model again.")
+        return self.inputs[self.sources[layer]]
+
+    def best_metric(self) -> str:
+        """Name the metric that makes the most of what is here."""
+        return "loss" if self.gradients else "inputs"
+
+    def lacks(self, layer: str, metric: str) -> str | None:
+        """Return why ``layer`` cannot be measured by ``metric``, or ``None``."""
+        if layer not in self.sources:
+            return "was not called during calibration"
+        if metric == "loss" and layer not in self.gradients:
+            return "no gradient of the loss reached it during calibration"
+        return None
+
+    def metric(self, layer: str, kind: str, centred: bool) -> Metric:
+        """Return the metric of one layer.
+
+        Args:
+            layer: Its name.
+            kind: One of `lowrank.planning.METRICS`.
+            centred: Whether a bias will take up the mean of the error.
+
+        Raises:
+            StatsError: If the layer is not here, or has no gradients and ``"loss"`` is asked for.
+        """
+        if kind == "weight":
+            return Metric()
+        moments = self.moments(layer)
+        inputs = moments.centred if centred else moments.raw
+        if kind == "diagonal":
+            diagonal = moments.second(centred)
+            return Metric(Diagonal((diagonal if diagonal.ndim == 1 else diagonal.diagonal()).clamp(min=0)))
+        if kind == "inputs":
+            return Metric(inputs)
+        if layer not in self.gradients:
+            raise StatsError(
+                f'{layer}: metric="loss" needs gradients. Calibrate with a loss that reaches it.'
+            )
+        return Metric(inputs, self.gradients[layer].side)
+
+    def loss_per_square(self, layer: str) -> float:
+        """Return the factor from a squared error under ``"loss"`` to the objective's increase per term.
+
+        To second order, a change ``δy`` of the layer's output costs ``½ Σ (gᵀδy)²``, and the squared
+        error is a mean over tokens.
+        """
+        return 0.5 * self.gradients[layer].tokens / max(1, self.terms)
+
+    def __add__(self, other: Stats) -> Stats:
+        """Add the statistics of other data for the same model.
+
+        Raises:
+            StatsError: If they are of another model or tokenizer, or know other layers.
+        """
+        mine, its = self.fingerprint, other.fingerprint
+        if (mine.model, mine.tokenizer) != (its.model, its.tokenizer):
+            raise StatsError("Statistics of different models or tokenizers cannot be added.")
+        if self.sources != other.sources or self.gradients.keys() != other.gradients.keys():
+            raise StatsError("The statistics know different layers. Calibrate both in the same way.")
+        data = (int(mine.data, 16) + int(its.data, 16)) % 2**64
+        return Stats(
+            replace(mine, data=f"{data:016x}"),
+            {key: moments + other.inputs[key] for key, moments in self.inputs.items()},
+            self.sources,
+            {name: gradients + other.gradients[name] for name, gradients in self.gradients.items()},
+            self.tokens + other.tokens,
+            self.terms + other.terms,
+        )
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write ``stats.safetensors`` and ``stats.json`` into ``folder``.
+
+        Raises:
+            CheckpointError: If the folder has files already, or cannot be written.
+        """
+        tensors: dict[str, Tensor] = {}
+        for key, moments in self.inputs.items():
+            tensors[f"inputs.{key}.total"] = moments.total
+            tensors[f"inputs.{key}.products"] = moments.products
+        for name, gradients in self.gradients.items():
+            tensors[f"gradients.{name}.products"] = gradients.products
+        structure = {
+            "format": STATS_FORMAT,
+            "fingerprint": vars(self.fingerprint),
+            "tokens": self.tokens,
+            "terms": self.terms,
+            "sources": dict(self.sources),
+            "inputs": {key: moments.weight for key, moments in self.inputs.items()},
+            "gradients": {
+                name: {"tokens": gradients.tokens, "pulled_back": gradients.pulled_back}
+                for name, gradients in self.gradients.items()
+            },
+        }
+        with staged(Path(folder), overwrite) as staging:
+            save_file({k: t.contiguous() for k, t in tensors.items()}, staging / _TENSORS, METADATA)
+            (staging / _STRUCTURE).write_text(json.dumps(structure, indent=2), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Stats:
+        """Read what `save` wrote.
+
+        Raises:
+            StatsError: If the folder has no statistics, or they are damaged or from a newer version.
+        """
+        file = Path(folder) / _TENSORS
+        try:
+            structure = json.loads((Path(folder) / _STRUCTURE).read_text(encoding="utf-8"))
+            if structure["format"] > STATS_FORMAT:
+                raise StatsError(
+                    f"{folder}: statistics of format {structure['format']}; this version of lowrank reads up "
+                    f"to {STATS_FORMAT}. Install a newer lowrank."
+                )
+            read_header(file)
+            with safe_open(file, framework="pt") as tensors:
+                return _assembled(structure, {key: tensors.get_tensor(key) for key in tensors.keys()})  # noqa: SIM118
+        except (OSError, SafetensorError, CheckpointError) as error:
+            raise StatsError(f"{folder}: the statistics cannot be read: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise StatsError(
+                f"{folder}: not statistics of lowrank, or damaged: {type(error).__name__}: {error}."
+            ) from error
+
+
+def _assembled(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Stats:
+    for name, tensor in tensors.items():
+        square = tensor.ndim == 1 or (tensor.ndim == 2 and tensor.shape[0] == tensor.shape[1])
+        if tensor.dtype != torch.float64 or not square or not bool(tensor.isfinite().all()):
+            raise ValueError(f"the tensor {name} is not a finite float64 vector or square matrix")
+    inputs = {
+        key: Moments(float(weight), tensors[f"inputs.{key}.total"], tensors[f"inputs.{key}.products"])
+        for key, weight in structure["inputs"].items()
+    }
+    gradients = {
+        name: Gradients(
+            int(entry["tokens"]), tensors[f"gradients.{name}.products"], bool(entry["pulled_back"])
+        )
+        for name, entry in structure["gradients"].items()
+    }
+    for layer, key in structure["sources"].items():
+        if key not in inputs or not isinstance(layer, str):
+            raise ValueError(f"layer {layer!r} reads the input {key!r}, which is not there")
+    fingerprint = {key: str(value) for key, value in structure["fingerprint"].items()}
+    int(fingerprint["data"], 16)
+    return Stats(
+        Fingerprint(**fingerprint),
+        inputs,
+        structure["sources"],
+        gradients,
+        int(structure["tokens"]),
+        int(structure["terms"]),
+    )
