@@ -11,6 +11,12 @@ from torch import Tensor
 from lowrank.linalg.metric import Metric
 from lowrank.linalg.svd import checked_weight, small_side_gram
 
+ROUNDING = 0.3
+"""Relative error of a product of two factors rounded to half precision, in units of their epsilon.
+
+A value spread evenly over its binade is rounded by 0.2 epsilons, root mean square, and there are two.
+"""
+
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
@@ -20,24 +26,34 @@ class Spectrum:
         tail: Shape ``(min(out, in) + 1,)``, float64: ``tail[k] = Σ_{i>k} σ_i²``, the squared error
             that remains at rank ``k``, in units of ``scale²``.
         scale: The power of two that a weight was divided by lest its squares overflow; mostly 1.
+        rounding: Relative error that storing the factors in half precision adds, else 0. Predictions
+            include it; ``tail`` does not.
     """
 
     tail: Tensor
     scale: float = 1.0
+    rounding: float = 0.0
 
     def relative_error(self, rank: int) -> float:
         """Return ``‖W − LR‖ / ‖W‖`` at ``rank``; 0 for a weight of zeros."""
         total = float(self.tail[0])
-        return math.sqrt(float(self.tail[rank]) / total) if total > 0 else 0.0
+        return math.sqrt(float(self._rounded[rank]) / total) if total > 0 else 0.0
 
     def squared_error(self, rank: int) -> float:
         """Return ``‖W − LR‖²`` at ``rank``, in the metric's units."""
         return float(self.tail[rank]) * self.scale**2
 
     def smallest_rank(self, relative_error: float) -> int:
-        """Return the smallest rank, at least 1, whose relative error is at most ``relative_error``."""
-        enough = self.tail <= relative_error**2 * self.tail[0]
-        return max(1, int(enough.nonzero()[0]))
+        """Return the smallest rank, at least 1, whose relative error is at most ``relative_error``.
+
+        Where rounding forbids so small an error, it is the full rank, which never pays.
+        """
+        enough = (self._rounded <= relative_error**2 * self.tail[0]).nonzero()
+        return max(1, int(enough[0])) if len(enough) else len(self.tail) - 1
+
+    @property
+    def _rounded(self) -> Tensor:
+        return self.tail + self.rounding**2 * (self.tail[0] - self.tail)
 
     @property
     def singular_values(self) -> Tensor:
@@ -70,4 +86,5 @@ def spectrum(weight: Tensor, metric: Metric = Metric()) -> Spectrum:
     squares = small_side_gram(matrix.to(torch.float64), metric)
     values = torch.linalg.eigvalsh(squares).clamp(min=0)  # ascending
     tail = torch.cat([values.new_zeros(1), values.cumsum(0)]).flip(0)
-    return Spectrum(tail.cpu(), scale)
+    half = weight.dtype in (torch.float16, torch.bfloat16)
+    return Spectrum(tail.cpu(), scale, ROUNDING * torch.finfo(weight.dtype).eps if half else 0.0)
