@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from lowrank import _transformers
 from lowrank.benchmarking import benchmark
-from lowrank.calibration import calibrate
 from lowrank.checkpoint import load, save
 from lowrank.errors import (
     BudgetError,
@@ -23,7 +22,7 @@ from lowrank.errors import (
     WeightError,
 )
 from lowrank.nn import LowRankLinear
-from lowrank.pipeline import apply, compress, decompress, plan, spectra
+from lowrank.pipeline import apply, calibrate, compress, decompress, plan, spectra
 from lowrank.planning import LayerPlan, Plan
 from lowrank.plot import plot_ranks, plot_spectra
 from lowrank.reporting import report

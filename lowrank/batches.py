@@ -120,6 +120,30 @@ def batches(
         yield _batch(index, moved(given, device))
 
 
+def windows(text: str | Tensor, tokenizer: Callable[..., Any] | None = None, *, tokens: int = 512) -> Tensor:
+    """Cut one text into windows without overlap, as language models are calibrated and measured on.
+
+    Args:
+        text: The text, or its token ids ``(n,)``.
+        tokenizer: Needed for a text.
+        tokens: Length of a window.
+
+    Returns:
+        Token ids, shape ``(windows, tokens)``; what is left at the end is dropped.
+
+    Raises:
+        DataError: If the text is shorter than one window, or comes without a tokenizer.
+    """
+    if isinstance(text, str):
+        if tokenizer is None:
+            raise DataError("A text needs a tokenizer: pass tokenizer=..., or token ids.")
+        text = torch.tensor(tokenizer(text)["input_ids"])
+    count = len(text) // tokens
+    if count < 1:
+        raise DataError(f"{len(text):,} tokens do not make a window of {tokens}.")
+    return text[: count * tokens].view(count, tokens)
+
+
 def _tokenized(
     texts: Iterator[Any], tokenizer: Callable[..., Any], batch_size: int, max_length: int | None
 ) -> Iterator[dict[str, Tensor]]:

@@ -8,97 +8,115 @@ not depend on the amount of data.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+import random
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowrank.batches import Batch, batches
+from lowrank.batches import Batch
+from lowrank.curvature import Curvature, trials
 from lowrank.errors import DataError, StatsError
 from lowrank.fingerprints import fingerprint_of_model, fingerprint_of_tokenizer
 from lowrank.linalg.metric import gram
 from lowrank.nn import kind_of
 from lowrank.objectives import of_loss, self_supervised
-from lowrank.obstacles import check_model
 from lowrank.statistics import Fingerprint, Gradients, Moments, Stats
 
 WIDEST = 8192
 """Features up to which the products of all pairs are kept (0.5 GB in float64); beyond, each with itself."""
 
+SAMPLED = 16_384
+"""Tokens of a random sample of the data on which the curvature is measured."""
 
-def calibrate(
+
+def collect(
     model: nn.Module,
-    data: Iterable[Any],
-    tokenizer: Callable[..., Any] | None = None,
-    loss: Callable[[Any, Any], Tensor] | str | None = "auto",
-    device: torch.device | str | None = None,
+    layers: Collection[str],
+    stream: Iterable[Batch],
+    loss: Callable[[Any, Any], Tensor] | str | None,
     *,
-    batch_size: int = 32,
-    max_length: int | None = None,
+    tokenizer: Any = None,
     seed: int = 0,
     progress: bool = False,
 ) -> Stats:
-    """Collect what every linear layer reads, and how much its outputs matter to the loss.
-
-    Args:
-        model: Any module on any device. It runs in eval mode, and is left as it was.
-        data: Strings, with a ``tokenizer``; or any iterable of batches: dicts, tensors, or tuples
-            whose first element is the model's input (a DataLoader, a column of `datasets`).
-        tokenizer: A tokenizer of transformers, for strings.
-        loss: ``"auto"`` makes an objective from the outputs without labels (`lowrank.objectives`).
-            A function ``loss(outputs, batch)`` returns a scalar, the mean over the batch's samples.
-            ``None`` spares the backward pass; the metric ``"loss"`` is then not available.
-        device: Where batches are moved to; by default where the model's first parameter is.
-        batch_size: Strings per batch.
-        max_length: Longest string in tokens; by default what the tokenizer allows, at most 512.
-        seed: Seed of the sampled labels; the global random state is not touched.
-        progress: Show a progress bar on a terminal.
-
-    Returns:
-        `Stats`, which answer every metric and budget. Add those of further data with ``+``.
-
-    Raises:
-        DataError: If there are no data, the model refuses a batch, or a loss is no scalar.
-        StatsError: If a layer reads NaN or infinite values.
-
-    Source: for the gradients, Martens & Grosse 2015 (K-FAC, arXiv:1503.05671).
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
-        >>> stats = calibrate(model, [torch.randn(32, 8), torch.randn(32, 8)])
-        >>> stats.tokens, sorted(stats.gradients)
-        (64, ['0', '2'])
-    """
-    check_model(model)
+    """Sum the statistics of ``layers`` over batches; see `lowrank.calibrate` for the arguments and errors."""
     if loss is not None and loss != "auto" and not callable(loss):
         raise DataError(f'loss={loss!r}: give "auto", a function loss(outputs, batch), or None.')
-    if device is None:
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    generator = torch.Generator(device).manual_seed(seed)
-    collector = _Collector(model, differentiate=loss is not None)
-    stream = batches(data, tokenizer, device=device, batch_size=batch_size, max_length=max_length)
+    generator = torch.Generator(_device(model)).manual_seed(seed)
+    collector = _Collector(model, layers, differentiate=loss is not None)
+    sample = _Sample(seed)
     data_digest = tokens = terms = 0
     bar = tqdm(stream, desc="calibrating", unit="batch", disable=None if progress else True)
-    with _as_it_was(model), collector.listening(), torch.set_grad_enabled(loss is not None):
-        for batch in bar:
-            collector.start(batch)
-            outputs = batch.call(model)
-            if loss is not None:
-                made = (
-                    self_supervised(outputs, batch, generator)
-                    if isinstance(loss, str)
-                    else of_loss(loss, outputs, batch)
-                )
-                made.total.backward()  # type: ignore[no-untyped-call]
-                terms += made.terms
-            data_digest = (data_digest + batch.digest()) % 2**64
-            tokens += batch.tokens
-    fingerprint = Fingerprint(
-        fingerprint_of_model(model), fingerprint_of_tokenizer(tokenizer), f"{data_digest:016x}"
-    )
-    return collector.stats(fingerprint, tokens, terms)
+    with _as_it_was(model), torch.set_grad_enabled(loss is not None):
+        with collector.listening():
+            for batch in bar:
+                collector.start(batch)
+                terms += _pass(model, batch, loss, generator)
+                sample.offer(batch)
+                data_digest = (data_digest + batch.digest()) % 2**64
+                tokens += batch.tokens
+        fingerprint = Fingerprint(
+            fingerprint_of_model(model), fingerprint_of_tokenizer(tokenizer), f"{data_digest:016x}"
+        )
+        stats = collector.stats(fingerprint, tokens, terms)
+        attempts = trials(model, stats)
+        if not attempts:
+            return stats
+        curvature = Curvature(model, attempts)
+        bar = tqdm(sample.batches, desc="curvature", unit="batch", disable=None if progress else True)
+        with curvature.listening():
+            for batch in bar:
+                curvature.batch = batch
+                _pass(model, batch, loss, generator)
+    return curvature.corrected(stats)
+
+
+def _pass(
+    model: nn.Module,
+    batch: Batch,
+    loss: Callable[[Any, Any], Tensor] | str | None,
+    generator: torch.Generator,
+) -> int:
+    """Run the model forward and, with a loss, backward; return the number of the objective's terms."""
+    outputs = batch.call(model)
+    if loss is None:
+        return 0
+    if isinstance(loss, str):
+        made = self_supervised(outputs, batch, generator)
+    else:
+        made = of_loss(loss, outputs, batch)
+    if not made.total.requires_grad:
+        raise DataError(
+            f"Batch {batch.index}: no gradient of the objective reaches a linear layer. Pass loss=None to do "
+            "without gradients."
+        )
+    made.total.backward()  # type: ignore[no-untyped-call]
+    return made.terms
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+class _Sample:
+    """A random sample of the batches seen so far, within a number of tokens (reservoir sampling)."""
+
+    def __init__(self, seed: int) -> None:
+        self.batches: list[Batch] = []
+        self._random = random.Random(seed)
+        self._seen = self._capacity = 0
+
+    def offer(self, batch: Batch) -> None:
+        if not self._seen:
+            self._capacity = max(1, SAMPLED // max(1, batch.tokens))
+        self._seen += 1
+        if len(self.batches) < self._capacity:
+            self.batches.append(batch)
+        elif (place := self._random.randrange(self._seen)) < self._capacity:
+            self.batches[place] = batch
 
 
 @contextlib.contextmanager
@@ -121,11 +139,11 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
 class _Collector:
     """Sums moments of inputs and products of gradients, one layer at a time, as the model runs."""
 
-    def __init__(self, model: nn.Module, differentiate: bool) -> None:
-        self._layers = {name: m for name, m in model.named_modules() if kind_of(m) is not None}
+    def __init__(self, model: nn.Module, layers: Collection[str], differentiate: bool) -> None:
+        self._layers = {name: model.get_submodule(name) for name in layers}
         self._differentiate = differentiate
-        self._inputs: dict[str, Moments] = {}
-        self._gradients: dict[str, Gradients] = {}
+        self._inputs: dict[str, _Sums] = {}
+        self._gradients: dict[str, _Sums] = {}
         self._sources: dict[str, str] = {}
         self._batch: Batch | None = None
         self._seen: dict[int, tuple[Tensor, str]] = {}
@@ -172,55 +190,89 @@ class _Collector:
                 f"{name}: shared its input with {self._sources[name]} at first, but not in batch "
                 f"{self._batch.index}. A structure that depends on the data cannot be calibrated."
             )
-        if known is None:
-            self._seen[id(tensor)] = (tensor, name)
-            rows = self._batch.real(tensor.detach())
-            moments = _moments(rows)
-            if not bool(moments.total.isfinite().all()):
-                raise StatsError(
-                    f"{name}: reads NaN or infinite values in batch {self._batch.index}. It overflows, "
-                    "in half precision perhaps, or the data are not finite."
-                )
-            self._inputs[name] = self._inputs[name] + moments if name in self._inputs else moments
+        if known is not None:
+            return
+        self._seen[id(tensor)] = (tensor, name)
+        sums = self._inputs.setdefault(name, _Sums(tensor))
+        if not sums.add(self._batch.real(tensor.detach())):
+            raise StatsError(
+                f"{name}: reads NaN or infinite values in batch {self._batch.index}. It overflows, "
+                "in half precision perhaps, or the data are not finite."
+            )
 
     def _felt(self, name: str, layer: nn.Module, gradient: Tensor) -> None:
-        """Add the gradient with respect to a layer's output."""
+        """Add the gradient with respect to a layer's output, for a tall layer seen from its input."""
         assert self._batch is not None
         kind = kind_of(layer)
         assert kind is not None
         weight = kind.weight(layer).detach()
-        gradients = _gradients(self._batch.real(gradient.detach()), weight)
-        if not bool(gradients.products.diagonal(0, -1, -1 - (gradients.products.ndim > 1)).isfinite().all()):
+        rows = self._batch.real(gradient.detach())
+        if _is_tall(weight):
+            rows = rows @ weight  # Wᵀ g
+        sums = self._gradients.setdefault(name, _Sums(rows))
+        if not sums.add(rows):
             raise StatsError(
                 f"{name}: the gradient has NaN or infinite values in batch {self._batch.index}. "
                 "Load the model in float32, or calibrate with loss=None."
             )
-        known = self._gradients.get(name)
-        self._gradients[name] = known + gradients if known is not None else gradients
 
     def stats(self, fingerprint: Fingerprint, tokens: int, terms: int) -> Stats:
         """Return the sums; layers that were never called are absent."""
-        return Stats(fingerprint, self._inputs, self._sources, self._gradients, tokens, terms)
+        inputs = {}
+        for name, sums in self._inputs.items():
+            inputs[name] = Moments(sums.rows, sums.total, sums.products())
+        gradients = {}
+        for name, sums in self._gradients.items():
+            kind = kind_of(self._layers[name])
+            assert kind is not None
+            tall = _is_tall(kind.weight(self._layers[name]))
+            gradients[name] = Gradients(sums.rows, sums.products(), tall)
+        return Stats(fingerprint, inputs, self._sources, gradients, tokens, terms)
 
 
-def _moments(rows: Tensor) -> Moments:
-    rows = rows if rows.dtype == torch.float64 else rows.float()
-    return Moments(len(rows), rows.sum(0, dtype=torch.float64), _products(rows))
+def _is_tall(weight: Tensor) -> bool:
+    return weight.shape[0] > weight.shape[1]
 
 
-def _gradients(rows: Tensor, weight: Tensor) -> Gradients:
-    rows = rows if rows.dtype == torch.float64 else rows.float()
-    pulled_back = weight.shape[0] > weight.shape[1]
-    if pulled_back:
-        rows = rows @ weight.to(rows)  # Wᵀ g
-    return Gradients(len(rows), _products(rows), pulled_back)
+class _Sums:
+    """``Σ x`` and ``Σ x xᵀ`` over rows, in float64; of very wide rows, the diagonal of the latter.
 
+    Rows wait until there are as many as features. Multiplying them is then worth the pass over the
+    sums, and they take half of the memory of these.
+    """
 
-def _products(rows: Tensor) -> Tensor:
-    """Return ``Σ x xᵀ`` of ``rows (tokens, n)``, or its diagonal for a very wide layer, in float64."""
-    if rows.shape[1] > WIDEST:
-        return rows.square().sum(0, dtype=torch.float64)
-    products = gram(rows.T)
-    if not bool(products.diagonal().isfinite().all()):  # beyond 1e19 float32 overflows
-        products = gram(rows.T.double())
-    return products.double()
+    def __init__(self, like: Tensor) -> None:
+        size = like.shape[-1]
+        self._full = size <= WIDEST
+        self.rows = 0
+        self.total = torch.zeros(size, dtype=torch.float64, device=like.device)
+        self._products = self.total.new_zeros((size, size) if self._full else size)
+        self._waiting: list[Tensor] = []
+
+    def add(self, rows: Tensor) -> bool:
+        """Add ``rows (tokens, n)``; return whether all are finite."""
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        total = rows.sum(0, dtype=torch.float64)
+        self.rows += len(rows)
+        self.total += total
+        self._waiting.append(rows)
+        if sum(map(len, self._waiting)) >= rows.shape[1]:
+            self._multiply()
+        return bool(total.isfinite().all())
+
+    def products(self) -> Tensor:
+        """Return the products of all rows."""
+        if self._waiting:
+            self._multiply()
+        return self._products
+
+    def _multiply(self) -> None:
+        rows = torch.cat(self._waiting)
+        self._waiting.clear()
+        if not self._full:
+            self._products += rows.square().sum(0, dtype=torch.float64)
+            return
+        products = gram(rows.T)
+        if not bool(products.diagonal().isfinite().all()):  # beyond 1e19 float32 overflows
+            products = gram(rows.T.double())
+        self._products += products

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.batches import batches
+from lowrank.batches import batches, windows
 from lowrank.errors import DataError
 from lowrank.objectives import pooled
 
@@ -92,7 +92,7 @@ def perplexity(
     tokenizer: Callable[..., Any] | None = None,
     *,
     window: int = 512,
-    windows: int | None = None,
+    count: int | None = None,
     batch_size: int = 2,
 ) -> float:
     """Return the perplexity of a causal language model on one text, cut into windows without overlap.
@@ -102,20 +102,16 @@ def perplexity(
         text: The text, or its token ids ``(tokens,)``.
         tokenizer: Needed for a text.
         window: Tokens per window; each window's first token is not predicted.
-        windows: How many windows, from the start; ``None`` means all.
+        count: How many windows, from the start; ``None`` means all.
         batch_size: Windows per forward pass.
 
     Raises:
-        DataError: If the text is shorter than one window, or comes without a tokenizer.
+        DataError: If the text is too short, or comes without a tokenizer.
     """
-    if isinstance(text, str):
-        if tokenizer is None:
-            raise DataError("A text needs a tokenizer: pass tokenizer=..., or token ids.")
-        text = torch.tensor(tokenizer(text)["input_ids"])
-    count = len(text) // window if windows is None else windows
-    if not 1 <= count <= len(text) // window:
-        raise DataError(f"{len(text):,} tokens do not make {max(1, count)} windows of {window}.")
-    ids = text[: count * window].view(count, window).to(_device(model))
+    ids = windows(text, tokenizer, tokens=window)
+    if count is not None and not 1 <= count <= len(ids):
+        raise DataError(f"The text has {len(ids)} windows of {window} tokens, not {count}.")
+    ids = ids[:count].to(_device(model))
     total = 0.0
     with _evaluating(model):
         for chunk in torch.split(ids, batch_size):
@@ -124,7 +120,7 @@ def perplexity(
                 logits.flatten(0, 1), chunk[:, 1:].flatten(), reduction="sum"
             )
             total += float(losses)
-    return math.exp(total / (count * (window - 1)))
+    return math.exp(total / (len(ids) * (window - 1)))
 
 
 def accuracy(

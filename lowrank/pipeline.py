@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowrank import surgery
 from lowrank._transformers import plugin
-from lowrank.calibration import calibrate
+from lowrank.batches import batches
+from lowrank.calibration import collect
 from lowrank.costs import byte_costs
 from lowrank.errors import BudgetError, LowRankError, WeightError
 from lowrank.factoring import check_model_of, metric_of
@@ -102,11 +104,68 @@ def compress(
     if data is not None:
         if stats is not None:
             raise LowRankError("Give either data or stats, not both. Add statistics of more data with +.")
-        stats = calibrate(model, data, tokenizer, loss, seed=seed, progress=progress)
+        stats = calibrate(
+            model, data, tokenizer, loss, targets=targets, ignore=ignore, seed=seed, progress=progress
+        )
         drafted = _draft(model, request, stats)
     predict = budget.kind != "rank"  # a given rank decides nothing by its error: spare the spectra
     decided = _decide(model, drafted, request, stats, predict, progress)
     return apply(model, decided, stats, seed=seed, progress=progress)
+
+
+def calibrate(
+    model: nn.Module,
+    data: Iterable[Any],
+    tokenizer: Callable[..., Any] | None = None,
+    loss: Callable[[Any, Any], Tensor] | str | None = "auto",
+    device: torch.device | str | None = None,
+    *,
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] | None = None,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Stats:
+    """Learn what every linear layer reads, and how much its outputs matter to the loss.
+
+    Args:
+        model: Any module on any device. It runs in eval mode, and is left as it was.
+        data: Strings, with a ``tokenizer``; or any iterable of batches: dicts, tensors, or tuples
+            whose first element is the model's input (a DataLoader, a column of `datasets`).
+        tokenizer: A tokenizer of transformers, for strings.
+        loss: ``"auto"`` makes an objective from the outputs without labels (`lowrank.objectives`).
+            A function ``loss(outputs, batch)`` returns a scalar, the mean over the batch's samples.
+            ``None`` spares the backward pass; the metric ``"loss"`` is then not available.
+        device: Where batches are moved to; by default where the model's first parameter is.
+        targets: Unix-style patterns of the layers to look at; by default all but the heads.
+        ignore: Patterns of layers to leave out.
+        batch_size: Strings per batch.
+        max_length: Longest string in tokens; by default what the tokenizer allows, at most 512.
+        seed: Seed of the sampled labels; the global random state is not touched.
+        progress: Show a progress bar on a terminal.
+
+    Returns:
+        `Stats`, which answer every metric and budget. Add those of further data with ``+``.
+
+    Raises:
+        DataError: If there are no data, the model refuses a batch, or a loss is no scalar.
+        StatsError: If a layer reads NaN or infinite values.
+
+    Source: for the gradients, Martens & Grosse 2015 (K-FAC, arXiv:1503.05671).
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        >>> stats = calibrate(model, [torch.randn(32, 8), torch.randn(32, 8)])
+        >>> stats.tokens, sorted(stats.gradients)
+        (64, ['0', '2'])
+    """
+    drafted = _draft(model, Request(None, "weight", False, targets, ignore), None)
+    if device is None:
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    stream = batches(data, tokenizer, device=device, batch_size=batch_size, max_length=max_length)
+    layers = [layer.name for layer in drafted.targeted]
+    return collect(model, layers, stream, loss, tokenizer=tokenizer, seed=seed, progress=progress)
 
 
 def plan(

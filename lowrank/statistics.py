@@ -26,6 +26,11 @@ from lowrank.tensorfile import METADATA, read_header
 STATS_FORMAT = 1
 """Version of the folder written by `Stats.save`; a reader refuses anything newer."""
 
+MOST = 16.0
+"""How far a measured cost may lie from the predicted one; beyond, a few tokens decide, and mislead."""
+
+_SCALARS = ("tokens", "pulled_back", "measured", "predicted")
+
 _TENSORS, _STRUCTURE = "stats.safetensors", "stats.json"
 
 
@@ -82,11 +87,22 @@ class Gradients:
         products: ``Σ ggᵀ (out, out)``, or its diagonal ``(out,)``; or, where ``pulled_back``,
             ``Wᵀ Σ ggᵀ W (in, in)``, which is smaller for ``out > in``.
         pulled_back: Whether the products are seen from the layer's input.
+        measured: ``Σ (gᵀ ΔW x)²`` of a trial factorization over some of the tokens (`lowrank.curvature`).
+        predicted: What the metric made of the same sum.
     """
 
     tokens: int
     products: Tensor
     pulled_back: bool
+    measured: float = 0.0
+    predicted: float = 0.0
+
+    @property
+    def correction(self) -> float:
+        """The factor from the metric's squared error to what was measured; 1 if nothing was."""
+        if not self.predicted > 0:
+            return 1.0
+        return min(MOST, max(1 / MOST, self.measured / self.predicted))
 
     @cached_property
     def side(self) -> Diagonal | Gram | PulledBack:
@@ -95,7 +111,13 @@ class Gradients:
         return PulledBack(mean) if self.pulled_back else _side(mean)
 
     def __add__(self, other: Gradients) -> Gradients:
-        return Gradients(self.tokens + other.tokens, self.products + other.products, self.pulled_back)
+        return Gradients(
+            self.tokens + other.tokens,
+            self.products + other.products,
+            self.pulled_back,
+            self.measured + other.measured,
+            self.predicted + other.predicted,
+        )
 
 
 @dataclass(frozen=True)
@@ -193,7 +215,8 @@ class Stats:
         To second order, a change ``δy`` of the layer's output costs ``½ Σ (gᵀδy)²``, and the squared
         error is a mean over tokens.
         """
-        return 0.5 * self.gradients[layer].tokens / max(1, self.terms)
+        gradients = self.gradients[layer]
+        return 0.5 * gradients.correction * gradients.tokens / max(1, self.terms)
 
     def __add__(self, other: Stats) -> Stats:
         """Add the statistics of other data for the same model.
@@ -236,7 +259,7 @@ class Stats:
             "sources": dict(self.sources),
             "inputs": {key: moments.weight for key, moments in self.inputs.items()},
             "gradients": {
-                name: {"tokens": gradients.tokens, "pulled_back": gradients.pulled_back}
+                name: {key: value for key, value in vars(gradients).items() if key in _SCALARS}
                 for name, gradients in self.gradients.items()
             },
         }
@@ -281,7 +304,11 @@ def _assembled(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> S
     }
     gradients = {
         name: Gradients(
-            int(entry["tokens"]), tensors[f"gradients.{name}.products"], bool(entry["pulled_back"])
+            int(entry["tokens"]),
+            tensors[f"gradients.{name}.products"],
+            bool(entry["pulled_back"]),
+            float(entry["measured"]),
+            float(entry["predicted"]),
         )
         for name, entry in structure["gradients"].items()
     }

@@ -87,7 +87,7 @@ LAYERS = [
     {"planning", "statistics", "objectives"},
     {"nn", "reads", "distillation"},
     {"obstacles", "fingerprints"},
-    {"factoring"},
+    {"factoring", "curvature"},
     {"targets", "calibration", "ranks", "surgery", "recovery", "evaluation"},  # the stages
     {"_transformers", "plot", "costs"},
     {"checkpoint", "pipeline", "benchmarking"},
