@@ -8,8 +8,7 @@ not depend on the amount of data.
 from __future__ import annotations
 
 import contextlib
-import random
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sized
 from typing import Any
 
 import torch
@@ -17,19 +16,22 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowrank.batches import Batch
-from lowrank.curvature import Curvature, trials
 from lowrank.errors import DataError, StatsError
 from lowrank.fingerprints import fingerprint_of_model, fingerprint_of_tokenizer
 from lowrank.linalg.metric import gram
 from lowrank.nn import kind_of
 from lowrank.objectives import of_loss, self_supervised
 from lowrank.statistics import Fingerprint, Gradients, Moments, Stats
+from lowrank.trials import TrialRun, make_trials
 
 WIDEST = 8192
 """Features up to which the products of all pairs are kept (0.5 GB in float64); beyond, each with itself."""
 
-SAMPLED = 16_384
-"""Tokens of a random sample of the data on which the curvature is measured."""
+HELD_OUT = 4
+"""Every how manieth batch is looked at last, to see how trial factorizations fare on it."""
+
+HELD_OUT_TOKENS = 16_384
+"""Tokens up to which batches wait for that in memory."""
 
 
 def collect(
@@ -46,32 +48,34 @@ def collect(
     if loss is not None and loss != "auto" and not callable(loss):
         raise DataError(f'loss={loss!r}: give "auto", a function loss(outputs, batch), or None.')
     generator = torch.Generator(_device(model)).manual_seed(seed)
-    collector = _Collector(model, layers, differentiate=loss is not None)
-    sample = _Sample(seed)
-    data_digest = tokens = terms = 0
-    bar = tqdm(stream, desc="calibrating", unit="batch", disable=None if progress else True)
-    with _as_it_was(model), torch.set_grad_enabled(loss is not None):
+    differentiate = loss is not None
+    collector = _Collector(model, layers, differentiate)
+    held: list[Batch] = []
+    held_tokens = terms = 0
+    bar = tqdm(total=_length(stream), desc="calibrating", unit="batch", disable=None if progress else True)
+    with bar, _as_it_was(model), torch.set_grad_enabled(differentiate):
         with collector.listening():
-            for batch in bar:
+            for batch in stream:
+                if batch.index % HELD_OUT == HELD_OUT - 1 and held_tokens + batch.tokens <= HELD_OUT_TOKENS:
+                    held.append(batch)  # its turn comes when the others are known
+                    held_tokens += batch.tokens
+                    continue
                 collector.start(batch)
                 terms += _pass(model, batch, loss, generator)
-                sample.offer(batch)
-                data_digest = (data_digest + batch.digest()) % 2**64
-                tokens += batch.tokens
-        fingerprint = Fingerprint(
-            fingerprint_of_model(model), fingerprint_of_tokenizer(tokenizer), f"{data_digest:016x}"
-        )
-        stats = collector.stats(fingerprint, tokens, terms)
-        attempts = trials(model, stats)
-        if not attempts:
-            return stats
-        curvature = Curvature(model, attempts)
-        bar = tqdm(sample.batches, desc="curvature", unit="batch", disable=None if progress else True)
-        with curvature.listening():
-            for batch in bar:
-                curvature.batch = batch
-                _pass(model, batch, loss, generator)
-    return curvature.corrected(stats)
+                bar.update()
+        trials = make_trials(model, collector.stats(model, tokenizer, terms)) if held else {}
+        run = TrialRun(model, trials, differentiate)
+        with run.listening(), collector.listening():
+            for batch in held:
+                run.batch = batch
+                collector.start(batch)
+                terms += _pass(model, batch, loss, generator)
+                bar.update()
+    return run.added_to(collector.stats(model, tokenizer, terms))
+
+
+def _length(stream: Iterable[Batch]) -> int | None:
+    return len(stream) if isinstance(stream, Sized) else None
 
 
 def _pass(
@@ -101,24 +105,6 @@ def _device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-class _Sample:
-    """A random sample of the batches seen so far, within a number of tokens (reservoir sampling)."""
-
-    def __init__(self, seed: int) -> None:
-        self.batches: list[Batch] = []
-        self._random = random.Random(seed)
-        self._seen = self._capacity = 0
-
-    def offer(self, batch: Batch) -> None:
-        if not self._seen:
-            self._capacity = max(1, SAMPLED // max(1, batch.tokens))
-        self._seen += 1
-        if len(self.batches) < self._capacity:
-            self.batches.append(batch)
-        elif (place := self._random.randrange(self._seen)) < self._capacity:
-            self.batches[place] = batch
-
-
 @contextlib.contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
     """Put the model into eval mode with frozen parameters, and undo both."""
@@ -146,6 +132,7 @@ class _Collector:
         self._gradients: dict[str, _Sums] = {}
         self._sources: dict[str, str] = {}
         self._batch: Batch | None = None
+        self._tokens = self._digest = 0
         self._seen: dict[int, tuple[Tensor, str]] = {}
 
     @contextlib.contextmanager
@@ -166,6 +153,8 @@ class _Collector:
         """Begin a batch: tensors are recognised within one forward pass only."""
         self._batch = batch
         self._seen.clear()
+        self._tokens += batch.tokens
+        self._digest = (self._digest + batch.digest()) % 2**64
 
     def _hook(self, name: str) -> Callable[..., Tensor]:
         def hook(layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor:
@@ -216,18 +205,21 @@ class _Collector:
                 "Load the model in float32, or calibrate with loss=None."
             )
 
-    def stats(self, fingerprint: Fingerprint, tokens: int, terms: int) -> Stats:
-        """Return the sums; layers that were never called are absent."""
+    def stats(self, model: nn.Module, tokenizer: Any, terms: int) -> Stats:
+        """Return the sums so far; layers that were never called are absent."""
         inputs = {}
         for name, sums in self._inputs.items():
-            inputs[name] = Moments(sums.rows, sums.total, sums.products())
+            inputs[name] = Moments(sums.rows, sums.total.clone(), sums.products().clone())
         gradients = {}
         for name, sums in self._gradients.items():
             kind = kind_of(self._layers[name])
             assert kind is not None
             tall = _is_tall(kind.weight(self._layers[name]))
-            gradients[name] = Gradients(sums.rows, sums.products(), tall)
-        return Stats(fingerprint, inputs, self._sources, gradients, tokens, terms)
+            gradients[name] = Gradients(sums.rows, sums.products().clone(), tall)
+        fingerprint = Fingerprint(
+            fingerprint_of_model(model), fingerprint_of_tokenizer(tokenizer), f"{self._digest:016x}"
+        )
+        return Stats(fingerprint, inputs, dict(self._sources), gradients, self._tokens, terms)
 
 
 def _is_tall(weight: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""The command line: ``lowrank plan | compress | inspect | bench | demo``.
+"""The command line: ``lowrank calibrate | plan | compress | eval | inspect | bench | demo``.
 
 Exit codes: 0 done, 2 wrong use, 1 failed. A failure is one line on stderr; ``--debug`` adds the
 traceback. Progress bars appear on terminals only, and never with ``-q``.
@@ -15,8 +15,9 @@ import typer
 from torch import nn
 
 from lowrank import pipeline
-from lowrank.errors import BudgetError, LowRankError, RankError, TargetError
+from lowrank.errors import BudgetError, DataError, LowRankError, RankError, TargetError
 from lowrank.planning import Plan
+from lowrank.statistics import Stats
 
 app = typer.Typer(
     name="lowrank",
@@ -26,13 +27,22 @@ app = typer.Typer(
     add_completion=False,
 )
 
-WRONG_USE = (BudgetError, RankError, TargetError)
+WRONG_USE = (BudgetError, DataError, RankError, TargetError)
 
 Source = Annotated[str, typer.Argument(help="A folder, or a name on the hub.")]
 Rank = Annotated[int | None, typer.Option(help="Inner size for every layer.")]
 Keep = Annotated[float | None, typer.Option(help="Fraction of the targeted parameters that remains.")]
 Energy = Annotated[float | None, typer.Option(help="Fraction of each weight's squared norm to retain.")]
 Error = Annotated[float | None, typer.Option(help="Largest relative error of each weight.")]
+MaxBytes = Annotated[int | None, typer.Option(help="Bytes that the whole model may take.")]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="Text to calibrate on: a sample per line, or one text for a language model."),
+]
+StatsFolder = Annotated[Path | None, typer.Option("--stats", help="What `lowrank calibrate` wrote.")]
+MetricName = Annotated[str, typer.Option("--metric", help="weight, diagonal, inputs, loss, or auto.")]
+AddBias = Annotated[bool, typer.Option("--add-bias", help="Give layers without a bias one.")]
+Windows = Annotated[int | None, typer.Option(help="Windows of 512 tokens to use; all by default.", min=1)]
 Targets = Annotated[list[str] | None, typer.Option(help="Pattern of layers to factorize; repeatable.")]
 Ignore = Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave alone; repeatable.")]
 Allocation = Annotated[str, typer.Option(help="How --keep is spread: global or uniform.")]
@@ -49,6 +59,12 @@ def plan(
     keep: Keep = None,
     energy: Energy = None,
     error: Error = None,
+    max_bytes: MaxBytes = None,
+    data: Data = None,
+    stats_folder: StatsFolder = None,
+    windows: Windows = None,
+    metric: MetricName = "auto",
+    add_bias: AddBias = False,
     targets: Targets = None,
     ignore: Ignore = None,
     allocation: Allocation = "global",
@@ -60,12 +76,17 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Decide every layer's rank and predict its error; change nothing."""
+    model = _load(source, quiet)
     made = pipeline.plan(
-        _load(source, quiet),
+        model,
         rank=rank,
         keep=keep,
         energy=energy,
         error=error,
+        max_bytes=max_bytes,
+        stats=_stats(model, source, data, stats_folder, windows, not quiet),
+        metric=metric,
+        add_bias=add_bias,
         targets=targets,
         ignore=ignore,
         allocation=allocation,
@@ -89,6 +110,12 @@ def compress(
     keep: Keep = None,
     energy: Energy = None,
     error: Error = None,
+    max_bytes: MaxBytes = None,
+    data: Data = None,
+    stats_folder: StatsFolder = None,
+    windows: Windows = None,
+    metric: MetricName = "auto",
+    add_bias: AddBias = False,
     targets: Targets = None,
     ignore: Ignore = None,
     allocation: Allocation = "global",
@@ -105,19 +132,89 @@ def compress(
     from lowrank.folders import check_folder
     from lowrank.reporting import report
 
-    budget = {"rank": rank, "keep": keep, "energy": energy, "error": error}
+    budget = {"rank": rank, "keep": keep, "energy": energy, "error": error, "max_bytes": max_bytes}
     if plan_file is not None and any(value is not None for value in budget.values()):
         raise BudgetError("Give either --plan or a budget, not both.")
     check_folder(out, overwrite)
     model = _load(source, quiet)
+    stats = _stats(model, source, data, stats_folder, windows, not quiet)
     if plan_file is not None:
-        pipeline.apply(model, Plan.load(plan_file), seed=seed, progress=not quiet)
+        pipeline.apply(model, Plan.load(plan_file), stats, seed=seed, progress=not quiet)
     else:
         choice: dict[str, Any] = {"targets": targets, "ignore": ignore, "allocation": allocation}
-        pipeline.compress(model, **budget, **choice, round_to=round_to, seed=seed, progress=not quiet)  # type: ignore[arg-type]
+        choice |= {"stats": stats, "metric": metric, "add_bias": add_bias, "round_to": round_to}
+        pipeline.compress(model, **budget, **choice, seed=seed, progress=not quiet)  # type: ignore[arg-type]
     save(model, out, overwrite=overwrite)
     _copy_tokenizer(source, out)
     _show(report(model), as_json, quiet)
+
+
+@app.command()
+def calibrate(
+    source: Source,
+    out: Annotated[Path, typer.Argument(help="The folder to write the statistics to.")],
+    data: Annotated[Path, typer.Option(help="Text: a sample per line, or one text for a language model.")],
+    windows: Windows = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that has files.")] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Learn what the layers read and how much it matters; plan and compress take it as --stats."""
+    from lowrank.folders import check_folder
+
+    check_folder(out, overwrite)
+    stats = _stats(_load(source, quiet), source, data, None, windows, not quiet)
+    assert stats is not None
+    stats.save(out, overwrite=overwrite)
+    if not quiet:
+        typer.echo(repr(stats))
+
+
+TASKS = ("perplexity", "sts", "accuracy", "cosine")
+
+
+@app.command("eval")
+def evaluate(
+    source: Source,
+    task: Annotated[str, typer.Option(help=f"What to measure: {', '.join(TASKS)}.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="perplexity: a text. sts: sentence1,sentence2,score. accuracy: sentence<TAB>label. "
+            "cosine: a sentence per line."
+        ),
+    ],
+    dense: Annotated[str | None, typer.Option(help="The dense model that cosine compares with.")] = None,
+    windows: Windows = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure how good a checkpoint is."""
+    import json
+
+    value = _measure(source, task, data, dense, windows)
+    typer.echo(
+        json.dumps({"source": source, "task": task, "value": value}) if as_json else f"{task} {value:.4f}"
+    )
+
+
+def _measure(source: str, task: str, data: Path, dense: str | None, windows: int | None) -> float:
+    from lowrank import evaluation
+    from lowrank.textfiles import read_labelled, read_lines, read_pairs, read_text
+
+    if task not in TASKS:
+        raise BudgetError(f"--task {task}: choose one of {', '.join(TASKS)}.")
+    if task == "cosine" and dense is None:
+        raise BudgetError("--task cosine compares with the dense model: give it as --dense.")
+    model, tokenizer = _load(source, quiet=True), _tokenizer(source)
+    if task == "perplexity":
+        return evaluation.perplexity(model, read_text(data), tokenizer, count=windows)
+    if task == "sts":
+        return evaluation.sts_spearman(model, *read_pairs(data), tokenizer)
+    if task == "accuracy":
+        return evaluation.accuracy(model, *read_labelled(data), tokenizer)
+    assert dense is not None
+    return evaluation.embedding_cosine(model, _load(dense, quiet=True), read_lines(data), tokenizer)
 
 
 @app.command()
@@ -212,6 +309,35 @@ def _load(source: str, quiet: bool) -> nn.Module:
         return hf.load(source)
     except OSError as error:
         raise LowRankError(f"{source}: cannot be loaded: {error}") from error
+
+
+def _tokenizer(source: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise LowRankError(f"{source}: no tokenizer can be loaded: {error}") from error
+
+
+def _stats(
+    model: nn.Module, source: str, data: Path | None, folder: Path | None, windows: int | None, progress: bool
+) -> Stats | None:
+    """Load the statistics, or calibrate on a file: on windows of 512 tokens for a language model."""
+    if data is not None and folder is not None:
+        raise BudgetError("Give either --data or --stats, not both.")
+    if folder is not None:
+        return Stats.load(folder)
+    if data is None:
+        return None
+    from lowrank import batches
+    from lowrank.textfiles import read_lines, read_text
+
+    tokenizer = _tokenizer(source)
+    if not type(model).__name__.endswith(("CausalLM", "LMHeadModel")):
+        return pipeline.calibrate(model, read_lines(data), tokenizer, progress=progress)
+    ids = batches.windows(read_text(data), tokenizer)[:windows]
+    return pipeline.calibrate(model, [{"input_ids": pair} for pair in ids.split(2)], progress=progress)  # type: ignore[no-untyped-call]
 
 
 def _calm_transformers(quiet: bool) -> None:

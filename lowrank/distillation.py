@@ -88,10 +88,14 @@ def divergence(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def relative_squares(mine: Tensor, target: Tensor) -> Tensor:
-    """Return ``‖x − t‖² / ‖t − mean(t)‖²`` over rows ``(terms, features)``."""
+    """Return the mean of ``‖x − t‖² / ‖t‖²`` over rows ``(terms, features)``.
+
+    Row by row, since in language models the first token's hidden state can be a hundred times as large
+    as the others, and would drown them.
+    """
     target = target.float()
-    spread = (target - target.mean(0)).square().sum()
-    return (mine.float() - target).square().sum() / spread.clamp(min=torch.finfo(torch.float32).tiny)
+    tiny = torch.finfo(torch.float32).tiny
+    return ((mine.float() - target).square().sum(-1) / target.square().sum(-1).clamp(min=tiny)).mean()
 
 
 def _named(outputs: Any) -> dict[str, Tensor]:

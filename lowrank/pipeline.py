@@ -340,7 +340,9 @@ def _decide(
             f"metric={drafted.metric!r} needs statistics: pass data=, or stats=calibrate(model, data)."
         )
     measured = _spectra(model, drafted, stats, progress) if predict else {}
-    loss_per_square = None
+    loss_per_square = held_out_ratio = None
+    if stats is not None and drafted.metric == stats.best_metric():  # the one that was tried
+        held_out_ratio = {name: held.ratio for name, held in stats.held_out.items()}
     if drafted.metric == "loss" and stats is not None:
         loss_per_square = {layer.name: stats.loss_per_square(layer.name) for layer in drafted.targeted}
     return select(
@@ -355,6 +357,7 @@ def _decide(
         if request.budget.kind == "max_bytes"
         else None,
         loss_per_square=loss_per_square,
+        held_out_ratio=held_out_ratio,
     )
 
 

@@ -128,6 +128,8 @@ class LayerPlan:
         bias: Whether the dense layer has a bias.
         rank: Inner size of the factors; ``None`` leaves the layer as it is.
         relative_error: ``‖W − LR‖ / ‖W‖`` at that rank under the plan's metric; ``None`` until measured.
+        held_out_error: The same on tokens that calibration had not used, as a trial factorization fared
+            there; ``None`` without statistics.
         reason: Why the layer has this rank, or why it stays dense.
         targeted: Whether the layer may change and counts for `keep`; if not, `reason` says why.
         added_bias: Whether the factorized layer gets a bias that the dense one has not.
@@ -146,6 +148,7 @@ class LayerPlan:
     targeted: bool = True
     added_bias: bool = False
     loss_increase: float | None = None
+    held_out_error: float | None = None
 
     def __post_init__(self) -> None:
         if self.rank is not None:
@@ -183,7 +186,13 @@ class LayerPlan:
     def dense(self, reason: str) -> LayerPlan:
         """Return this layer left as it is, for ``reason``."""
         return replace(
-            self, rank=None, relative_error=None, reason=reason, added_bias=False, loss_increase=None
+            self,
+            rank=None,
+            relative_error=None,
+            reason=reason,
+            added_bias=False,
+            loss_increase=None,
+            held_out_error=None,
         )
 
 

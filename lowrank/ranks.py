@@ -34,6 +34,7 @@ def select(
     named: Collection[str] = (),
     tolerance: float = 1e-3,
     loss_per_square: Mapping[str, float] | None = None,
+    held_out_ratio: Mapping[str, float] | None = None,
     costs: Costs | None = None,
 ) -> Plan:
     """Give every targeted layer of ``draft`` a rank, or the reason why it stays dense.
@@ -52,6 +53,7 @@ def select(
             ``error`` or ``energy`` leave room for it, so that the bound holds in the end.
         loss_per_square: Factor from each layer's squared error to the loss, where the metric is in
             units of the loss: errors of different layers are then compared as they are.
+        held_out_ratio: By layer, squared errors on held-out tokens over the predicted ones.
         costs: The unit of a ``max_bytes`` or ``speedup`` budget.
 
     Raises:
@@ -73,7 +75,7 @@ def select(
             layers = _by_keep(draft, budget.value, curves, allocation, round_to)
         else:
             layers = _by_cost(draft, budget, curves, costs, allocation)
-    chosen = {layer.name: _with_error(layer, spectra, loss_per_square) for layer in layers}
+    chosen = {layer.name: _with_error(layer, spectra, loss_per_square, held_out_ratio) for layer in layers}
     plan = replace(draft, budget=str(budget), allocation=allocation, round_to=round_to, tolerance=tolerance)
     plan = plan.with_layers(chosen)
     if not any(layer.rank for layer in chosen.values()):
@@ -82,15 +84,22 @@ def select(
 
 
 def _with_error(
-    layer: LayerPlan, spectra: Mapping[str, Spectrum], loss_per_square: Mapping[str, float] | None
+    layer: LayerPlan,
+    spectra: Mapping[str, Spectrum],
+    loss_per_square: Mapping[str, float] | None,
+    held_out_ratio: Mapping[str, float] | None,
 ) -> LayerPlan:
     if layer.rank is None or layer.name not in spectra:
         return layer
     spectrum, rank = spectra[layer.name], layer.rank
-    layer = replace(layer, relative_error=spectrum.relative_error(rank))
-    if loss_per_square is None:
-        return layer
-    return replace(layer, loss_increase=loss_per_square[layer.name] * spectrum.squared_error(rank))
+    error = spectrum.relative_error(rank)
+    held = held_out_ratio.get(layer.name) if held_out_ratio is not None else None
+    return replace(
+        layer,
+        relative_error=error,
+        held_out_error=None if held is None else error * math.sqrt(held),
+        loss_increase=loss_per_square[layer.name] * spectrum.squared_error(rank) if loss_per_square else None,
+    )
 
 
 def _nothing_changes(plan: Plan, budget: Budget) -> str:

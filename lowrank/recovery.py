@@ -37,8 +37,9 @@ def recover(
     *,
     minutes: float | None = None,
     steps: int | None = None,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 3e-4,
     hidden_weight: float = 1.0,
+    mixed_precision: bool | None = None,
     held_out: int | None = None,
     batch_size: int = 32,
     max_length: int | None = None,
@@ -56,6 +57,8 @@ def recover(
         steps: How many batches to train on.
         learning_rate: Its peak; it rises over the first twentieth and falls to zero as a cosine.
         hidden_weight: How much hidden states count beside the outputs; 0 spares them.
+        mixed_precision: Whether matrix products run in bfloat16 (`torch.autocast`); by default where the
+            processor has instructions for that, three times as fast. Parameters stay as they are.
         held_out: Batches not trained on, which choose the state that is kept; by default a sixteenth,
             at most 8.
         batch_size: Strings per batch.
@@ -77,7 +80,8 @@ def recover(
     stream = batches(data, tokenizer, device=device, batch_size=batch_size, max_length=max_length)
     every = list(stream)
     train, held = _split(every, held_out)
-    lesson = _Lesson(model, teacher, hidden_weight)
+    mixed = _multiplies_bfloat16(device) if mixed_precision is None else mixed_precision
+    lesson = _Lesson(model, teacher, hidden_weight, torch.autocast(device.type, torch.bfloat16, mixed))
     parameters = trainable(model)
     pace = _Pace(minutes, steps)
     with _training_only(model, parameters), lesson.listening():
@@ -100,6 +104,15 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
         for parameter in module.parameters()
     }
     return [p for p in model.parameters() if p.is_floating_point() and (id(p) in factors or p.ndim == 1)]
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Tell whether bfloat16 is fast here, and not only possible."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
 
 
 def _check(model: nn.Module, teacher: nn.Module, minutes: float | None, steps: int | None) -> None:
@@ -155,7 +168,8 @@ def _train(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * schedule(done)
             loss = lesson.distance(next(order))
-            if not math.isfinite(float(loss)):
+            value = float(loss.detach())
+            if not math.isfinite(value):
                 break  # the best state so far is restored
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -163,7 +177,7 @@ def _train(
             optimizer.zero_grad(set_to_none=True)
             pace.steps_done += 1
             bar.n = int(1000 * min(1.0, done))
-            bar.set_postfix_str(f"step {pace.steps_done}, loss {float(loss):.4f}, held out {best.value:.4f}")
+            bar.set_postfix_str(f"step {pace.steps_done}, loss {value:.4f}, held out {best.value:.4f}")
             if int(done * EVALUATIONS) > looked:
                 looked = int(done * EVALUATIONS)
                 best.offer(lesson.mean(held))
@@ -206,7 +220,10 @@ class _Pace:
 class _Lesson:
     """Shows one batch to teacher and student, and tells how far apart they are."""
 
-    def __init__(self, model: nn.Module, teacher: nn.Module, hidden_weight: float) -> None:
+    def __init__(
+        self, model: nn.Module, teacher: nn.Module, hidden_weight: float, autocast: torch.autocast
+    ) -> None:
+        self._autocast = autocast
         self._model, self._teacher, self._hidden_weight = model, teacher, hidden_weight
         self._device = next((p.device for p in teacher.parameters()), None)
         self._found: dict[str, Tensor] = {}
@@ -227,9 +244,10 @@ class _Lesson:
 
     def distance(self, batch: Batch) -> Tensor:
         """Return the distance on one batch, with a graph where gradients are enabled."""
-        with torch.no_grad():
-            targets = batch.on(self._device).call(self._teacher)
-        outputs = batch.call(self._model)
+        with self._autocast:
+            with torch.no_grad():
+                targets = batch.on(self._device).call(self._teacher)
+            outputs = batch.call(self._model)
         return distance(outputs, targets, batch, self._found, self._wanted, self._hidden_weight)
 
     @torch.no_grad()

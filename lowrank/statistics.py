@@ -29,8 +29,6 @@ STATS_FORMAT = 1
 MOST = 16.0
 """How far a measured cost may lie from the predicted one; beyond, a few tokens decide, and mislead."""
 
-_SCALARS = ("tokens", "pulled_back", "measured", "predicted")
-
 _TENSORS, _STRUCTURE = "stats.safetensors", "stats.json"
 
 
@@ -63,19 +61,42 @@ class Moments:
     @cached_property
     def centred(self) -> Diagonal | Gram:
         """The centred second moment as one side of a metric, made once for all layers that share it."""
-        return _side(self.second(centred=True))
+        return _side(self.second(centred=True), self.weight)
 
     @cached_property
     def raw(self) -> Diagonal | Gram:
         """The second moment about zero as one side of a metric."""
-        return _side(self.second(centred=False))
+        return _side(self.second(centred=False), self.weight)
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(self.weight + other.weight, self.total + other.total, self.products + other.products)
 
 
-def _side(matrix: Tensor) -> Diagonal | Gram:
-    return Diagonal(matrix.clamp(min=0)) if matrix.ndim == 1 else Gram(matrix)
+def _side(matrix: Tensor, samples: float) -> Diagonal | Gram:
+    return Diagonal(matrix.clamp(min=0)) if matrix.ndim == 1 else Gram(_shrunk(matrix, samples))
+
+
+def _shrunk(matrix: Tensor, samples: float) -> Tensor:
+    """Shrink a second moment estimated from few ``samples`` towards its diagonal.
+
+    With fewer samples than features some directions were never seen, but not because they do not
+    exist. The amount is the oracle-approximating one for the correlation matrix; it vanishes as one
+    over the samples. Shrinking to the diagonal, and not to the identity, respects features whose
+    scales differ by orders of magnitude.
+
+    Source: Chen, Wiesel, Eldar & Hero 2010 (OAS, arXiv:0907.4698), with the diagonal as the target.
+    """
+    size = len(matrix)
+    scale = matrix.diagonal().clamp(min=0).sqrt()
+    inverse = torch.where(scale > 0, 1 / scale.clamp(min=torch.finfo(scale.dtype).tiny), 0.0)
+    features = float((scale > 0).sum())  # the trace of the correlation matrix
+    squares = float((matrix * inverse[:, None] * inverse).square().sum())
+    spread = squares - features**2 / max(1.0, features)
+    if spread <= 0 or samples <= 0:
+        return matrix
+    amount = ((1 - 2 / size) * squares + features**2) / ((samples + 1 - 2 / size) * spread)
+    amount = min(1.0, max(0.0, amount))
+    return matrix * (1 - amount) + torch.diag(amount * matrix.diagonal())
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,37 +108,45 @@ class Gradients:
         products: ``Σ ggᵀ (out, out)``, or its diagonal ``(out,)``; or, where ``pulled_back``,
             ``Wᵀ Σ ggᵀ W (in, in)``, which is smaller for ``out > in``.
         pulled_back: Whether the products are seen from the layer's input.
-        measured: ``Σ (gᵀ ΔW x)²`` of a trial factorization over some of the tokens (`lowrank.curvature`).
-        predicted: What the metric made of the same sum.
     """
 
     tokens: int
     products: Tensor
     pulled_back: bool
-    measured: float = 0.0
-    predicted: float = 0.0
-
-    @property
-    def correction(self) -> float:
-        """The factor from the metric's squared error to what was measured; 1 if nothing was."""
-        if not self.predicted > 0:
-            return 1.0
-        return min(MOST, max(1 / MOST, self.measured / self.predicted))
 
     @cached_property
     def side(self) -> Diagonal | Gram | PulledBack:
         """``G = E[ggᵀ]`` as the outputs' side of a metric."""
         mean = self.products / max(1, self.tokens)
-        return PulledBack(mean) if self.pulled_back else _side(mean)
+        return PulledBack(mean) if self.pulled_back else _side(mean, self.tokens)
 
     def __add__(self, other: Gradients) -> Gradients:
         return Gradients(
             self.tokens + other.tokens,
             self.products + other.products,
             self.pulled_back,
-            self.measured + other.measured,
-            self.predicted + other.predicted,
         )
+
+
+@dataclass(frozen=True)
+class Held:
+    """Squared error of a trial factorization, summed over tokens that calibration had not used.
+
+    Args:
+        measured: What it was there.
+        predicted: What the statistics of the other tokens made of it.
+    """
+
+    measured: float
+    predicted: float
+
+    @property
+    def ratio(self) -> float:
+        """Measured over predicted; 1 where nothing was predicted."""
+        return min(MOST, max(1 / MOST, self.measured / self.predicted)) if self.predicted > 0 else 1.0
+
+    def __add__(self, other: Held) -> Held:
+        return Held(self.measured + other.measured, self.predicted + other.predicted)
 
 
 @dataclass(frozen=True)
@@ -140,6 +169,7 @@ class Stats:
         gradients: The outputs' metric by layer name; empty without a loss.
         tokens: Real tokens seen.
         terms: Independent terms of the objective: samples, or tokens of a language model.
+        held_out: By layer, how a trial factorization fared on tokens that it had not seen.
     """
 
     fingerprint: Fingerprint
@@ -148,6 +178,7 @@ class Stats:
     gradients: Mapping[str, Gradients] = field(default_factory=dict)
     tokens: int = 0
     terms: int = 0
+    held_out: Mapping[str, Held] = field(default_factory=dict)
 
     def __contains__(self, layer: object) -> bool:
         return layer in self.sources
@@ -215,8 +246,11 @@ class Stats:
         To second order, a change ``δy`` of the layer's output costs ``½ Σ (gᵀδy)²``, and the squared
         error is a mean over tokens.
         """
-        gradients = self.gradients[layer]
-        return 0.5 * gradients.correction * gradients.tokens / max(1, self.terms)
+        return 0.5 * self.held_out_ratio(layer) * self.gradients[layer].tokens / max(1, self.terms)
+
+    def held_out_ratio(self, layer: str) -> float:
+        """Return the squared error measured on held-out tokens over the predicted one; 1 if not known."""
+        return self.held_out[layer].ratio if layer in self.held_out else 1.0
 
     def __add__(self, other: Stats) -> Stats:
         """Add the statistics of other data for the same model.
@@ -237,6 +271,10 @@ class Stats:
             {name: gradients + other.gradients[name] for name, gradients in self.gradients.items()},
             self.tokens + other.tokens,
             self.terms + other.terms,
+            {
+                name: self.held_out[name] + other.held_out[name]
+                for name in self.held_out.keys() & other.held_out.keys()
+            },
         )
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
@@ -258,8 +296,9 @@ class Stats:
             "terms": self.terms,
             "sources": dict(self.sources),
             "inputs": {key: moments.weight for key, moments in self.inputs.items()},
+            "held_out": {name: vars(held) for name, held in self.held_out.items()},
             "gradients": {
-                name: {key: value for key, value in vars(gradients).items() if key in _SCALARS}
+                name: {"tokens": gradients.tokens, "pulled_back": gradients.pulled_back}
                 for name, gradients in self.gradients.items()
             },
         }
@@ -307,8 +346,6 @@ def _assembled(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> S
             int(entry["tokens"]),
             tensors[f"gradients.{name}.products"],
             bool(entry["pulled_back"]),
-            float(entry["measured"]),
-            float(entry["predicted"]),
         )
         for name, entry in structure["gradients"].items()
     }
@@ -317,6 +354,10 @@ def _assembled(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> S
             raise ValueError(f"layer {layer!r} reads the input {key!r}, which is not there")
     fingerprint = {key: str(value) for key, value in structure["fingerprint"].items()}
     int(fingerprint["data"], 16)
+    held = {
+        name: Held(float(entry["measured"]), float(entry["predicted"]))
+        for name, entry in structure["held_out"].items()
+    }
     return Stats(
         Fingerprint(**fingerprint),
         inputs,
@@ -324,4 +365,5 @@ def _assembled(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> S
         gradients,
         int(structure["tokens"]),
         int(structure["terms"]),
+        held,
     )

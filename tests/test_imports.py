@@ -83,11 +83,11 @@ def test_errors_and_text_know_nothing_of_the_library(leaf):
 
 LAYERS = [
     {"errors", "text"},
-    {"patterns", "tensorfile", "folders", "linalg", "batches", "blocks"},
+    {"patterns", "tensorfile", "folders", "linalg", "batches", "blocks", "textfiles"},
     {"planning", "statistics", "objectives"},
     {"nn", "reads", "distillation"},
     {"obstacles", "fingerprints"},
-    {"factoring", "curvature"},
+    {"factoring", "trials"},
     {"targets", "calibration", "ranks", "surgery", "recovery", "evaluation"},  # the stages
     {"_transformers", "plot", "costs"},
     {"checkpoint", "pipeline", "benchmarking"},

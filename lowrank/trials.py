@@ -1,13 +1,14 @@
-"""Measure what a layer's error really costs, where the product of two metrics only estimates it.
+"""Try a factorization of every layer on tokens that calibration has not used.
 
-The metric ``"loss"`` takes inputs and gradients for independent: ``E[(gᵀ ΔW x)²] ≈ tr(G ΔW C ΔWᵀ)``.
-For some layers that is far off. The first token of a sequence, on which attention parks what it does
-not need, has inputs and gradients unlike any other: a value projection can cost ten times the estimate.
-Here the left-hand side is summed for a trial factorization of every layer, all in one pass; its ratio
-to the right-hand side then corrects the layer's curve when layers are compared.
+Two things can be wrong with an error that statistics predict. The statistics may fit their tokens and
+no others. And the metric ``"loss"`` takes inputs and gradients for independent,
+``E[(gᵀ ΔW x)²] ≈ tr(G ΔW C ΔWᵀ)``, which for some layers is far off: the first token of a sequence, on
+which attention parks what it does not need, has inputs and gradients unlike any other, and a value
+projection can cost ten times the estimate. Both show when a trial factorization meets held-out
+tokens. The ratio of what is measured there to what was predicted corrects the layer's curve.
 
 Source: the correction of the eigenvalues in EKFAC (George et al. 2018, arXiv:1806.03884), reduced to
-one number per layer.
+one number per layer, on held-out data.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from lowrank.batches import Batch
 from lowrank.linalg import spectrum, truncated_svd
 from lowrank.nn import kind_of
-from lowrank.statistics import Stats
+from lowrank.statistics import Held, Stats
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +35,7 @@ class Trial:
         left: ``(out, rank)``.
         right: ``(rank, in)``.
         shift: The corrected bias, ``(out,)``.
-        predicted: The squared error ``tr(G ΔW C ΔWᵀ)``, a mean over tokens.
+        predicted: The squared error under the metric, a mean over tokens.
     """
 
     left: Tensor
@@ -47,17 +48,18 @@ class Trial:
         return outputs - (inputs @ self.right.T @ self.left.T + self.shift)
 
 
-def trials(model: nn.Module, stats: Stats) -> dict[str, Trial]:
+def make_trials(model: nn.Module, stats: Stats) -> dict[str, Trial]:
     """Factorize every layer at half of its parameters; layers that are too small are left out."""
     made = {}
-    for name in stats.gradients:
+    kind_of_metric = stats.best_metric()
+    for name in stats.gradients or stats.sources:
         layer = model.get_submodule(name)
         kind = kind_of(layer)
         assert kind is not None
         weight = kind.weight(layer).detach()
         rank = weight.numel() // (2 * sum(weight.shape))
         if rank:
-            metric = stats.metric(name, "loss", centred=True)
+            metric = stats.metric(name, kind_of_metric, centred=True)
             left, right, *_ = truncated_svd(weight, rank, metric)
             mean = stats.moments(name).mean.to(weight)
             shift = weight @ mean - left @ (right @ mean)
@@ -67,11 +69,14 @@ def trials(model: nn.Module, stats: Stats) -> dict[str, Trial]:
     return made
 
 
-class Curvature:
-    """Sums ``(gᵀ ΔW x)²`` over tokens for each trial, as the model runs forward and backward."""
+class TrialRun:
+    """Sums the squared errors of the trials over tokens, as the model runs.
 
-    def __init__(self, model: nn.Module, trials: Mapping[str, Trial]) -> None:
-        self._model, self._trials = model, trials
+    With gradients an error counts as ``(gᵀ ΔW x)²``, else as ``‖ΔW x‖²``.
+    """
+
+    def __init__(self, model: nn.Module, trials: Mapping[str, Trial], differentiate: bool) -> None:
+        self._model, self._trials, self._differentiate = model, trials, differentiate
         self._measured = dict.fromkeys(trials, 0.0)
         self._tokens = dict.fromkeys(trials, 0)
         self.batch: Batch | None = None
@@ -93,23 +98,28 @@ class Curvature:
         def hook(layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor:
             inputs = (args[0] if args else kwargs["input"]).detach()
             error = trial.error(inputs, output.detach())
+            if not self._differentiate:
+                self._count(name, error)
+                return output
             if not output.requires_grad:
                 output = output.detach().requires_grad_().clone()
-            output.register_hook(lambda gradient: self._felt(name, error, gradient))  # type: ignore[no-untyped-call]
+            output.register_hook(  # type: ignore[no-untyped-call]
+                lambda gradient: self._count(name, (error * gradient).float().sum(-1, keepdim=True))
+            )
             return output
 
         return hook
 
-    def _felt(self, name: str, error: Tensor, gradient: Tensor) -> None:
+    def _count(self, name: str, errors: Tensor) -> None:
         assert self.batch is not None
-        products = self.batch.real((error * gradient).float().sum(-1, keepdim=True))
-        self._measured[name] += float(products.square().sum(dtype=torch.float64))
-        self._tokens[name] += len(products)
+        rows = self.batch.real(errors)
+        self._measured[name] += float(rows.float().square().sum(dtype=torch.float64))
+        self._tokens[name] += len(rows)
 
-    def corrected(self, stats: Stats) -> Stats:
-        """Return the statistics with what was measured and what was predicted for the same tokens."""
-        gradients = dict(stats.gradients)
-        for name, trial in self._trials.items():
-            predicted = self._tokens[name] * trial.predicted
-            gradients[name] = replace(gradients[name], measured=self._measured[name], predicted=predicted)
-        return replace(stats, gradients=gradients)
+    def added_to(self, stats: Stats) -> Stats:
+        """Return the statistics with what was measured, and what was predicted for the same tokens."""
+        held = {
+            name: Held(self._measured[name], self._tokens[name] * trial.predicted)
+            for name, trial in self._trials.items()
+        }
+        return replace(stats, held_out=held)
