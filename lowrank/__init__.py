@@ -21,10 +21,12 @@ from lowrank.errors import (
     TargetError,
     WeightError,
 )
+from lowrank.latency import LatencyTable
 from lowrank.nn import LowRankLinear
 from lowrank.pipeline import apply, calibrate, compress, decompress, plan, spectra
 from lowrank.planning import LayerPlan, Plan
 from lowrank.plot import plot_ranks, plot_spectra
+from lowrank.recovery import recover
 from lowrank.reporting import report
 from lowrank.statistics import Stats
 
@@ -37,6 +39,7 @@ __all__ = [
     "BudgetError",
     "CheckpointError",
     "DataError",
+    "LatencyTable",
     "LayerPlan",
     "LowRankConfig",
     "LowRankError",
@@ -57,6 +60,7 @@ __all__ = [
     "plan",
     "plot_ranks",
     "plot_spectra",
+    "recover",
     "report",
     "save",
     "spectra",

@@ -40,7 +40,7 @@ def embed(
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding
     ordered = [texts[i] for i in order]
     parts = []
-    with _evaluating(model):
+    with evaluating(model):
         for batch in batches(ordered, tokenizer, device=_device(model), batch_size=batch_size):
             outputs = batch.call(model)
             if "last_hidden_state" not in outputs:
@@ -113,7 +113,7 @@ def perplexity(
         raise DataError(f"The text has {len(ids)} windows of {window} tokens, not {count}.")
     ids = ids[:count].to(_device(model))
     total = 0.0
-    with _evaluating(model):
+    with evaluating(model):
         for chunk in torch.split(ids, batch_size):
             logits = model(input_ids=chunk).logits[:, :-1].float()
             losses = nn.functional.cross_entropy(
@@ -133,7 +133,7 @@ def accuracy(
 ) -> float:
     """Return the fraction of ``texts`` whose largest logit is at their label, in [0, 1]."""
     right, start = 0, 0
-    with _evaluating(model):
+    with evaluating(model):
         for batch in batches(texts, tokenizer, device=_device(model), batch_size=batch_size):
             found = batch.call(model).logits.argmax(-1)
             wanted = torch.tensor(labels[start : start + len(found)], device=found.device)
@@ -155,7 +155,8 @@ def _ranks(values: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model into eval mode without gradients, and undo it."""
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()

@@ -6,29 +6,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lowrank import surgery
 from lowrank._transformers import plugin
 from lowrank.batches import batches
 from lowrank.calibration import collect
-from lowrank.costs import byte_costs
-from lowrank.errors import BudgetError, LowRankError, WeightError
-from lowrank.factoring import check_model_of, metric_of
-from lowrank.linalg import Spectrum, spectrum
-from lowrank.linalg.svd import check_options
-from lowrank.nn import kind_of
+from lowrank.deciding import Request, Timing, decide, drafted, spectra_of
+from lowrank.errors import LowRankError
+from lowrank.latency import LatencyTable
+from lowrank.linalg import Spectrum
 from lowrank.obstacles import check_model
-from lowrank.patterns import is_wildcard
-from lowrank.planning import METRICS, Budget, Plan
-from lowrank.ranks import select
+from lowrank.planning import Budget, Plan
 from lowrank.statistics import Stats
-from lowrank.targets import draft
 
 
 def compress(
@@ -39,6 +32,9 @@ def compress(
     energy: float | None = None,
     error: float | None = None,
     max_bytes: int | None = None,
+    speedup: float | None = None,
+    inputs: Any = None,
+    latencies: LatencyTable | None = None,
     data: Iterable[Any] | None = None,
     tokenizer: Callable[..., Any] | None = None,
     loss: Callable[[Any, Any], Tensor] | str | None = "auto",
@@ -64,6 +60,9 @@ def compress(
         energy: Fraction of each weight's squared norm to retain, in (0, 1).
         error: Largest relative error of each weight under the metric, in (0, 1).
         max_bytes: What the whole model's parameters and buffers may take.
+        speedup: Dense latency over compressed latency of the whole model, above 1, measured here and now.
+        inputs: What the model is called with to measure that: a batch, as in ``data``.
+        latencies: A table of measured layers to use again, and to add to.
         data: What to calibrate on, as for `lowrank.calibrate`. Without data the error is that of the
             weights alone, which costs far more accuracy.
         tokenizer: A tokenizer of transformers, for data that are strings.
@@ -98,18 +97,19 @@ def compress(
           (up): Linear(in_features=16, out_features=256, bias=True)
         )
     """
-    budget = Budget.of(rank=rank, keep=keep, energy=energy, error=error, max_bytes=max_bytes)
+    budget = Budget.of(rank=rank, keep=keep, energy=energy, error=error, max_bytes=max_bytes, speedup=speedup)
     request = Request(budget, metric, add_bias, targets, ignore, allocation, round_to, tolerance)
-    drafted = _draft(model, request, stats)  # before the work of calibrating: a bad request fails here
+    layers = drafted(model, request, stats)  # before the work of calibrating: a bad request fails here
     if data is not None:
         if stats is not None:
             raise LowRankError("Give either data or stats, not both. Add statistics of more data with +.")
         stats = calibrate(
             model, data, tokenizer, loss, targets=targets, ignore=ignore, seed=seed, progress=progress
         )
-        drafted = _draft(model, request, stats)
+        layers = drafted(model, request, stats)
     predict = budget.kind != "rank"  # a given rank decides nothing by its error: spare the spectra
-    decided = _decide(model, drafted, request, stats, predict, progress)
+    timing = Timing(inputs, latencies)
+    decided = decide(model, layers, request, stats, predict, progress, timing)
     return apply(model, decided, stats, seed=seed, progress=progress)
 
 
@@ -160,12 +160,12 @@ def calibrate(
         >>> stats.tokens, sorted(stats.gradients)
         (64, ['0', '2'])
     """
-    drafted = _draft(model, Request(None, "weight", False, targets, ignore), None)
+    layers = drafted(model, Request(None, "weight", False, targets, ignore), None)
     if device is None:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
     stream = batches(data, tokenizer, device=device, batch_size=batch_size, max_length=max_length)
-    layers = [layer.name for layer in drafted.targeted]
-    return collect(model, layers, stream, loss, tokenizer=tokenizer, seed=seed, progress=progress)
+    names = [layer.name for layer in layers.targeted]
+    return collect(model, names, stream, loss, tokenizer=tokenizer, seed=seed, progress=progress)
 
 
 def plan(
@@ -176,6 +176,9 @@ def plan(
     energy: float | None = None,
     error: float | None = None,
     max_bytes: int | None = None,
+    speedup: float | None = None,
+    inputs: Any = None,
+    latencies: LatencyTable | None = None,
     stats: Stats | None = None,
     metric: str = "auto",
     add_bias: bool = False,
@@ -196,9 +199,10 @@ def plan(
     Raises:
         LowRankError: If anything is wrong with the request or the model.
     """
-    budget = Budget.of(rank=rank, keep=keep, energy=energy, error=error, max_bytes=max_bytes)
+    budget = Budget.of(rank=rank, keep=keep, energy=energy, error=error, max_bytes=max_bytes, speedup=speedup)
     request = Request(budget, metric, add_bias, targets, ignore, allocation, round_to, tolerance)
-    return _decide(model, _draft(model, request, stats), request, stats, predict=True, progress=progress)
+    layers = drafted(model, request, stats)
+    return decide(model, layers, request, stats, True, progress, Timing(inputs, latencies))
 
 
 def apply(
@@ -282,94 +286,4 @@ def spectra(
         LowRankError: If a pattern matches nothing, or a weight cannot be factorized.
     """
     request = Request(None, metric, add_bias, targets, ignore)
-    return _spectra(model, _draft(model, request, stats), stats, progress)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the user asked for; the arguments are those of `compress`."""
-
-    budget: Budget | None
-    metric: str
-    add_bias: bool
-    targets: Sequence[str] | None
-    ignore: Sequence[str] | None
-    allocation: str = "global"
-    round_to: int = 8
-    tolerance: float = 1e-3
-
-    def metric_with(self, stats: Stats | None) -> str:
-        """Return the metric that ``"auto"`` stands for.
-
-        Raises:
-            BudgetError: If it is unknown, or needs statistics.
-        """
-        if self.metric == "auto":
-            return "weight" if stats is None else stats.best_metric()
-        if self.metric not in METRICS:
-            raise BudgetError(f"metric={self.metric!r}: choose one of auto, {', '.join(METRICS)}.")
-        return self.metric
-
-
-def _draft(model: nn.Module, request: Request, stats: Stats | None) -> Plan:
-    """List the layers; with statistics, leave alone those that these do not cover."""
-    hf = plugin()
-    heads = hf.head_layers(check_model(model)) if hf is not None else None
-    drafted = draft(check_model(model), request.targets, request.ignore, heads)
-    metric = request.metric_with(stats)
-    if metric == "weight" or stats is None:
-        return replace(drafted, metric=metric)
-    check_model_of(model, stats)
-    layers = {}
-    for layer in drafted.targeted:
-        reason = stats.lacks(layer.name, metric)
-        if reason is not None:
-            layers[layer.name] = replace(layer, reason=reason, targeted=False)
-        elif request.add_bias:
-            layers[layer.name] = replace(layer, added_bias=not layer.bias)
-    return replace(drafted, metric=metric).with_layers(layers)
-
-
-def _decide(
-    model: nn.Module, drafted: Plan, request: Request, stats: Stats | None, predict: bool, progress: bool
-) -> Plan:
-    assert request.budget is not None
-    check_options(request.tolerance, seed=0)
-    if drafted.metric != "weight" and stats is None:
-        raise BudgetError(
-            f"metric={drafted.metric!r} needs statistics: pass data=, or stats=calibrate(model, data)."
-        )
-    measured = _spectra(model, drafted, stats, progress) if predict else {}
-    loss_per_square = held_out_ratio = None
-    if stats is not None and drafted.metric == stats.best_metric():  # the one that was tried
-        held_out_ratio = {name: held.ratio for name, held in stats.held_out.items()}
-    if drafted.metric == "loss" and stats is not None:
-        loss_per_square = {layer.name: stats.loss_per_square(layer.name) for layer in drafted.targeted}
-    return select(
-        drafted,
-        request.budget,
-        measured,
-        allocation=request.allocation,
-        round_to=request.round_to,
-        named=[pattern for pattern in request.targets or () if not is_wildcard(pattern)],
-        tolerance=request.tolerance,
-        costs=byte_costs(model, drafted, request.budget.value)
-        if request.budget.kind == "max_bytes"
-        else None,
-        loss_per_square=loss_per_square,
-        held_out_ratio=held_out_ratio,
-    )
-
-
-def _spectra(model: nn.Module, drafted: Plan, stats: Stats | None, progress: bool) -> dict[str, Spectrum]:
-    measured = {}
-    bar = tqdm(drafted.targeted, desc="spectra", unit="layer", disable=None if progress else True)
-    for layer in bar:
-        module = model.get_submodule(layer.name)
-        kind = kind_of(module)
-        assert kind is not None  # drafted as a target
-        try:
-            measured[layer.name] = spectrum(kind.weight(module), metric_of(layer, drafted.metric, stats))
-        except WeightError as error:
-            raise WeightError(f"{layer.name}: {error}") from error
-    return measured
+    return spectra_of(model, drafted(model, request, stats), stats, progress)

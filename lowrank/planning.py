@@ -51,7 +51,7 @@ class Budget:
     kind: str
     value: Any
 
-    KINDS = ("rank", "keep", "energy", "error", "max_bytes")
+    KINDS = ("rank", "keep", "energy", "error", "max_bytes", "speedup")
 
     def __post_init__(self) -> None:
         if self.kind not in self.KINDS:

@@ -7,10 +7,12 @@ layer's decomposition.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowrank.errors import LowRankError, PlanError, WeightError
@@ -46,6 +48,28 @@ def apply(
         dense = model.get_submodule(layer.name)
         replace_module(model, layer.name, _adopt(factorized(dense, layer, plan, stats, seed), dense))
     return model
+
+
+@contextlib.contextmanager
+def sketched(model: nn.Module, plan: Plan) -> Iterator[None]:
+    """Give ``model`` the structure of ``plan`` for a while, with factors of zeros: to time it."""
+    kept: dict[str, nn.Module] = {}
+    try:
+        for layer in _validate(model, plan):
+            dense = model.get_submodule(layer.name)
+            weight: Tensor = dense.weight  # type: ignore[assignment]
+            rank = layer.rank or 0
+            left, right = (
+                weight.new_zeros(layer.out_features, rank),
+                weight.new_zeros(rank, layer.in_features),
+            )
+            bias = nn.Parameter(weight.new_zeros(layer.out_features)) if layer.has_bias else None
+            kept[layer.name] = dense
+            replace_module(model, layer.name, LowRankLinear.from_factors(left, right, bias).eval())
+        yield
+    finally:
+        for name, dense in kept.items():
+            replace_module(model, name, dense)
 
 
 def restructure(model: nn.Module, plan: Plan) -> nn.Module:

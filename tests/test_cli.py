@@ -239,7 +239,7 @@ WRONG_USE = {
     "no-budget": ([], "exactly one budget"),
     "two-budgets": (
         ["--rank", 8, "--keep", 0.5],
-        "exactly one budget of rank, keep, energy, error, max_bytes; got rank=8 and keep=0.5",
+        "exactly one budget of rank, keep, energy, error, max_bytes, speedup; got rank=8 and keep=0.5",
     ),
     "keep-out-of-range": (["--keep", 1.5], "keep=1.5"),
     "rank-0": (["--rank", 0], "0 is not positive"),

@@ -89,7 +89,8 @@ LAYERS = [
     {"obstacles", "fingerprints"},
     {"factoring", "trials"},
     {"targets", "calibration", "ranks", "surgery", "recovery", "evaluation"},  # the stages
-    {"_transformers", "plot", "costs"},
+    {"_transformers", "plot", "costs", "latency"},
+    {"deciding"},
     {"checkpoint", "pipeline", "benchmarking"},
     {"hf", "reporting"},
     {"demo"},

@@ -51,7 +51,7 @@ plans = st.builds(
 @pytest.mark.parametrize(
     ("kinds", "message"),
     [
-        ({}, "exactly one budget of rank, keep, energy, error, max_bytes; got none"),
+        ({}, "exactly one budget of rank, keep, energy, error, max_bytes, speedup; got none"),
         ({"rank": None, "keep": None}, "got none"),
         ({"rank": 8, "keep": 0.5}, "got rank=8 and keep=0.5"),
         ({"fraction": 0.5}, "Unknown budget 'fraction'"),

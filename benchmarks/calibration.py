@@ -1,0 +1,207 @@
+"""Measure what calibration and recovery buy on real models, beside the published methods, at equal size.
+
+Every method is a metric and an allocation of this library: truncated SVD (``weight``, uniform ranks),
+ASVD-like scaling (``diagonal``, uniform), FWSVD (the Fisher information of each input row, uniform),
+DRONE and SVD-LLM's optimum (``inputs``, uniform; centred and with a bias where the layer has one), the
+same with global allocation, and ``loss``, the default. Three parts:
+
+- ``minilm``: all-MiniLM-L6-v2, cosine to the dense embeddings and STS Benchmark (dev).
+- ``smollm2``: SmolLM2-135M, perplexity of WikiText-2 text that calibration has not seen, and of other text.
+- ``sst2``: MiniLM with a classifier fine-tuned on SST-2, accuracy (dev).
+
+The folder given with ``--data`` holds ``stsb-train.csv``, ``stsb-dev.csv``, ``wikitext2-valid.txt``,
+``sst2-train.tsv`` and ``sst2-dev.tsv``.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import environment, parser, smollm2
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+import lowrank
+from lowrank.batches import batches, windows
+from lowrank.demo import minilm_folder
+from lowrank.evaluation import accuracy, embed, perplexity, spearman
+from lowrank.linalg import Diagonal, Metric, truncated_svd
+from lowrank.objectives import self_supervised
+from lowrank.textfiles import read_labelled, read_pairs, read_text
+
+Figures = list[dict[str, Any]]
+
+METHODS = {
+    "svd": {"metric": "weight", "allocation": "uniform"},
+    "asvd": {"metric": "diagonal", "allocation": "uniform"},
+    "drone, svd-llm": {"metric": "inputs", "allocation": "uniform"},
+    "inputs, global": {"metric": "inputs", "allocation": "global"},
+    "loss, uniform": {"metric": "loss", "allocation": "uniform"},
+    "loss, global": {"metric": "loss", "allocation": "global"},
+}
+
+
+def compressed(dense: nn.Module, keep: float, stats: lowrank.Stats, method: str, **options: Any) -> nn.Module:
+    return lowrank.compress(copy.deepcopy(dense), keep=keep, stats=stats, **METHODS[method], **options)
+
+
+def row_information(model: nn.Module, data: Any, tokenizer: Any, names: list[str]) -> dict[str, Tensor]:
+    """Sum the squared gradients of each weight over its rows of inputs, as FWSVD weighs them.
+
+    Source: Hsu et al. 2022 (arXiv:2207.00112).
+    """
+    found = {name: torch.zeros(model.get_submodule(name).in_features) for name in names}
+    generator = torch.Generator().manual_seed(0)
+    for batch in batches(data, tokenizer):
+        model.zero_grad()
+        self_supervised(batch.call(model), batch, generator).total.backward()
+        for name in names:
+            found[name] += model.get_submodule(name).weight.grad.square().sum(0)
+    model.zero_grad()
+    return found
+
+
+def fwsvd(dense: nn.Module, keep: float, information: dict[str, Tensor]) -> nn.Module:
+    """Return the dense form of the FWSVD-compressed model, with uniform ranks."""
+    model = copy.deepcopy(dense)
+    for layer in lowrank.plan(model, keep=keep, allocation="uniform").factorized:
+        module = model.get_submodule(layer.name)
+        metric = Metric(Diagonal(information[layer.name]))
+        left, right, *_ = truncated_svd(module.weight, layer.rank, metric)
+        module.weight.data = left @ right
+    return model
+
+
+def minilm(data: Path, minutes: float) -> Figures:
+    """Compare methods on sentence embeddings."""
+    folder = minilm_folder()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    dense = AutoModel.from_pretrained(folder).eval()
+    train = list(dict.fromkeys(text for pair in read_pairs(data / "stsb-train.csv")[0] for text in pair))
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:2000]
+    sample = [train[i] for i in order.tolist()]
+    pairs, scores = read_pairs(data / "stsb-dev.csv")
+    texts = [text for pair in pairs for text in pair]
+    target = embed(dense, texts, tokenizer)
+
+    def measure(model: nn.Module) -> dict[str, float]:
+        found = embed(model, texts, tokenizer)
+        cosines = (found[0::2] * found[1::2]).sum(-1)
+        return {
+            "cosine_to_dense": float((found * target).sum(-1).mean()),
+            "sts_spearman": 100 * spearman(cosines, torch.tensor(scores, dtype=torch.float64)),
+        }
+
+    figures: Figures = [{"keep": 1.0, "method": "dense", **measure(dense)}]
+    start = time.perf_counter()
+    stats = lowrank.calibrate(dense, sample, tokenizer)
+    figures.append({"calibrating_seconds": time.perf_counter() - start, "sentences": len(sample)})
+    information = row_information(dense, sample, tokenizer, list(stats.sources))
+    for keep in (0.5, 0.3):
+        figures.append({"keep": keep, "method": "fwsvd", **measure(fwsvd(dense, keep, information))})
+        for method in METHODS:
+            figures.append(
+                {"keep": keep, "method": method, **measure(compressed(dense, keep, stats, method))}
+            )
+            print(figures[-1], flush=True)
+        small = compressed(dense, keep, stats, "loss, global")
+        lowrank.recover(small, dense, train, tokenizer, minutes=minutes)
+        figures.append({"keep": keep, "method": "recovered", "minutes": minutes, **measure(small)})
+        print(figures[-1], flush=True)
+    return figures
+
+
+def smollm(data: Path, minutes: float, cache: Path | None) -> Figures:
+    """Compare methods on a language model; calibrated on 96 windows, measured on 24 others."""
+    dense, tokenizer = smollm2()
+    ids = windows(read_text(data / "wikitext2-valid.txt"), tokenizer)
+    test, others = ids[300:324].flatten(), torch.cat([ids[:300], ids[324:]])
+    sentences = [text for pair in read_pairs(data / "stsb-dev.csv")[0] for text in pair]
+    unlike = windows(" ".join(sentences), tokenizer)[:24].flatten()
+
+    def measure(model: nn.Module) -> dict[str, float]:
+        return {"perplexity": perplexity(model, test), "perplexity_other_text": perplexity(model, unlike)}
+
+    figures: Figures = [{"keep": 1.0, "method": "dense", **measure(dense)}]
+    if cache is not None and cache.is_dir():
+        stats = lowrank.Stats.load(cache)
+    else:
+        start = time.perf_counter()
+        stats = lowrank.calibrate(dense, [{"input_ids": pair} for pair in ids[:96].split(2)])
+        figures.append({"calibrating_seconds": time.perf_counter() - start, "windows": 96})
+        if cache is not None:
+            stats.save(cache)
+    for keep in (0.8, 0.6):
+        for method in ("drone, svd-llm", "inputs, global", "loss, global"):
+            small = compressed(dense, keep, stats, method, add_bias=method == "loss, global")
+            figures.append({"keep": keep, "method": method, **measure(small)})
+            print(figures[-1], flush=True)
+        if minutes:
+            start = time.perf_counter()
+            lowrank.recover(
+                small, dense, [{"input_ids": pair} for pair in others.split(2)], minutes=minutes, held_out=4
+            )
+            seconds = time.perf_counter() - start
+            figures.append({"keep": keep, "method": "recovered", "seconds": seconds, **measure(small)})
+            print(figures[-1], flush=True)
+    return figures
+
+
+def sst2(data: Path, minutes: float) -> Figures:
+    """Fine-tune a classifier, compress it to half, recover it."""
+    folder = minilm_folder()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(0)
+    dense = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    texts, labels = read_labelled(data / "sst2-train.tsv")
+    optimizer = torch.optim.AdamW(dense.parameters(), lr=5e-5)
+    dense.train()
+    for _ in range(2):
+        for chosen in torch.randperm(len(texts)).split(32):
+            batch = tokenizer([texts[i] for i in chosen], padding=True, return_tensors="pt")
+            wanted = torch.tensor([labels[i] for i in chosen])
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = nn.functional.cross_entropy(dense(**batch).logits.float(), wanted)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    dense.eval()
+    test = read_labelled(data / "sst2-dev.tsv")
+    figures: Figures = [{"keep": 1.0, "method": "dense", "accuracy": accuracy(dense, *test, tokenizer)}]
+    stats = lowrank.calibrate(dense, texts[:2000], tokenizer)
+    for method in ("drone, svd-llm", "loss, global"):
+        small = compressed(dense, 0.5, stats, method)
+        figures.append({"keep": 0.5, "method": method, "accuracy": accuracy(small, *test, tokenizer)})
+    lowrank.recover(small, dense, texts, tokenizer, minutes=minutes)
+    score = accuracy(small, *test, tokenizer)
+    figures.append({"keep": 0.5, "method": "recovered", "minutes": minutes, "accuracy": score})
+    return figures
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--data", type=Path, required=True)
+    arguments.add_argument("--part", choices=("minilm", "smollm2", "sst2"), required=True)
+    arguments.add_argument("--minutes", type=float, default=9.5, help="of recovery; 0 for none")
+    arguments.add_argument("--stats", type=Path, help="keep SmolLM2's statistics in this folder")
+    options = arguments.parse_args()
+    if options.part == "minilm":
+        figures = minilm(options.data, options.minutes)
+    elif options.part == "smollm2":
+        figures = smollm(options.data, options.minutes, options.stats)
+    else:
+        figures = sst2(options.data, options.minutes)
+    print(json.dumps(figures, indent=2))
+    if options.out is not None:  # one file for the parts, which take long and are run one by one
+        known = json.loads(options.out.read_text()) if options.out.exists() else {}
+        known[options.part] = {"environment": environment(), "figures": figures}
+        options.out.write_text(json.dumps(known, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""Decide: a request, a model and perhaps statistics become a plan. Nothing here changes the model."""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from torch import nn
+from tqdm import tqdm
+
+from lowrank import surgery
+from lowrank._transformers import plugin
+from lowrank.batches import Batch, batches
+from lowrank.costs import byte_costs
+from lowrank.errors import BudgetError, WeightError
+from lowrank.evaluation import evaluating
+from lowrank.factoring import check_model_of, metric_of
+from lowrank.latency import LatencyTable, latency_costs, seconds_of
+from lowrank.linalg import Spectrum, spectrum
+from lowrank.linalg.svd import check_options
+from lowrank.nn import kind_of
+from lowrank.obstacles import check_model
+from lowrank.patterns import is_wildcard
+from lowrank.planning import METRICS, Budget, Plan
+from lowrank.ranks import select
+from lowrank.statistics import Stats
+from lowrank.targets import draft
+
+ATTEMPTS = 4
+"""How often ranks are chosen anew because the whole model was not as fast as its layers promised."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for; the arguments are those of `compress`."""
+
+    budget: Budget | None
+    metric: str
+    add_bias: bool
+    targets: Sequence[str] | None
+    ignore: Sequence[str] | None
+    allocation: str = "global"
+    round_to: int = 8
+    tolerance: float = 1e-3
+
+    def metric_with(self, stats: Stats | None) -> str:
+        """Return the metric that ``"auto"`` stands for.
+
+        Raises:
+            BudgetError: If it is unknown, or needs statistics.
+        """
+        if self.metric == "auto":
+            return "weight" if stats is None else stats.best_metric()
+        if self.metric not in METRICS:
+            raise BudgetError(f"metric={self.metric!r}: choose one of auto, {', '.join(METRICS)}.")
+        return self.metric
+
+
+def drafted(model: nn.Module, request: Request, stats: Stats | None) -> Plan:
+    """List the layers; with statistics, leave alone those that these do not cover."""
+    hf = plugin()
+    heads = hf.head_layers(check_model(model)) if hf is not None else None
+    plan = draft(check_model(model), request.targets, request.ignore, heads)
+    metric = request.metric_with(stats)
+    if metric == "weight" or stats is None:
+        return replace(plan, metric=metric)
+    check_model_of(model, stats)
+    layers = {}
+    for layer in plan.targeted:
+        reason = stats.lacks(layer.name, metric)
+        if reason is not None:
+            layers[layer.name] = replace(layer, reason=reason, targeted=False)
+        elif request.add_bias:
+            layers[layer.name] = replace(layer, added_bias=not layer.bias)
+    return replace(plan, metric=metric).with_layers(layers)
+
+
+class Timing(NamedTuple):
+    """What a ``speedup`` is measured with."""
+
+    inputs: Any
+    latencies: LatencyTable | None
+
+
+def decide(
+    model: nn.Module,
+    drafted: Plan,
+    request: Request,
+    stats: Stats | None,
+    predict: bool,
+    progress: bool,
+    timing: Timing,
+) -> Plan:
+    """Give every targeted layer of ``drafted`` a rank, or a reason to stay dense.
+
+    Args:
+        model: Gives the weights.
+        drafted: Its layers, from `drafted`.
+        request: What the user asked for.
+        stats: Calibration statistics, if there are any.
+        predict: Whether to predict errors also where they decide nothing.
+        progress: Show a progress bar on a terminal.
+        timing: What a ``speedup`` is measured with.
+
+    Raises:
+        LowRankError: If the request cannot be met.
+    """
+    assert request.budget is not None
+    check_options(request.tolerance, seed=0)
+    if drafted.metric != "weight" and stats is None:
+        raise BudgetError(
+            f"metric={drafted.metric!r} needs statistics: pass data=, or stats=calibrate(model, data)."
+        )
+    if request.budget.kind == "speedup" and timing.inputs is None:
+        raise BudgetError("speedup is measured on inputs: pass inputs=, a batch as the model will get it.")
+    measured = spectra_of(model, drafted, stats, progress) if predict else {}
+    loss_per_square = held_out_ratio = None
+    if stats is not None and drafted.metric == stats.best_metric():  # the one that was tried
+        held_out_ratio = {name: held.ratio for name, held in stats.held_out.items()}
+    if drafted.metric == "loss" and stats is not None:
+        loss_per_square = {layer.name: stats.loss_per_square(layer.name) for layer in drafted.targeted}
+    choose = functools.partial(
+        select,
+        drafted,
+        request.budget,
+        measured,
+        allocation=request.allocation,
+        round_to=request.round_to,
+        named=[pattern for pattern in request.targets or () if not is_wildcard(pattern)],
+        tolerance=request.tolerance,
+        loss_per_square=loss_per_square,
+        held_out_ratio=held_out_ratio,
+    )
+    if request.budget.kind == "max_bytes":
+        return choose(costs=byte_costs(model, drafted, request.budget.value))
+    if request.budget.kind == "speedup":
+        return _fast_enough(model, drafted, choose, request.budget.value, timing)
+    return choose()
+
+
+def _fast_enough(
+    model: nn.Module, drafted: Plan, choose: Callable[..., Plan], speedup: float, timing: Timing
+) -> Plan:
+    """Choose ranks by measured latencies, and measure the whole model until it is fast enough."""
+    (batch,) = batches([timing.inputs], device=next(model.parameters()).device)
+    table = timing.latencies if timing.latencies is not None else LatencyTable.here(model)
+    best = slack = 0.0
+    with evaluating(model):
+        for attempt in range(ATTEMPTS):
+            costs = latency_costs(model, drafted, lambda: batch.call(model), table, speedup, slack)
+            try:
+                decided = choose(costs=costs)
+            except BudgetError:
+                if attempt == 0:
+                    raise
+                break  # the layers have nothing left to give
+            dense, small = _latencies(model, decided, batch)
+            best = max(best, dense / small)
+            if dense / small >= speedup:
+                return replace(decided, budget=f"{decided.budget} (measured {dense / small:.2f})")
+            slack += 1.2 * (small - dense / speedup)
+    raise BudgetError(
+        f"speedup={speedup!r} was not reached by the whole model; the best measured is {best:.2f}. "
+        f"Ask for at most {math.floor(100 * best) / 100}, or target more layers."
+    )
+
+
+def _latencies(model: nn.Module, decided: Plan, batch: Batch) -> tuple[float, float]:
+    """Return the median seconds of the dense model and of one with the plan's structure, run in turn."""
+    dense, small = [], []
+    for _ in range(3):
+        dense.append(seconds_of(lambda: batch.call(model), 5, next(model.parameters()).device))
+        with surgery.sketched(model, decided):
+            small.append(seconds_of(lambda: batch.call(model), 5, next(model.parameters()).device))
+    return statistics.median(dense), statistics.median(small)
+
+
+def spectra_of(model: nn.Module, drafted: Plan, stats: Stats | None, progress: bool) -> dict[str, Spectrum]:
+    """Decompose every targeted weight under the plan's metric; raises `WeightError` with the layer's name."""
+    measured = {}
+    bar = tqdm(drafted.targeted, desc="spectra", unit="layer", disable=None if progress else True)
+    for layer in bar:
+        module = model.get_submodule(layer.name)
+        kind = kind_of(module)
+        assert kind is not None  # drafted as a target
+        try:
+            measured[layer.name] = spectrum(kind.weight(module), metric_of(layer, drafted.metric, stats))
+        except WeightError as error:
+            raise WeightError(f"{layer.name}: {error}") from error
+    return measured

@@ -1,0 +1,212 @@
+"""Latency as a budget: measure layers at candidate ranks here and now, then check the whole model.
+
+What a rank costs on a processor is no formula: kernels like some sizes, small matrices are all
+overhead. So each shape in the model is timed dense and at a grid of ranks, with the tokens that the
+given inputs bring to it. The allocator spends these seconds as it would spend parameters.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lowrank.errors import BudgetError, LowRankError
+from lowrank.planning import LayerPlan, Plan
+from lowrank.ranks import Costs, Curve
+
+POINTS = 9
+"""Ranks timed per shape, evenly spaced up to the break-even; between them it is interpolated."""
+
+REPEATS = 15
+"""Runs of each; the median counts."""
+
+
+@dataclass
+class LatencyTable:
+    """Seconds of a linear layer, dense and at candidate ranks, on one machine.
+
+    Entries are measured when they are first asked for, and kept. A table can be saved and used again
+    on the same machine; one from another machine is refused.
+
+    Args:
+        environment: Device, threads, dtype and version that the figures depend on.
+        seconds: By ``"out×in@tokens"``, pairs of rank and seconds; rank 0 is the dense layer.
+    """
+
+    environment: dict[str, str]
+    seconds: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+
+    @classmethod
+    def here(cls, model: nn.Module) -> LatencyTable:
+        """Make an empty table for the device and dtype of ``model``."""
+        parameter = next(model.parameters())
+        name = torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else ""
+        return cls(
+            {
+                "device": f"{parameter.device.type} {name}".strip(),
+                "threads": str(torch.get_num_threads()),
+                "dtype": str(parameter.dtype).removeprefix("torch."),
+                "torch": torch.__version__,
+            }
+        )
+
+    def of(self, layer: LayerPlan, tokens: int, like: Tensor) -> list[tuple[int, float]]:
+        """Return ``(rank, seconds)`` for a layer's shape, rank 0 for dense, measuring them if need be."""
+        key = f"{layer.out_features}×{layer.in_features}@{tokens}"
+        if key not in self.seconds:
+            largest = max(1, layer.largest_paying_rank)
+            ranks = sorted({max(1, round(largest * (i + 1) / POINTS)) for i in range(POINTS)})
+            self.seconds[key] = _measure(layer, tokens, ranks, like)
+        return self.seconds[key]
+
+    def save(self, path: str | Path) -> None:
+        """Write the table as JSON."""
+        Path(path).write_text(json.dumps(vars(self), indent=1, ensure_ascii=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> LatencyTable:
+        """Read what `save` wrote.
+
+        Raises:
+            LowRankError: If the file cannot be read or is no such table.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            seconds = {
+                str(key): [(int(rank), float(value)) for rank, value in points]
+                for key, points in data["seconds"].items()
+            }
+            return cls({str(k): str(v) for k, v in data["environment"].items()}, seconds)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise LowRankError(f"{path}: not a table of latencies: {error}.") from error
+
+
+def latency_costs(
+    model: nn.Module,
+    draft: Plan,
+    call: Callable[[], Any],
+    table: LatencyTable,
+    speedup: float,
+    slack: float = 0.0,
+) -> Costs:
+    """Price ranks in seconds, so that the whole model becomes ``speedup`` times as fast.
+
+    Args:
+        model: The dense model.
+        draft: Its layers.
+        call: Runs the model once on representative inputs.
+        table: Latencies of layers, filled as needed.
+        speedup: Dense latency over compressed latency.
+        slack: Seconds by which an earlier choice missed the goal.
+
+    Raises:
+        BudgetError: If the table is of another machine.
+    """
+    if table.environment != LatencyTable.here(model).environment:
+        raise BudgetError(
+            f"The table of latencies is of {table.environment}, but this is "
+            f"{LatencyTable.here(model).environment}. Measure a new one."
+        )
+    tokens = _tokens(model, draft, call)
+    whole = seconds_of(call, REPEATS, _device(model))
+    points = {}
+    for layer in draft.targeted:
+        like = model.get_submodule(layer.name).weight
+        points[layer.name] = [table.of(layer, count, like) for count in tokens.get(layer.name, [])]  # type: ignore[arg-type]
+    dense = sum(at[0][1] for calls in points.values() for at in calls)
+
+    def price(layer: LayerPlan, curve: Curve) -> Curve:
+        costs = sum(
+            (np.append(np.interp(curve.ranks, *_xy(at)), at[0][1]) for at in points[layer.name]),
+            start=np.zeros(len(curve.costs)),
+        )
+        rising = np.maximum.accumulate(costs[:-1]) + 1e-12 * np.arange(len(curve.ranks))
+        kept = rising < costs[-1]
+        return Curve(
+            curve.ranks[kept],
+            np.append(rising[kept], max(costs[-1], 1e-12)),
+            np.append(curve.losses[:-1][kept], 0.0),
+        )
+
+    def say(cost: float) -> str:
+        return f"{cost:.4g} s, a speed-up of {whole / cost:.2f}×"
+
+    return Costs(whole / speedup - slack, whole - dense, price, say)
+
+
+def _xy(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [rank for rank, _ in points[1:]], [seconds for _, seconds in points[1:]]
+
+
+def _measure(layer: LayerPlan, tokens: int, ranks: list[int], like: Tensor) -> list[tuple[int, float]]:
+    """Time one shape, dense (rank 0) and at each rank, in turn."""
+    m, n = layer.out_features, layer.in_features
+    linear = nn.functional.linear
+    inputs, weight, bias = like.new_zeros(tokens, n), like.new_zeros(m, n), like.new_zeros(m)
+    runs: dict[int, Callable[[], Any]] = {0: lambda: linear(inputs, weight, bias)}
+    for rank in ranks:
+        down, up = like.new_zeros(rank, n), like.new_zeros(m, rank)
+        runs[rank] = lambda down=down, up=up: linear(linear(inputs, down), up, bias)  # type: ignore[misc]
+    times: dict[int, list[float]] = {rank: [] for rank in runs}
+    with torch.no_grad():
+        for repeat in range(REPEATS + 2):
+            for rank, run in runs.items():
+                seconds = _once(run, like.device)
+                if repeat >= 2:
+                    times[rank].append(seconds)
+    return [(rank, statistics.median(values)) for rank, values in times.items()]
+
+
+def seconds_of(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
+    """Return the median seconds of a call, after two that do not count."""
+    times = [_once(call, device) for _ in range(repeats + 2)]
+    return statistics.median(times[2:])
+
+
+def _once(call: Callable[[], Any], device: torch.device) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _tokens(model: nn.Module, draft: Plan, call: Callable[[], Any]) -> dict[str, list[int]]:
+    """Return how many rows each call of each layer gets."""
+    found: dict[str, list[int]] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            inputs = args[0] if args else kwargs["input"]
+            found.setdefault(name, []).append(inputs.numel() // inputs.shape[-1])
+
+        return hook
+
+    handles = []
+    try:
+        for layer in draft.targeted:
+            module = model.get_submodule(layer.name)
+            handles.append(module.register_forward_pre_hook(keep(layer.name), with_kwargs=True))
+        call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

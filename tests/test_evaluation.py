@@ -1,0 +1,124 @@
+"""Evaluation functions against what can be computed by hand."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lowrank import DataError, compress
+from lowrank.batches import windows
+from lowrank.evaluation import accuracy, embed, embedding_cosine, perplexity, spearman, sts_spearman
+
+
+class Words:
+    """A tokenizer of words: ids are their lengths."""
+
+    model_max_length = 8
+
+    def __call__(self, texts, **_):
+        texts = [texts] if isinstance(texts, str) else texts
+        ids = [[len(word) for word in text.split()][:8] for text in texts]
+        return {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]}
+
+
+@pytest.fixture
+def tiny_gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50, n_positions=64))
+
+
+TEXTS = ["one two three", "a", "four five six seven", "eleven twelve"]
+
+
+def test_embeddings_are_the_normalised_mean_over_real_tokens_in_the_order_of_the_texts(tiny_bert):
+    found = embed(tiny_bert, TEXTS, Words(), batch_size=3)
+    for text, row in zip(TEXTS, found, strict=True):
+        ids = torch.tensor([[len(word) for word in text.split()]])
+        with torch.no_grad():
+            hidden = tiny_bert(input_ids=ids).last_hidden_state[0].mean(0)
+        torch.testing.assert_close(row, nn.functional.normalize(hidden, dim=0), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_has_cosine_one_to_itself_and_less_to_a_compressed_one(tiny_bert):
+    assert embedding_cosine(tiny_bert, tiny_bert, TEXTS, Words()) == pytest.approx(1, abs=1e-5)
+    small = compress(copy.deepcopy(tiny_bert), rank=1)
+    assert embedding_cosine(small, tiny_bert, TEXTS, Words()) < 1 - 1e-4
+
+
+def test_spearman_is_the_correlation_of_ranks_and_ties_share_theirs():
+    first = torch.tensor([1.0, 2.0, 2.0, 9.0], dtype=torch.float64)
+    assert spearman(first, first.exp()) == pytest.approx(1)
+    assert spearman(first, -first) == pytest.approx(-1)
+    ranks, other = torch.tensor([1.0, 2.5, 2.5, 4.0]), torch.tensor([2.0, 1.0, 3.0, 4.0])
+    expected = float(torch.corrcoef(torch.stack([ranks, other]))[0, 1])
+    assert spearman(first, other.double()) == pytest.approx(expected, abs=1e-6)
+
+
+def test_sts_correlates_the_cosines_of_pairs_with_scores(tiny_bert):
+    pairs = list(itertools.pairwise(TEXTS))
+    vectors = embed(tiny_bert, TEXTS, Words())
+    cosines = (vectors[:-1] * vectors[1:]).sum(-1)
+    assert sts_spearman(tiny_bert, pairs, cosines.tolist(), Words()) == pytest.approx(1)
+    assert sts_spearman(tiny_bert, pairs, (-cosines).tolist(), Words()) == pytest.approx(-1)
+
+
+def test_perplexity_is_that_of_the_models_own_loss(tiny_gpt2):
+    ids = torch.randint(50, (40,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        losses = [float(tiny_gpt2.eval()(input_ids=w[None], labels=w[None]).loss) for w in ids.view(5, 8)]
+    tiny_gpt2.train()
+    assert perplexity(tiny_gpt2, ids, window=8) == pytest.approx(math.exp(sum(losses) / 5), rel=1e-5)
+    assert perplexity(tiny_gpt2, ids, window=8, count=2) == pytest.approx(
+        math.exp(sum(losses[:2]) / 2), rel=1e-5
+    )
+    assert tiny_gpt2.training
+
+
+def test_accuracy_counts_the_largest_logit():
+    class Constant(nn.Module):
+        def forward(self, input_ids, attention_mask):
+            from types import SimpleNamespace
+
+            return SimpleNamespace(logits=torch.tensor([[0.0, 1.0]]).expand(len(input_ids), 2))
+
+    assert accuracy(Constant(), TEXTS, [1, 1, 0, 1], Words(), batch_size=3) == 0.75
+
+
+def test_windows_cut_the_text_and_drop_the_rest():
+    assert windows(torch.arange(10), tokens=4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("two words", "tokenizer"), (torch.arange(3), "do not make a window")],
+    ids=["str", "short"],
+)
+def test_texts_without_tokenizer_or_length_are_refused(tiny_gpt2, text, message):
+    with pytest.raises(DataError, match=message):
+        perplexity(tiny_gpt2, text, window=8)
+
+
+def test_more_windows_than_there_are_is_refused(tiny_gpt2):
+    with pytest.raises(DataError, match="has 2 windows"):
+        perplexity(tiny_gpt2, torch.arange(16), window=8, count=3)
+
+
+def test_labels_must_be_as_many_as_texts():
+    class Constant(nn.Module):
+        def forward(self, input_ids, attention_mask):
+            from types import SimpleNamespace
+
+            return SimpleNamespace(logits=torch.zeros(len(input_ids), 2))
+
+    with pytest.raises(DataError, match="4 texts"):
+        accuracy(Constant(), TEXTS, [0, 0, 0, 0, 0], Words())
+
+
+def test_an_empty_text_is_refused(tiny_bert):
+    with pytest.raises(DataError, match="empty"):
+        embed(tiny_bert, ["one", ""], Words())

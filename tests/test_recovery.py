@@ -1,0 +1,162 @@
+"""Recovery: what it trains, what it keeps, and that it never returns a worse model."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lowrank import DataError, LowRankError, compress, recover
+from lowrank.recovery import schedule, trainable
+
+
+def made(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def data():
+    return [made(32, 64, seed=i) for i in range(12)]
+
+
+@pytest.fixture
+def small(mlp):
+    return compress(copy.deepcopy(mlp), rank=8)
+
+
+def distance(model: nn.Module, teacher: nn.Module) -> float:
+    with torch.no_grad():
+        inputs = made(500, 64, seed=99)
+        return float((model(inputs) - teacher(inputs)).square().sum() / teacher(inputs).square().sum())
+
+
+def test_it_brings_the_model_closer_to_its_teacher(mlp, small, data):
+    before = distance(small, mlp)
+    recover(small, mlp, data, steps=200, learning_rate=3e-3, mixed_precision=False)
+    assert distance(small, mlp) < 0.8 * before
+
+
+def test_a_model_with_hidden_states_and_embeddings_is_recovered(tiny_bert):
+    small = compress(copy.deepcopy(tiny_bert), rank=8)
+    ids = [
+        {"input_ids": torch.randint(99, (4, 8), generator=torch.Generator().manual_seed(i))} for i in range(8)
+    ]
+
+    def cosine(model):
+        with torch.no_grad():
+            first, second = (m(**ids[0]).last_hidden_state.mean(1) for m in (model, tiny_bert))
+        return float(nn.functional.cosine_similarity(first, second).mean())
+
+    before = cosine(small)
+    recover(small, tiny_bert, ids, steps=60, learning_rate=3e-3)
+    assert cosine(small) > before
+
+
+def test_the_teacher_and_everything_that_is_not_trained_stay_as_they_were(tiny_bert):
+    small = compress(copy.deepcopy(tiny_bert), rank=8)
+    small.train()
+    small.embeddings.word_embeddings.weight.requires_grad_(False)
+    teacher = {name: value.clone() for name, value in tiny_bert.state_dict().items()}
+    embedding = small.embeddings.word_embeddings.weight.clone()
+    grads = [p.requires_grad for p in small.parameters()]
+    state = torch.get_rng_state()
+    data = [{"input_ids": torch.arange(8)[None] + i} for i in range(4)]
+    recover(small, tiny_bert, data, steps=3)
+    assert all(torch.equal(teacher[name], value) for name, value in tiny_bert.state_dict().items())
+    assert torch.equal(small.embeddings.word_embeddings.weight, embedding)
+    assert [p.requires_grad for p in small.parameters()] == grads
+    assert all(p.grad is None for p in small.parameters())
+    assert all(module.training for module in small.modules())
+    assert not tiny_bert.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(module._forward_hooks for module in [*small.modules(), *tiny_bert.modules()])
+
+
+def test_factors_biases_and_norms_are_trained_and_embeddings_are_not(tiny_bert):
+    small = compress(tiny_bert, rank=8)
+    chosen = {id(p) for p in trainable(small)}
+    names = {name for name, p in small.named_parameters() if id(p) in chosen}
+    assert "encoder.layer.0.output.dense.up.weight" in names
+    assert "encoder.layer.0.output.dense.up.bias" in names
+    assert "encoder.layer.0.output.LayerNorm.weight" in names
+    assert "embeddings.word_embeddings.weight" not in names
+    assert "pooler.dense.weight" not in names
+
+
+def test_a_learning_rate_that_ruins_the_model_returns_it_unharmed(mlp, small, data):
+    before = {name: value.clone() for name, value in small.state_dict().items()}
+    recover(small, mlp, data, steps=40, learning_rate=1e3, mixed_precision=False)
+    assert all(torch.equal(before[name], value) for name, value in small.state_dict().items())
+
+
+def test_an_interrupt_leaves_the_best_state_and_no_hooks(mlp, small, data, monkeypatch):
+    before = {name: value.clone() for name, value in small.state_dict().items()}
+    calls = []
+
+    def interrupted(module, args, output):
+        calls.append(1)
+        if len(calls) == 30:
+            raise KeyboardInterrupt
+
+    handle = mlp.register_forward_hook(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        recover(small, mlp, data, steps=500, learning_rate=1e3, mixed_precision=False)
+    handle.remove()
+    assert all(torch.equal(before[name], value) for name, value in small.state_dict().items())
+
+
+def test_the_same_seed_gives_the_same_model(mlp, data):
+    models = [compress(copy.deepcopy(mlp), rank=8) for _ in range(2)]
+    for model in models:
+        recover(model, mlp, data, steps=10, seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in models), strict=True))
+
+
+def test_minutes_are_kept(mlp, small, data):
+    import time
+
+    start = time.monotonic()
+    recover(small, mlp, data, minutes=1 / 60)
+    assert time.monotonic() - start < 5
+
+
+def test_the_schedule_rises_and_falls_to_zero():
+    values = [schedule(i / 100) for i in range(101)]
+    assert values[0] < 0.1
+    assert max(values) == pytest.approx(1, abs=0.01)
+    assert values.index(max(values)) == 5
+    assert values[-1] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_teacher_of_another_shape_is_refused(small, data):
+    with pytest.raises(DataError, match="dense model that it was made from"):
+        recover(small, nn.Sequential(nn.Linear(64, 5)), data, steps=1, hidden_weight=0)
+
+
+BAD = {
+    "no-duration": ({}, LowRankError, "minutes or steps"),
+    "two-durations": ({"minutes": 1, "steps": 1}, LowRankError, "minutes or steps"),
+    "negative": ({"steps": -1}, LowRankError, "positive"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_requests_are_refused(mlp, small, data, case):
+    arguments, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        recover(small, mlp, data, **arguments)
+
+
+def test_a_dense_model_has_nothing_to_recover(mlp, data):
+    with pytest.raises(LowRankError, match="Compress it first"):
+        recover(mlp, copy.deepcopy(mlp), data, steps=1)
+
+
+def test_a_model_cannot_be_its_own_teacher(small, data):
+    with pytest.raises(LowRankError, match="Keep a copy"):
+        recover(small, small, data, steps=1)
+
+
+def test_one_batch_is_too_little(mlp, small, data):
+    with pytest.raises(DataError, match="held out"):
+        recover(small, mlp, data[:1], steps=1)

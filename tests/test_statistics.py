@@ -1,0 +1,213 @@
+"""Statistics as data: round trips, refusals, metrics."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lowrank import Stats, StatsError, apply, calibrate, compress, plan
+from lowrank.errors import BudgetError, CheckpointError, PlanError
+
+
+def made(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def stats(mlp):
+    return calibrate(mlp, [made(60, 64, seed=i) * torch.logspace(0, -2, 64) for i in range(8)])
+
+
+def test_they_survive_saving_and_loading_bit_for_bit(stats, tmp_path):
+    stats.save(tmp_path / "stats")
+    again = Stats.load(tmp_path / "stats")
+    assert again.fingerprint == stats.fingerprint
+    assert (again.sources, again.tokens, again.terms) == (stats.sources, stats.tokens, stats.terms)
+    assert again.held_out == stats.held_out
+    for name in stats.sources:
+        assert torch.equal(again.moments(name).products, stats.moments(name).products)
+        assert torch.equal(again.moments(name).total, stats.moments(name).total)
+        assert torch.equal(again.gradients[name].products, stats.gradients[name].products)
+
+
+def test_a_folder_with_files_is_not_overwritten_unasked(stats, tmp_path):
+    (tmp_path / "mine").write_text("x")
+    with pytest.raises(CheckpointError, match="not empty"):
+        stats.save(tmp_path)
+    stats.save(tmp_path, overwrite=True)
+    assert Stats.load(tmp_path).tokens == stats.tokens
+
+
+def edit(folder, change):
+    data = json.loads((folder / "stats.json").read_text())
+    change(data)
+    (folder / "stats.json").write_text(json.dumps(data))
+
+
+def retensor(folder, change):
+    tensors = load_file(folder / "stats.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "stats.safetensors")
+
+
+DAMAGE = {
+    "newer": (lambda f: edit(f, lambda d: d.update(format=99)), "newer lowrank"),
+    "no-json": (lambda f: (f / "stats.json").unlink(), "cannot be read"),
+    "no-tensors": (lambda f: (f / "stats.safetensors").unlink(), "cannot be read"),
+    "not-json": (lambda f: (f / "stats.json").write_text("{"), "damaged"),
+    "a-list": (lambda f: (f / "stats.json").write_text("[]"), "damaged"),
+    "truncated": (
+        lambda f: (f / "stats.safetensors").write_bytes((f / "stats.safetensors").read_bytes()[:-8]),
+        "cannot be read",
+    ),
+    "missing-tensor": (lambda f: retensor(f, lambda t: t.pop("inputs.0.total")), "inputs.0.total"),
+    "nan": (lambda f: retensor(f, lambda t: t["inputs.0.total"].fill_(float("nan"))), "inputs.0.total"),
+    "half": (
+        lambda f: retensor(f, lambda t: t.update({"inputs.0.total": t["inputs.0.total"].half()})),
+        "inputs.0.total",
+    ),
+    "unknown-source": (lambda f: edit(f, lambda d: d["sources"].update({"0": "x"})), "'x'"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damaged_files_are_refused_with_the_folder(stats, tmp_path, case):
+    folder = tmp_path / "stats"
+    stats.save(folder)
+    damage, message = DAMAGE[case]
+    damage(folder)
+    with pytest.raises(StatsError, match=message) as caught:
+        Stats.load(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_statistics_of_another_model_are_refused(stats):
+    other = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64))
+    before = other[0].weight.clone()
+    with pytest.raises(StatsError, match="another model"):
+        compress(other, keep=0.5, stats=stats)
+    assert torch.equal(other[0].weight, before)
+
+
+def test_statistics_of_different_models_cannot_be_added(stats):
+    other = calibrate(nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64)), [made(4, 64)])
+    with pytest.raises(StatsError, match="cannot be added"):
+        stats + other
+
+
+def test_auto_takes_the_most_that_is_there(mlp, stats):
+    bare = calibrate(mlp, [made(60, 64)], loss=None)
+    assert plan(mlp, keep=0.5).metric == "weight"
+    assert plan(mlp, keep=0.5, stats=bare).metric == "inputs"
+    assert plan(mlp, keep=0.5, stats=stats).metric == "loss"
+
+
+def test_a_metric_that_the_statistics_lack_is_refused(mlp):
+    bare = calibrate(mlp, [made(60, 64)], loss=None)
+    with pytest.raises(BudgetError, match="no gradient of the loss reached it"):
+        plan(mlp, keep=0.5, stats=bare, metric="loss")
+    with pytest.raises(BudgetError, match="needs statistics"):
+        plan(mlp, keep=0.5, metric="inputs")
+    with pytest.raises(BudgetError, match="choose one of"):
+        plan(mlp, keep=0.5, stats=bare, metric="taste")
+
+
+@pytest.mark.parametrize("metric", ["diagonal", "inputs", "loss"])
+def test_outputs_are_closer_than_those_of_the_weights_metric(mlp, stats, metric):
+    import copy
+
+    inputs = made(500, 64, seed=77) * torch.logspace(0, -2, 64)
+    target = mlp(inputs).detach()
+
+    def error(model):
+        return float((model(inputs) - target).detach().square().sum())
+
+    plain = compress(copy.deepcopy(mlp), rank=12)
+    aware = compress(copy.deepcopy(mlp), rank=12, stats=stats, metric=metric)
+    assert error(aware) < 0.8 * error(plain)
+
+
+def test_the_bias_takes_up_the_mean_of_the_error(mlp):
+    data = [made(200, 64, seed=i) + 2 for i in range(8)]
+    dense = mlp(torch.cat(data)).detach()
+    small = compress(mlp, rank=8, data=data, metric="inputs", targets=["2"])
+    difference = (small(torch.cat(data)).detach() - dense).mean(0)
+    assert difference.abs().max() < 1e-3 * dense.abs().mean()
+
+
+@pytest.mark.parametrize("add_bias", [False, True])
+def test_a_bias_is_added_only_when_allowed_and_survives_saving(tmp_path, add_bias):
+    import lowrank
+
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(64, 96, bias=False), nn.GELU(), nn.Linear(96, 64))
+
+    model = build()
+    data = [made(100, 64, seed=i) + 1 for i in range(4)]
+    small = compress(model, rank=8, data=data, add_bias=add_bias)
+    assert (small[0].bias is not None) == add_bias
+    lowrank.save(small, tmp_path / "small")
+    again = lowrank.load(tmp_path / "small", build())
+    inputs = made(3, 64)
+    assert torch.equal(again(inputs), small(inputs))
+
+
+def test_a_layer_that_was_not_called_stays_dense_with_the_reason(mlp):
+    class Partly(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = mlp, nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.used(x)
+
+    made_plan = plan(model := Partly(), keep=0.5, stats=calibrate(model, [made(50, 64)]))
+    assert made_plan["unused"].rank is None
+    assert made_plan["unused"].reason == "was not called during calibration"
+
+
+def test_apply_needs_the_statistics_that_the_plan_was_made_with(mlp, stats):
+    decided = plan(mlp, keep=0.5, stats=stats)
+    with pytest.raises(PlanError, match="pass stats="):
+        apply(mlp, decided)
+    apply(mlp, decided, stats)
+
+
+def test_predicted_errors_are_those_of_the_factors(mlp, stats):
+    decided = plan(mlp, keep=0.5, stats=stats)
+    apply(mlp, decided, stats)
+    for layer in decided.factorized:
+        assert mlp.get_submodule(layer.name).relative_error == pytest.approx(layer.relative_error, rel=1e-3)
+
+
+def test_ten_budgets_need_no_further_forward_pass(mlp, stats, monkeypatch):
+    monkeypatch.setattr(nn.Sequential, "forward", lambda *_: pytest.fail("a forward pass"))
+    kept = [plan(mlp, keep=keep / 10, stats=stats).kept_fraction for keep in range(3, 10)]
+    assert kept == sorted(kept)
+
+
+@pytest.mark.parametrize("fraction", [0.6, 0.8])
+def test_max_bytes_is_met_by_the_whole_model(mlp, stats, fraction):
+    def size(model):
+        return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+
+    limit = int(fraction * size(mlp))
+    compress(mlp, max_bytes=limit, stats=stats)
+    assert 0.8 * limit < size(mlp) <= limit
+
+
+def test_max_bytes_that_cannot_be_met_names_the_least(mlp, stats):
+    with pytest.raises(BudgetError, match=r"still needs [\d,]+ bytes"):
+        plan(mlp, max_bytes=1000, stats=stats)
+
+
+def test_plans_with_loss_survive_json(mlp, stats):
+    from lowrank import Plan
+
+    decided = plan(mlp, keep=0.5, stats=stats)
+    assert Plan.from_json(decided.to_json()) == decided
+    assert decided.loss_increase == pytest.approx(sum(layer.loss_increase for layer in decided.factorized))
+    assert "Predicted increase of the loss" in str(decided)
