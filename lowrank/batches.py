@@ -52,7 +52,7 @@ class Batch:
 
     def on(self, device: torch.device | str | None) -> Batch:
         """Return the batch with its tensors on ``device``."""
-        return _batch(self.index, moved(self.given, device))
+        return as_batch(moved(self.given, device), self.index)
 
     @property
     def tokens(self) -> int:
@@ -117,7 +117,7 @@ def batches(
             raise DataError("data has strings, so a tokenizer is needed: pass tokenizer=...")
         items = _tokenized(items, tokenizer, batch_size, max_length)
     for index, given in enumerate(items):
-        yield _batch(index, moved(given, device))
+        yield as_batch(moved(given, device), index)
 
 
 def windows(text: str | Tensor, tokenizer: Callable[..., Any] | None = None, *, tokens: int = 512) -> Tensor:
@@ -163,7 +163,8 @@ def _padded(rows: list[list[int]]) -> Tensor:
     return nn.utils.rnn.pad_sequence(tensors, batch_first=True)
 
 
-def _batch(index: int, given: Any) -> Batch:
+def as_batch(given: Any, index: int = 0) -> Batch:
+    """Wrap one batch; raises `DataError` if it is nothing that a model is called with."""
     if isinstance(given, Tensor):
         return Batch(index, given, (given,), {}, None)
     if isinstance(given, Mapping):
@@ -171,7 +172,7 @@ def _batch(index: int, given: Any) -> Batch:
         usable = isinstance(mask, Tensor) and mask.ndim == 2
         return Batch(index, given, (), dict(given), mask.bool() if usable else None)  # type: ignore[union-attr]
     if isinstance(given, (tuple, list)) and given:
-        inner = _batch(index, given[0])
+        inner = as_batch(given[0], index)
         return Batch(index, given, inner.arguments, inner.keywords, inner.mask)
     raise DataError(
         f"Batch {index} is {type(given).__name__}: a batch is a dict of tensors, a tensor, or a tuple whose "

@@ -8,7 +8,7 @@ linear layers: the encoder layers of BERT, the decoder layers of Llama, the resi
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,21 +37,21 @@ def hidden_state(output: Any) -> Tensor | None:
 
 
 @contextlib.contextmanager
-def outputs_of(blocks: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Give a dictionary that each forward pass fills with the blocks' hidden states, by name."""
-    found: dict[str, Tensor] = {}
+def outputs_of(blocks: Iterable[nn.Module]) -> Iterator[dict[int, Tensor]]:
+    """Give a dictionary that each forward pass fills with the blocks' hidden states, by position."""
+    found: dict[int, Tensor] = {}
 
-    def listen(name: str, block: nn.Module) -> Any:
+    def listen(position: int, block: nn.Module) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             hidden = hidden_state(output)
             if hidden is not None:
-                found[name] = hidden
+                found[position] = hidden
 
         return block.register_forward_hook(hook)
 
     handles = []
     try:
-        handles += [listen(name, block) for name, block in blocks.items()]
+        handles += [listen(position, block) for position, block in enumerate(blocks)]
         yield found
     finally:
         for handle in handles:

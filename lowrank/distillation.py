@@ -6,13 +6,15 @@ Distillation, arXiv:1908.09355) for the hidden states.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowrank.batches import Batch
+from lowrank.blocks import find_blocks, outputs_of
 from lowrank.errors import DataError
 from lowrank.objectives import pooled
 
@@ -21,8 +23,8 @@ def distance(
     outputs: Any,
     targets: Any,
     batch: Batch,
-    hidden: Mapping[str, Tensor],
-    target_hidden: Mapping[str, Tensor],
+    hidden: Mapping[int, Tensor],
+    target_hidden: Mapping[int, Tensor],
     hidden_weight: float = 1.0,
 ) -> Tensor:
     """Return the distance of ``outputs`` to ``targets`` plus that of the blocks' hidden states.
@@ -32,7 +34,7 @@ def distance(
             the relative squared error, and one minus the cosine of the pooled embedding.
         targets: What the teacher returned for the same batch.
         batch: Its mask leaves padding out.
-        hidden: The student's hidden states by block.
+        hidden: The student's hidden states, by the position of the block.
         target_hidden: The teacher's.
         hidden_weight: How often the mean over blocks of their relative squared error counts.
 
@@ -105,3 +107,71 @@ def _named(outputs: Any) -> dict[str, Tensor]:
     return {
         str(key): value for key, value in items if isinstance(value, Tensor) and value.is_floating_point()
     }
+
+
+class Lesson:
+    """Shows one batch to teacher and student, and tells how far apart they are.
+
+    For a training loop of your own, also under `torch.nn.parallel.DistributedDataParallel` (pass the
+    wrapped model to `outputs_and_distance`).
+
+    Args:
+        model: The compressed model.
+        teacher: The dense model that it was made from, on any device.
+        hidden_weight: How much the blocks' hidden states count beside the outputs.
+        autocast: The precision in which both run; by default what surrounds the call.
+
+    Example:
+        >>> import copy, lowrank
+        >>> from lowrank.batches import as_batch
+        >>> teacher = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+        >>> model = lowrank.compress(copy.deepcopy(teacher), rank=8)
+        >>> lesson = Lesson(model, teacher)
+        >>> with lesson.listening():
+        ...     loss = lesson.distance(as_batch(torch.randn(4, 64)))
+        >>> loss.requires_grad
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: nn.Module,
+        hidden_weight: float = 1.0,
+        autocast: torch.autocast | None = None,
+    ) -> None:
+        self._model, self._teacher, self._hidden_weight = model, teacher, hidden_weight
+        self._autocast = autocast if autocast is not None else contextlib.nullcontext()
+        self._device = next((p.device for p in teacher.parameters()), None)
+        self._found: dict[int, Tensor] = {}
+        self._wanted: dict[int, Tensor] = {}
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Listen to the hidden states of both models, with the teacher in eval mode."""
+        blocks, its = (find_blocks(m) if self._hidden_weight else {} for m in (self._model, self._teacher))
+        training = {module: module.training for module in self._teacher.modules()}
+        try:
+            self._teacher.eval()
+            with outputs_of(blocks.values()) as self._found, outputs_of(its.values()) as self._wanted:
+                yield
+        finally:
+            for module, was in training.items():
+                module.training = was
+
+    def distance(self, batch: Batch) -> Tensor:
+        """Return the distance on one batch, with a graph where gradients are enabled."""
+        return self.outputs_and_distance(batch, self._model)[1]
+
+    def outputs_and_distance(self, batch: Batch, model: nn.Module) -> tuple[Any, Tensor]:
+        """Return what ``model``, the student or a wrapper of it, made of the batch, and the distance."""
+        with self._autocast:
+            with torch.no_grad():
+                targets = batch.on(self._device).call(self._teacher)
+            outputs = batch.call(model)
+        return outputs, distance(outputs, targets, batch, self._found, self._wanted, self._hidden_weight)
+
+    @torch.no_grad()
+    def mean_distance(self, held: list[Batch]) -> float:
+        """Return the mean distance over some batches."""
+        return sum(float(self.distance(batch)) for batch in held) / len(held)

@@ -8,10 +8,12 @@ model that comes back is never worse on them than the one that was given.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +21,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowrank.batches import Batch, batches
-from lowrank.blocks import find_blocks, outputs_of
-from lowrank.distillation import distance
+from lowrank.distillation import Lesson
 from lowrank.errors import DataError, LowRankError
 from lowrank.nn import LowRankLinear
 from lowrank.obstacles import check_model
+from lowrank.snapshots import Snapshot
 
 EVALUATIONS = 8
 """How often the held-out batches are looked at, beside the first time."""
@@ -44,6 +46,7 @@ def recover(
     batch_size: int = 32,
     max_length: int | None = None,
     seed: int = 0,
+    snapshots: str | Path | None = None,
     progress: bool = False,
 ) -> nn.Module:
     """Train the factors of ``model``, in place, until it does what ``teacher`` does.
@@ -64,6 +67,8 @@ def recover(
         batch_size: Strings per batch.
         max_length: Longest string in tokens; by default what the tokenizer allows, at most 512.
         seed: Seed of the order of batches; the global random state is not touched.
+        snapshots: A folder that keeps where the run stands, written whenever the held-out batches are
+            looked at, and on an interrupt. The same call made again goes on from there.
         progress: Show a progress bar with the loss on a terminal.
 
     Returns:
@@ -71,6 +76,7 @@ def recover(
 
     Raises:
         DataError: If there are fewer than two batches, or teacher and model return different things.
+        CheckpointError: If the snapshot is damaged or of another model, or cannot be written.
         LowRankError: If nothing in the model is factorized, or not exactly one duration is given.
 
     Source: Hinton et al. 2015 (arXiv:1503.02531); the optimizer: Loshchilov & Hutter 2019 (AdamW).
@@ -81,17 +87,17 @@ def recover(
     every = list(stream)
     train, held = _split(every, held_out)
     mixed = _multiplies_bfloat16(device) if mixed_precision is None else mixed_precision
-    lesson = _Lesson(model, teacher, hidden_weight, torch.autocast(device.type, torch.bfloat16, mixed))
+    lesson = Lesson(model, teacher, hidden_weight, torch.autocast(device.type, torch.bfloat16, mixed))
     parameters = trainable(model)
-    pace = _Pace(minutes, steps)
     with _training_only(model, parameters), lesson.listening():
-        start = time.monotonic()
-        best = _Best(parameters, lesson.mean(held))
-        pace.reserved = time.monotonic() - start
+        folder = Path(snapshots) if snapshots is not None else None
+        run = _Run(lesson, parameters, held, _Pace(minutes, steps), learning_rate, folder)
         try:
-            _train(lesson, train, held, parameters, best, pace, learning_rate, seed, progress)
+            run.resume()
+            run.train(_shuffled(train, seed), progress)
         finally:
-            best.restore()
+            run.keep()
+            run.best.restore()
     return model
 
 
@@ -143,47 +149,6 @@ def _split(every: list[Batch], held_out: int | None) -> tuple[list[Batch], list[
     return [b for i, b in enumerate(every) if i not in chosen], [every[i] for i in sorted(chosen)]
 
 
-def _train(
-    lesson: _Lesson,
-    train: list[Batch],
-    held: list[Batch],
-    parameters: list[nn.Parameter],
-    best: _Best,
-    pace: _Pace,
-    learning_rate: float,
-    seed: int,
-    progress: bool,
-) -> None:
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    order = _shuffled(train, seed)
-    looked = 0
-    bar = tqdm(
-        total=1000,
-        desc="recovering",
-        disable=None if progress else True,
-        bar_format="{l_bar}{bar}| {postfix}",
-    )
-    with bar:
-        while (done := pace.progress()) < 1:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * schedule(done)
-            loss = lesson.distance(next(order))
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                break  # the best state so far is restored
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            pace.steps_done += 1
-            bar.n = int(1000 * min(1.0, done))
-            bar.set_postfix_str(f"step {pace.steps_done}, loss {value:.4f}, held out {best.value:.4f}")
-            if int(done * EVALUATIONS) > looked:
-                looked = int(done * EVALUATIONS)
-                best.offer(lesson.mean(held))
-        best.offer(lesson.mean(held))
-
-
 def schedule(done: float) -> float:
     """Return the learning rate over its peak when the fraction ``done`` of the time has passed."""
     if done < 0.05:
@@ -216,52 +181,110 @@ class _Pace:
         assert self.minutes is not None
         return (time.monotonic() - self._start + self.reserved) / (60 * self.minutes)
 
+    def go_on_from(self, steps: int, progress: float) -> None:
+        self.steps_done = steps
+        if self.minutes is not None:
+            self._start -= progress * 60 * self.minutes
 
-class _Lesson:
-    """Shows one batch to teacher and student, and tells how far apart they are."""
+
+class _Run:
+    """A training run: what it has done, and what is best so far."""
 
     def __init__(
-        self, model: nn.Module, teacher: nn.Module, hidden_weight: float, autocast: torch.autocast
+        self,
+        lesson: Lesson,
+        parameters: list[nn.Parameter],
+        held: list[Batch],
+        pace: _Pace,
+        learning_rate: float,
+        folder: Path | None,
     ) -> None:
-        self._autocast = autocast
-        self._model, self._teacher, self._hidden_weight = model, teacher, hidden_weight
-        self._device = next((p.device for p in teacher.parameters()), None)
-        self._found: dict[str, Tensor] = {}
-        self._wanted: dict[str, Tensor] = {}
+        self._lesson, self._parameters, self._held, self._pace = lesson, parameters, held, pace
+        self._learning_rate, self._folder = learning_rate, folder
+        self._optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+        self._looked = 0
+        start = time.monotonic()
+        self.best = _Best(parameters, lesson.mean_distance(held))
+        pace.reserved = time.monotonic() - start
 
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Listen to the hidden states of both models."""
-        blocks, its = (find_blocks(m) if self._hidden_weight else {} for m in (self._model, self._teacher))
-        training = {module: module.training for module in self._teacher.modules()}
-        try:
-            self._teacher.eval()
-            with outputs_of(blocks) as self._found, outputs_of(its) as self._wanted:
-                yield
-        finally:
-            for module, was in training.items():
-                module.training = was
+    def train(self, order: Iterator[Batch], progress: bool) -> None:
+        """Train until the time is over, or the loss is not finite any more."""
+        order = itertools.islice(order, self._pace.steps_done, None)
+        shown = {"disable": None if progress else True, "bar_format": "{l_bar}{bar}| {postfix}"}
+        with tqdm(total=1000, desc="recovering", **shown) as bar:
+            while (done := self._pace.progress()) < 1:
+                loss = self._step(next(order), done)
+                if not math.isfinite(loss):
+                    return  # the best state so far is restored
+                bar.n = int(1000 * done)
+                bar.set_postfix_str(
+                    f"step {self._pace.steps_done}, loss {loss:.4f}, held out {self.best.value:.4f}"
+                )
+                if int(done * EVALUATIONS) > self._looked:
+                    self._looked = int(done * EVALUATIONS)
+                    self._look()
+            self._look()
 
-    def distance(self, batch: Batch) -> Tensor:
-        """Return the distance on one batch, with a graph where gradients are enabled."""
-        with self._autocast:
-            with torch.no_grad():
-                targets = batch.on(self._device).call(self._teacher)
-            outputs = batch.call(self._model)
-        return distance(outputs, targets, batch, self._found, self._wanted, self._hidden_weight)
+    def _step(self, batch: Batch, done: float) -> float:
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._learning_rate * schedule(done)
+        loss = self._lesson.distance(batch)
+        value = float(loss.detach())
+        if math.isfinite(value):
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(self._parameters, 1.0)
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+            self._pace.steps_done += 1
+        return value
+
+    def _look(self) -> None:
+        self.best.offer(self._lesson.mean_distance(self._held))
+        self.keep()
+
+    def keep(self) -> None:
+        """Write a snapshot, if a folder was given and there is something to keep."""
+        if self._folder is None or not self._pace.steps_done:
+            return
+        Snapshot(
+            self._pace.steps_done,
+            min(1.0, self._pace.progress()),
+            self.best.value,
+            self._parameters,
+            self.best.kept,
+            (self._moments("exp_avg"), self._moments("exp_avg_sq")),
+        ).save(self._folder)
+
+    def _moments(self, key: str) -> list[Tensor]:
+        state = self._optimizer.state
+        return [state[parameter].get(key, torch.zeros_like(parameter)) for parameter in self._parameters]
 
     @torch.no_grad()
-    def mean(self, held: list[Batch]) -> float:
-        """Return the mean distance over the held-out batches."""
-        return sum(float(self.distance(batch)) for batch in held) / len(held)
+    def resume(self) -> None:
+        """Go on from the snapshot in the folder, if there is one."""
+        found = Snapshot.load(self._folder, self._parameters) if self._folder is not None else None
+        if found is None:
+            return
+        self._pace.go_on_from(found.steps, found.progress)
+        self._looked = int(found.progress * EVALUATIONS)
+        self.best = _Best(self._parameters, found.best, found.kept)
+        for number, parameter in enumerate(self._parameters):
+            parameter.copy_(found.parameters[number])
+            self._optimizer.state[parameter] = {
+                "step": torch.tensor(float(found.steps)),
+                "exp_avg": found.moments[0][number],
+                "exp_avg_sq": found.moments[1][number],
+            }
 
 
 class _Best:
     """Remembers the parameters at the smallest distance seen."""
 
-    def __init__(self, parameters: list[nn.Parameter], value: float) -> None:
+    def __init__(
+        self, parameters: list[nn.Parameter], value: float, kept: Sequence[Tensor] | None = None
+    ) -> None:
         self._parameters, self.value = parameters, value
-        self._kept = self._copy()
+        self.kept = list(kept) if kept is not None else self._copy()
 
     def _copy(self) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self._parameters]
@@ -269,12 +292,12 @@ class _Best:
     def offer(self, value: float) -> None:
         """Keep the present parameters if they are better."""
         if value < self.value:
-            self.value, self._kept = value, self._copy()
+            self.value, self.kept = value, self._copy()
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put the kept parameters back."""
-        for parameter, kept in zip(self._parameters, self._kept, strict=True):
+        for parameter, kept in zip(self._parameters, self.kept, strict=True):
             parameter.copy_(kept)
 
 

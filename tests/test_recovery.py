@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank import DataError, LowRankError, compress, recover
+from lowrank import CheckpointError, DataError, LowRankError, compress, recover
+from lowrank.batches import as_batch
+from lowrank.distillation import Lesson
 from lowrank.recovery import schedule, trainable
 
 
@@ -160,3 +162,97 @@ def test_a_model_cannot_be_its_own_teacher(small, data):
 def test_one_batch_is_too_little(mlp, small, data):
     with pytest.raises(DataError, match="held out"):
         recover(small, mlp, data[:1], steps=1)
+
+
+def test_a_run_that_was_interrupted_goes_on_to_the_same_end(mlp, data, tmp_path):
+    whole, halves = (compress(copy.deepcopy(mlp), rank=8) for _ in range(2))
+    options = {"steps": 16, "learning_rate": 3e-3, "mixed_precision": False}
+    recover(whole, mlp, data, **options)
+    calls = []
+
+    def interrupted(*_):
+        calls.append(1)
+        if len(calls) == 12:
+            raise KeyboardInterrupt
+
+    handle = mlp.register_forward_hook(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        recover(halves, mlp, data, snapshots=tmp_path / "run", **options)
+    handle.remove()
+    recover(halves, mlp, data, snapshots=tmp_path / "run", **options)
+    for mine, its in zip(halves.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(mine, its)
+
+
+def test_a_finished_run_is_not_trained_again(mlp, small, data, tmp_path):
+    recover(small, mlp, data, steps=4, snapshots=tmp_path / "run")
+    before = {name: value.clone() for name, value in small.state_dict().items()}
+    recover(small, mlp, data, steps=4, snapshots=tmp_path / "run")
+    assert all(torch.equal(before[name], value) for name, value in small.state_dict().items())
+
+
+@pytest.mark.parametrize("damage", ["other-model", "truncated", "not-json", "newer"])
+def test_a_snapshot_that_does_not_fit_is_refused_and_the_model_is_as_it_was(
+    mlp, small, data, tmp_path, damage
+):
+    run = tmp_path / "run"
+    recover(small, mlp, data, steps=4, snapshots=run)
+    if damage == "truncated":
+        (run / "snapshot.safetensors").write_bytes((run / "snapshot.safetensors").read_bytes()[:-4])
+    elif damage == "not-json":
+        (run / "snapshot.json").write_text("{")
+    elif damage == "newer":
+        (run / "snapshot.json").write_text('{"format": 99}')
+    model = compress(copy.deepcopy(mlp), rank=4 if damage == "other-model" else 8)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match="run"):
+        recover(model, mlp, data, steps=4, snapshots=run)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_trainer_recovers_a_model_within_its_own_loop(tiny_bert, tmp_path):
+    from transformers import TrainingArguments
+
+    from lowrank.hf.training import RecoveryTrainer
+
+    small = compress(copy.deepcopy(tiny_bert), rank=8)
+    rows = [
+        {"input_ids": [(3 * i + j) % 98 + 1 for j in range(8)], "attention_mask": [1] * 8} for i in range(32)
+    ]
+    arguments = TrainingArguments(
+        tmp_path,
+        max_steps=40,
+        per_device_train_batch_size=8,
+        learning_rate=3e-3,
+        report_to=[],
+        use_cpu=True,
+        logging_steps=10,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = RecoveryTrainer(model=small, args=arguments, train_dataset=rows, teacher=tiny_bert)
+    embedding = small.embeddings.word_embeddings.weight.clone()
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.9 * losses[0]
+    assert torch.equal(small.embeddings.word_embeddings.weight, embedding)
+
+
+def test_a_lesson_works_under_distributed_data_parallel(tiny_bert, tmp_path):
+    import torch.distributed as dist
+
+    small = compress(copy.deepcopy(tiny_bert), rank=8)
+    for parameter in small.parameters():
+        parameter.requires_grad_(False)
+    for parameter in trainable(small):
+        parameter.requires_grad_(True)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(small)
+        lesson = Lesson(small, tiny_bert)
+        with lesson.listening():
+            _, loss = lesson.outputs_and_distance(as_batch({"input_ids": torch.arange(8)[None]}), wrapped)
+        loss.backward()
+    finally:
+        dist.destroy_process_group()
+    assert small.encoder.layer[0].output.dense.up.weight.grad.norm() > 0
