@@ -136,10 +136,23 @@ def decide(
         held_out_ratio=held_out_ratio,
     )
     if request.budget.kind == "max_bytes":
-        return choose(costs=byte_costs(model, drafted, request.budget.value))
-    if request.budget.kind == "speedup":
-        return _fast_enough(model, drafted, choose, request.budget.value, timing)
-    return choose()
+        decided = choose(costs=byte_costs(model, drafted, request.budget.value))
+    elif request.budget.kind == "speedup":
+        decided = _fast_enough(model, drafted, choose, request.budget.value, timing)
+    else:
+        decided = choose()
+    return _say_what_is_coarse(decided, stats)
+
+
+def _say_what_is_coarse(plan: Plan, stats: Stats | None) -> Plan:
+    """Say in the reasons which layers are so wide that only diagonals of their moments are known."""
+    if stats is None or plan.metric == "weight":
+        return plan
+    layers = {}
+    for layer in plan.targeted:
+        if stats.is_diagonal(layer.name, plan.metric):
+            layers[layer.name] = replace(layer, reason=f"{layer.reason}; very wide: diagonal statistics")
+    return plan.with_layers(layers)
 
 
 def _fast_enough(

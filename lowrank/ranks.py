@@ -79,7 +79,7 @@ def select(
     plan = replace(draft, budget=str(budget), allocation=allocation, round_to=round_to, tolerance=tolerance)
     plan = plan.with_layers(chosen)
     if not any(layer.rank for layer in chosen.values()):
-        raise BudgetError(_nothing_changes(plan, budget))
+        raise BudgetError(_nothing_changes(plan, budget, spectra))
     return plan
 
 
@@ -102,7 +102,7 @@ def _with_error(
     )
 
 
-def _nothing_changes(plan: Plan, budget: Budget) -> str:
+def _nothing_changes(plan: Plan, budget: Budget, spectra: Mapping[str, Spectrum]) -> str:
     lines = [f"With {budget}, no layer of {plan.model} would change."]
     reasons = dict.fromkeys((layer.reason, layer.targeted) for layer in plan)
     for reason, targeted in list(reasons)[:4]:
@@ -111,12 +111,32 @@ def _nothing_changes(plan: Plan, budget: Budget) -> str:
     if not plan.layers:
         advice = "It has no linear layer."
     elif plan.targeted:
-        advice = _LESS[budget.kind]
+        advice = _LESS[budget.kind] + _nearest(plan, budget, spectra)
     elif plan.factorized:
         advice = "Call decompress(model) first, or start from the dense checkpoint."
     else:
         advice = "Name other layers with targets=[...]."
     return "\n".join([*lines, f"  {advice}"])
+
+
+def _nearest(plan: Plan, budget: Budget, spectra: Mapping[str, Spectrum]) -> str:
+    """Name the first budget at which a layer would change."""
+    ranks = {
+        layer.name: layer.largest_paying_rank // plan.round_to * plan.round_to for layer in plan.targeted
+    }
+    if budget.kind == "rank":
+        largest = max(layer.largest_paying_rank for layer in plan.targeted)
+        return f" The largest that saves parameters is {largest}." if largest else ""
+    if budget.kind not in ("error", "energy"):
+        return ""
+    errors = {name: spectra[name].relative_error(rank) for name, rank in ranks.items() if rank}
+    if not errors:
+        return ""
+    name = min(errors, key=errors.__getitem__)
+    error = errors[name] * (1 + plan.tolerance)
+    if budget.kind == "error":
+        return f" From error={math.ceil(1000 * error) / 1000} on, {name} would change."
+    return f" From energy={math.floor(1000 * (1 - error**2)) / 1000} down, {name} would change."
 
 
 _LESS = {

@@ -96,8 +96,10 @@ def recover(
             run.resume()
             run.train(_shuffled(train, seed), progress)
         finally:
-            run.keep()
-            run.best.restore()
+            try:
+                run.keep()
+            finally:
+                run.best.restore()
     return model
 
 

@@ -118,7 +118,9 @@ class Gradients:
     def side(self) -> Diagonal | Gram | PulledBack:
         """``G = E[ggᵀ]`` as the outputs' side of a metric."""
         mean = self.products / max(1, self.tokens)
-        return PulledBack(mean) if self.pulled_back else _side(mean, self.tokens)
+        if self.pulled_back:
+            return PulledBack(torch.diag(mean) if mean.ndim == 1 else mean)
+        return _side(mean, self.tokens)
 
     def __add__(self, other: Gradients) -> Gradients:
         return Gradients(
@@ -201,6 +203,11 @@ class Stats:
         if layer not in self.sources:
             raise StatsError(f"{layer}: the statistics do not have this layer. Calibrate this model again.")
         return self.inputs[self.sources[layer]]
+
+    def is_diagonal(self, layer: str, metric: str) -> bool:
+        """Tell whether ``metric`` knows only a diagonal of ``layer``'s moments, since it is very wide."""
+        coarse = self.moments(layer).products.ndim == 1 and metric in ("inputs", "loss")
+        return coarse or (metric == "loss" and self.gradients[layer].products.ndim == 1)
 
     def best_metric(self) -> str:
         """Name the metric that makes the most of what is here."""

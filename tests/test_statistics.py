@@ -211,3 +211,29 @@ def test_plans_with_loss_survive_json(mlp, stats):
     assert Plan.from_json(decided.to_json()) == decided
     assert decided.loss_increase == pytest.approx(sum(layer.loss_increase for layer in decided.factorized))
     assert "Predicted increase of the loss" in str(decided)
+
+
+@pytest.mark.parametrize("widest", [80, 40], ids=["inputs-of-one-layer", "everything"])
+def test_very_wide_layers_keep_diagonals_only_and_the_plan_says_so(mlp, monkeypatch, widest):
+    from lowrank import calibration
+
+    monkeypatch.setattr(calibration, "WIDEST", widest)
+    data = [made(60, 64, seed=i) * torch.logspace(0, -2, 64) for i in range(8)]
+    stats = calibrate(mlp, data)
+    assert stats.moments("2").products.shape == (96,)
+    decided = plan(mlp, keep=0.5, stats=stats)
+    assert "diagonal statistics" in decided["2"].reason
+    assert ("diagonal statistics" in decided["0"].reason) == (widest < 64)
+    apply(mlp, decided, stats)
+
+
+@pytest.mark.parametrize("budget", ["error", "energy", "rank"])
+def test_a_budget_that_nothing_meets_names_the_nearest_that_works(mlp, stats, budget):
+    import re
+
+    hopeless = {"error": 1e-6, "energy": 1 - 1e-9, "rank": 60}[budget]
+    with pytest.raises(BudgetError) as caught:
+        plan(mlp, stats=stats, **{budget: hopeless})
+    found = re.search(r"(?:error=|energy=|parameters is )([\d.]+\d)", str(caught.value).split("\n")[-1])
+    nearest = float(found[1]) if budget != "rank" else int(found[1])
+    assert plan(mlp, stats=stats, **{budget: nearest}).factorized
