@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lowrank.batches import batches, windows
 from lowrank.errors import DataError
-from lowrank.objectives import pooled
+from lowrank.objectives import increase, pooled
 
 
 def embed(
@@ -141,6 +141,34 @@ def accuracy(
     if start != len(labels):
         raise DataError(f"{start} texts with tokens, but {len(labels)} labels.")
     return right / start
+
+
+def loss_increase(
+    model: nn.Module,
+    dense: nn.Module,
+    data: Iterable[Any],
+    tokenizer: Callable[..., Any] | None = None,
+    *,
+    batch_size: int = 32,
+) -> float:
+    """Return by how much the objective of calibration has grown, per term, as `Plan.loss_increase` predicts.
+
+    That is the mean KL divergence to the dense model's predictions, per sample or token of a language
+    model; for encoders half the squared error of the embedding, for other models that of the output.
+
+    Args:
+        model: The compressed model.
+        dense: The model that it was made from, on the same device.
+        data: As for `lowrank.calibrate`.
+        tokenizer: A tokenizer of transformers, for strings.
+        batch_size: Strings per forward pass.
+    """
+    total, terms = 0.0, 0
+    with evaluating(model), evaluating(dense):
+        for batch in batches(data, tokenizer, device=_device(model), batch_size=batch_size):
+            made = increase(batch.call(model), batch.call(dense), batch)
+            total, terms = total + float(made.total), terms + made.terms
+    return total / max(1, terms)
 
 
 def spearman(first: Tensor, second: Tensor) -> float:

@@ -29,20 +29,47 @@ class Objective(NamedTuple):
 
 def self_supervised(outputs: Any, batch: Batch, generator: torch.Generator) -> Objective:
     """Return the default objective for what the model returned."""
+    kind, tensors = _looked_at(outputs, batch)
+    if kind == "logits":
+        parts = [_sampled_labels(logits, generator) for logits in tensors]
+        return Objective(torch.stack([part.total for part in parts]).sum(), parts[0].terms)
+    return _probed(tensors[0], generator)
+
+
+def increase(outputs: Any, targets: Any, batch: Batch) -> Objective:
+    """Return by how much the objective of `self_supervised` is larger than the dense model's.
+
+    It is what the metric ``"loss"`` predicts to second order: the KL divergence to the dense model's
+    predictions, or half the squared error of the embedding or output.
+    """
+    kind, mine = _looked_at(outputs, batch)
+    _, its = _looked_at(targets, batch)
+    if kind == "logits":
+        parts = [
+            nn.functional.kl_div(
+                x.float().log_softmax(-1), t.float().log_softmax(-1), reduction="sum", log_target=True
+            )
+            for x, t in zip(mine, its, strict=True)
+        ]
+        return Objective(torch.stack(parts).sum(), len(its[0]))
+    return Objective(0.5 * (mine[0].float() - its[0].float()).square().sum(), len(its[0]))
+
+
+def _looked_at(outputs: Any, batch: Batch) -> tuple[str, list[Tensor]]:
+    """Return the kind of the outputs, and their rows ``(terms, features)``."""
     named = outputs if isinstance(outputs, Mapping) else {}
     logits = [value for key, value in named.items() if key.endswith("logits") and isinstance(value, Tensor)]
     if logits and all(value.shape[-1] > 1 for value in logits):
-        parts = [_sampled_labels(batch.real(value), generator) for value in logits]
-        return Objective(torch.stack([part.total for part in parts]).sum(), parts[0].terms)
+        return "logits", [batch.real(value) for value in logits]
     if "last_hidden_state" in named and named["last_hidden_state"].ndim == 3:
-        return _probed(pooled(named["last_hidden_state"], batch.mask), generator)
+        return "embedding", [pooled(named["last_hidden_state"], batch.mask)]
     tensor = logits[0] if logits else _first_tensor(outputs)
     if tensor is None or not tensor.is_floating_point():
         raise DataError(
             f"The model returns {type(outputs).__name__}, of which no objective can be made. "
             "Pass loss=function(outputs, batch), or loss=None to do without gradients."
         )
-    return _probed(tensor.reshape(len(tensor), -1), generator)
+    return "output", [tensor.reshape(len(tensor), -1)]
 
 
 def of_loss(loss: Callable[[Any, Any], Any], outputs: Any, batch: Batch) -> Objective:
@@ -91,8 +118,6 @@ def _first_tensor(outputs: Any) -> Tensor | None:
     if isinstance(outputs, Tensor):
         return outputs
     values = outputs.values() if isinstance(outputs, Mapping) else outputs
-    return (
-        next((v for v in values if isinstance(v, Tensor)), None)
-        if isinstance(values, (tuple, list)) or (isinstance(outputs, Mapping))
-        else None
-    )
+    if not isinstance(outputs, (Mapping, tuple, list)):
+        return None
+    return next((value for value in values if isinstance(value, Tensor)), None)

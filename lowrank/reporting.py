@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import nn
 
 from lowrank._transformers import plugin
 from lowrank.checkpoint import stored_tensors
+from lowrank.errors import LowRankError
+from lowrank.evaluation import loss_increase
 from lowrank.nn import LowRankLinear
 from lowrank.obstacles import check_model
-from lowrank.planning import LayerPlan
+from lowrank.planning import LayerPlan, Plan
 from lowrank.targets import draft
 from lowrank.tensorfile import safetensors_bytes
 from lowrank.text import format_bytes, format_table
@@ -28,6 +32,7 @@ class LayerReport:
         relative_error: ``‖W − LR‖_F / ‖W‖_F``; ``None`` for a dense layer, or if not known.
         parameters_before, parameters: Counts; also the multiply-accumulates (MACs) per token.
         bytes_before, bytes: In the weight's dtype.
+        added_parameters: Of a bias that the dense layer did not have.
     """
 
     name: str
@@ -38,6 +43,7 @@ class LayerReport:
     parameters: int
     bytes_before: int
     bytes: int
+    added_parameters: int = 0
 
     @property
     def macs_before(self) -> int:
@@ -61,6 +67,8 @@ class Report:
             weight counts once.
         checkpoint_bytes_before, checkpoint_bytes: Exact size of ``model.safetensors`` now, and the
             predicted size with dense layers.
+        loss_increase_predicted: Of the objective per term, by the plan; ``None`` if it has none.
+        loss_increase_measured: The same as measured on data; ``None`` without data.
     """
 
     model: str
@@ -69,6 +77,8 @@ class Report:
     parameters: int
     checkpoint_bytes_before: int
     checkpoint_bytes: int
+    loss_increase_predicted: float | None = None
+    loss_increase_measured: float | None = None
 
     @property
     def factorized(self) -> tuple[LayerReport, ...]:
@@ -104,20 +114,36 @@ class Report:
             f"  checkpoint      {format_bytes(self.checkpoint_bytes)}, "
             f"dense {format_bytes(self.checkpoint_bytes_before)}",
         ]
+        parts = {"predicted": self.loss_increase_predicted, "measured": self.loss_increase_measured}
+        known = [f"{word} {value:.4g}" for word, value in parts.items() if value is not None]
+        if known:
+            lines.append(f"  loss increase   {', '.join(known)}")
         return "\n".join(lines)
 
 
-def report(model: nn.Module) -> Report:
+def report(
+    model: nn.Module,
+    *,
+    plan: Plan | None = None,
+    dense: nn.Module | None = None,
+    data: Iterable[Any] | None = None,
+    tokenizer: Callable[..., Any] | None = None,
+) -> Report:
     """Count what ``model`` costs now, and what it cost with dense layers.
 
     Args:
         model: Any module, compressed or not; it is only read.
+        plan: The plan that was carried out, for the loss that it predicted; a transformers model knows it.
+        dense: The dense model, to measure by how much the loss has really increased.
+        data: What to measure that on, as for `lowrank.calibrate`; text that calibration has not seen.
+        tokenizer: A tokenizer of transformers, for data that are strings.
 
     Returns:
         A `Report`: print it, or take `Report.to_json`.
 
     Raises:
         CheckpointError: If the state dict holds something that cannot be stored.
+        LowRankError: If only one of ``dense`` and ``data`` is given.
 
     Example:
         >>> from lowrank import compress
@@ -125,21 +151,31 @@ def report(model: nn.Module) -> Report:
         1024
     """
     check_model(model)
+    if (dense is None) != (data is None):
+        raise LowRankError("The increase of the loss is measured with both dense= and data=.")
     layers = tuple(_describe(model, layer) for layer in draft(model).layers)
     hf = plugin()
     if hf is not None and hf.is_pretrained(model):
         tensors = hf.saved_tensors(model)
     else:
         tensors, _ = stored_tensors(model)
+    if plan is None and hf is not None:
+        plan = hf.recorded(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    added = sum(x.added_parameters for x in layers)
+    added_bytes = sum(x.added_parameters * (x.bytes // x.parameters) for x in layers)
     size = safetensors_bytes(tensors)
     return Report(
         model=type(model).__name__,
         layers=layers,
-        parameters_before=parameters + sum(x.parameters_before - x.parameters for x in layers),
+        parameters_before=parameters - added + sum(x.parameters_before - x.parameters for x in layers),
         parameters=parameters,
-        checkpoint_bytes_before=size + sum(x.bytes_before - x.bytes for x in layers),
+        checkpoint_bytes_before=size - added_bytes + sum(x.bytes_before - x.bytes for x in layers),
         checkpoint_bytes=size,
+        loss_increase_predicted=plan.loss_increase if plan is not None else None,
+        loss_increase_measured=(
+            loss_increase(model, dense, data, tokenizer) if dense is not None and data is not None else None
+        ),
     )
 
 
@@ -156,6 +192,7 @@ def _describe(model: nn.Module, layer: LayerPlan) -> LayerReport:
         parameters=layer.parameters,
         bytes_before=layer.dense_parameters * width,
         bytes=layer.parameters * width,
+        added_parameters=layer.out_features if layer.added_bias else 0,
     )
 
 

@@ -8,9 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank import DataError, compress
+from lowrank import DataError, LowRankError, apply, calibrate, compress, plan, report
 from lowrank.batches import windows
-from lowrank.evaluation import accuracy, embed, embedding_cosine, perplexity, spearman, sts_spearman
+from lowrank.evaluation import (
+    accuracy,
+    embed,
+    embedding_cosine,
+    loss_increase,
+    perplexity,
+    spearman,
+    sts_spearman,
+)
 
 
 class Words:
@@ -122,3 +130,44 @@ def test_labels_must_be_as_many_as_texts():
 def test_an_empty_text_is_refused(tiny_bert):
     with pytest.raises(DataError, match="empty"):
         embed(tiny_bert, ["one", ""], Words())
+
+
+def test_the_loss_increase_is_the_divergence_from_the_dense_models_predictions(tiny_gpt2):
+    small = compress(copy.deepcopy(tiny_gpt2).eval(), rank=4)
+    ids = torch.randint(50, (2, 8), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        p = tiny_gpt2.eval()(input_ids=ids).logits.double().softmax(-1)
+        q = small(input_ids=ids).logits.double().softmax(-1)
+    expected = float((p * (p / q).log()).sum(-1).mean())
+    assert loss_increase(small, tiny_gpt2, [{"input_ids": ids}]) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_small_loss_increase_is_about_what_the_plan_predicts(tiny_bert):
+    """To second order: at a high rank the prediction holds on the data that it was made from."""
+    data = [
+        {"input_ids": torch.randint(99, (16, 8), generator=torch.Generator().manual_seed(i))}
+        for i in range(40)
+    ]
+    stats = calibrate(tiny_bert, data)
+    decided = plan(tiny_bert, keep=0.9, stats=stats, allocation="uniform")
+    small = apply(copy.deepcopy(tiny_bert), decided, stats)
+    measured = report(small, dense=tiny_bert, data=data)
+    assert measured.loss_increase_predicted == pytest.approx(decided.loss_increase)
+    ratio = measured.loss_increase_measured / measured.loss_increase_predicted
+    assert 0.5 < ratio < 2
+    assert "loss increase" in str(measured)
+
+
+def test_a_report_measures_with_both_the_dense_model_and_data(tiny_bert):
+    with pytest.raises(LowRankError, match="both"):
+        report(tiny_bert, dense=tiny_bert)
+
+
+def test_an_added_bias_is_not_counted_as_having_been_there():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64))
+    dense = report(model)
+    data = [torch.randn(40, 64, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    small = report(compress(model, rank=8, data=data, add_bias=True))
+    assert small.parameters_before == dense.parameters
+    assert small.parameters == 2 * (8 * 128 + 64)

@@ -194,7 +194,7 @@ def record(model: nn.Module, plan: Plan | None = None) -> None:
     for part in _pretrained_models(model):
         found = draft(part)
         if found.factorized:
-            known = plan if plan is not None else _recorded(part)
+            known = plan if plan is not None else recorded(part)
             done = known.carried_out(found) if known is not None else found
             if _method(part) == "gguf":  # unpacked, see check_unquantized: an ordinary model by now
                 part.hf_quantizer.remove_quantization_config(part)
@@ -221,8 +221,10 @@ def check_unquantized(model: nn.Module) -> None:
             )
 
 
-def _recorded(model: PreTrainedModel) -> Plan | None:
+def recorded(model: nn.Module) -> Plan | None:
     """Return the plan that the model's config holds."""
+    if not isinstance(model, PreTrainedModel):
+        return None
     config = getattr(model.config, "quantization_config", None)
     return Plan.from_dict(config.plan) if isinstance(config, LowRankConfig) and config.plan else None
 
