@@ -88,6 +88,7 @@ def batches(
     device: torch.device | str | None = None,
     batch_size: int = 32,
     max_length: int | None = None,
+    by_length: bool = False,
 ) -> Iterator[Batch]:
     """Yield batches from ``data``, one at a time.
 
@@ -98,6 +99,8 @@ def batches(
         device: Where tensors are moved to.
         batch_size: Strings per batch.
         max_length: Longest string in tokens; by default what the tokenizer allows, at most 512.
+        by_length: Whether strings of like length may be put together, which spares padding. The order
+            then changes within every sixteen batches.
 
     Raises:
         DataError: If there are no data, strings come without a tokenizer, or a batch is none of these.
@@ -115,7 +118,7 @@ def batches(
     if isinstance(first, str):
         if tokenizer is None:
             raise DataError("data has strings, so a tokenizer is needed: pass tokenizer=...")
-        items = _tokenized(items, tokenizer, batch_size, max_length)
+        items = _tokenized(items, tokenizer, batch_size, max_length, by_length)
     for index, given in enumerate(items):
         yield as_batch(moved(given, device), index)
 
@@ -145,16 +148,24 @@ def windows(text: str | Tensor, tokenizer: Callable[..., Any] | None = None, *, 
 
 
 def _tokenized(
-    texts: Iterator[Any], tokenizer: Callable[..., Any], batch_size: int, max_length: int | None
+    texts: Iterator[Any],
+    tokenizer: Callable[..., Any],
+    batch_size: int,
+    max_length: int | None,
+    by_length: bool,
 ) -> Iterator[dict[str, Tensor]]:
     limit = max_length or min(LONGEST, getattr(tokenizer, "model_max_length", LONGEST))
-    while chunk := list(itertools.islice(texts, batch_size)):
+    while chunk := list(itertools.islice(texts, 16 * batch_size)):
         strange = next((text for text in chunk if not isinstance(text, str)), None)
         if strange is not None:
             raise DataError(f"data mixes strings with {type(strange).__name__}. Give one kind only.")
         encoded = tokenizer(chunk, truncation=True, max_length=limit, return_attention_mask=True)
-        rows = [i for i, ids in enumerate(encoded["input_ids"]) if len(ids)]
-        if rows:  # padded here, since not every tokenizer has a token for it
+        lengths = [len(ids) for ids in encoded["input_ids"]]
+        order = [i for i, length in enumerate(lengths) if length]
+        if by_length:
+            order.sort(key=lengths.__getitem__)
+        for start in range(0, len(order), batch_size):  # padded here: not every tokenizer has a token for it
+            rows = order[start : start + batch_size]
             yield {key: _padded([values[i] for i in rows]) for key, values in encoded.items()}
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from lowrank.batches import Batch
 from lowrank.errors import DataError, StatsError
-from lowrank.fingerprints import fingerprint_of_model, fingerprint_of_tokenizer
+from lowrank.fingerprints import fingerprint_of_layer, fingerprint_of_tokenizer
 from lowrank.linalg.metric import gram
 from lowrank.nn import kind_of
 from lowrank.objectives import of_loss, self_supervised
@@ -63,7 +63,7 @@ def collect(
                 collector.start(batch)
                 terms += _pass(model, batch, loss, generator)
                 bar.update()
-        trials = make_trials(model, collector.stats(model, tokenizer, terms)) if held else {}
+        trials = make_trials(model, collector.stats(tokenizer, terms)) if held else {}
         run = TrialRun(model, trials, differentiate)
         with run.listening(), collector.listening():
             for batch in held:
@@ -71,7 +71,7 @@ def collect(
                 collector.start(batch)
                 terms += _pass(model, batch, loss, generator)
                 bar.update()
-    return run.added_to(collector.stats(model, tokenizer, terms))
+    return run.added_to(collector.stats(tokenizer, terms))
 
 
 def _length(stream: Iterable[Batch]) -> int | None:
@@ -205,7 +205,7 @@ class _Collector:
                 "Load the model in float32, or calibrate with loss=None."
             )
 
-    def stats(self, model: nn.Module, tokenizer: Any, terms: int) -> Stats:
+    def stats(self, tokenizer: Any, terms: int) -> Stats:
         """Return the sums so far; layers that were never called are absent."""
         inputs = {}
         for name, sums in self._inputs.items():
@@ -217,7 +217,9 @@ class _Collector:
             tall = _is_tall(kind.weight(self._layers[name]))
             gradients[name] = Gradients(sums.rows, sums.products().clone(), tall)
         fingerprint = Fingerprint(
-            fingerprint_of_model(model), fingerprint_of_tokenizer(tokenizer), f"{self._digest:016x}"
+            {name: fingerprint_of_layer(layer) for name, layer in self._layers.items()},
+            fingerprint_of_tokenizer(tokenizer),
+            f"{self._digest:016x}",
         )
         return Stats(fingerprint, inputs, dict(self._sources), gradients, self._tokens, terms)
 

@@ -18,7 +18,7 @@ from lowrank.batches import Batch, batches
 from lowrank.costs import byte_costs
 from lowrank.errors import BudgetError, WeightError
 from lowrank.evaluation import evaluating
-from lowrank.factoring import check_model_of, metric_of
+from lowrank.factoring import check_layer_of, metric_of
 from lowrank.latency import LatencyTable, latency_costs, seconds_of
 from lowrank.linalg import Spectrum, spectrum
 from lowrank.linalg.svd import check_options
@@ -68,9 +68,9 @@ def drafted(model: nn.Module, request: Request, stats: Stats | None) -> Plan:
     metric = request.metric_with(stats)
     if metric == "weight" or stats is None:
         return replace(plan, metric=metric)
-    check_model_of(model, stats)
     layers = {}
     for layer in plan.targeted:
+        check_layer_of(model.get_submodule(layer.name), layer.name, stats)
         reason = stats.lacks(layer.name, metric)
         if reason is not None:
             layers[layer.name] = replace(layer, reason=reason, targeted=False)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.errors import PlanError, StatsError
-from lowrank.fingerprints import fingerprint_of_model
+from lowrank.fingerprints import fingerprint_of_layer
 from lowrank.linalg import Metric, truncated_svd
 from lowrank.nn import LowRankLinear, kind_of
 from lowrank.planning import LayerPlan, Plan
@@ -31,23 +31,23 @@ def check_stats(model: nn.Module, plan: Plan, stats: Stats | None) -> None:
             f"The plan's metric is {plan.metric!r}, which needs statistics: pass "
             "stats=calibrate(model, data)."
         )
-    check_model_of(model, stats)
     for layer in plan.factorized:
-        stats.metric(layer.name, plan.metric, layer.has_bias)
+        module = model.get_submodule(layer.name)
+        if not isinstance(module, LowRankLinear):  # done already
+            check_layer_of(module, layer.name, stats)
+            stats.metric(layer.name, plan.metric, layer.has_bias)
 
 
-def check_model_of(model: nn.Module, stats: Stats) -> None:
+def check_layer_of(layer: nn.Module, name: str, stats: Stats) -> None:
     """Refuse statistics of another model.
 
     Raises:
-        StatsError: If the fingerprints differ.
+        StatsError: If the layer's weight is not the one that was calibrated.
     """
-    found = fingerprint_of_model(model)
-    if stats.fingerprint.model != found:
+    if stats.fingerprint.layers.get(name) not in (None, fingerprint_of_layer(layer)):
         raise StatsError(
-            f"The statistics are of another model (fingerprint {stats.fingerprint.model}; this one has "
-            f"{found}). "
-            f"Calibrate this {type(model).__name__}, as it is now."
+            f"{name}: the statistics are of another model, or of other weights. Calibrate this model, as it "
+            "is now."
         )
 
 

@@ -163,7 +163,9 @@ def calibrate(
     layers = drafted(model, Request(None, "weight", False, targets, ignore), None)
     if device is None:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    stream = batches(data, tokenizer, device=device, batch_size=batch_size, max_length=max_length)
+    stream = batches(
+        data, tokenizer, device=device, batch_size=batch_size, max_length=max_length, by_length=True
+    )
     names = [layer.name for layer in layers.targeted]
     return collect(model, names, stream, loss, tokenizer=tokenizer, seed=seed, progress=progress)
 

@@ -83,7 +83,9 @@ def recover(
     """
     _check(model, teacher, minutes, steps)
     device = next(p.device for p in model.parameters())
-    stream = batches(data, tokenizer, device=device, batch_size=batch_size, max_length=max_length)
+    stream = batches(
+        data, tokenizer, device=device, batch_size=batch_size, max_length=max_length, by_length=True
+    )
     every = list(stream)
     train, held = _split(every, held_out)
     mixed = _multiplies_bfloat16(device) if mixed_precision is None else mixed_precision

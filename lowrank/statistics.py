@@ -153,9 +153,15 @@ class Held:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What the statistics were made from: numbers that differ when the thing differs."""
+    """What the statistics were made from: numbers that differ when the thing differs.
 
-    model: str
+    Args:
+        layers: By layer name, of its weight. Layers that have been factorized since do not matter.
+        tokenizer: Of its class and vocabulary; empty without one.
+        data: Of the batches, in whatever order.
+    """
+
+    layers: Mapping[str, str]
     tokenizer: str
     data: str
 
@@ -266,7 +272,7 @@ class Stats:
             StatsError: If they are of another model or tokenizer, or know other layers.
         """
         mine, its = self.fingerprint, other.fingerprint
-        if (mine.model, mine.tokenizer) != (its.model, its.tokenizer):
+        if (mine.layers, mine.tokenizer) != (its.layers, its.tokenizer):
             raise StatsError("Statistics of different models or tokenizers cannot be added.")
         if self.sources != other.sources or self.gradients.keys() != other.gradients.keys():
             raise StatsError("The statistics know different layers. Calibrate both in the same way.")
@@ -359,14 +365,18 @@ def _assembled(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> S
     for layer, key in structure["sources"].items():
         if key not in inputs or not isinstance(layer, str):
             raise ValueError(f"layer {layer!r} reads the input {key!r}, which is not there")
-    fingerprint = {key: str(value) for key, value in structure["fingerprint"].items()}
-    int(fingerprint["data"], 16)
+    entry = structure["fingerprint"]
+    fingerprint = Fingerprint(
+        {str(name): str(value) for name, value in entry["layers"].items()},
+        str(entry["tokenizer"]),
+        f"{int(entry['data'], 16):016x}",
+    )
     held = {
         name: Held(float(entry["measured"]), float(entry["predicted"]))
         for name, entry in structure["held_out"].items()
     }
     return Stats(
-        Fingerprint(**fingerprint),
+        fingerprint,
         inputs,
         structure["sources"],
         gradients,

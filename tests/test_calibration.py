@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank import DataError, StatsError, calibrate
+from lowrank.batches import batches
 from lowrank.linalg import Gram, Metric, spectrum
 
 
@@ -286,3 +287,13 @@ def test_held_out_batches_are_part_of_the_statistics_in_the_end(mlp, data):
     stats = calibrate(mlp, data)
     assert stats.tokens == 200
     assert stats.held_out.keys() == {"0", "2"}
+
+
+def test_strings_of_like_length_are_batched_together_and_none_is_lost():
+    texts = ["a b c d e f", "a", "a b c d e", "a b"] * 3
+    found = list(batches(texts, Reader(), batch_size=6, by_length=True))
+    assert [batch.keywords["input_ids"].shape for batch in found] == [(6, 2), (6, 6)]
+    assert sum(batch.tokens for batch in found) == sum(len(text.split()) for text in texts)
+    kept = list(batches(texts, Reader(), batch_size=6))
+    lengths = [batch.keywords["attention_mask"].sum(1).tolist() for batch in kept]
+    assert lengths == [[6, 1, 5, 2, 6, 1], [5, 2, 6, 1, 5, 2]]

@@ -83,10 +83,10 @@ def test_errors_and_text_know_nothing_of_the_library(leaf):
 
 LAYERS = [
     {"errors", "text"},
-    {"patterns", "tensorfile", "folders", "linalg", "batches", "blocks", "textfiles"},
+    {"patterns", "tensorfile", "folders", "linalg", "batches", "blocks", "textfiles", "fingerprints"},
     {"planning", "statistics", "objectives", "snapshots"},
     {"nn", "reads", "distillation"},
-    {"obstacles", "fingerprints"},
+    {"obstacles"},
     {"factoring", "trials"},
     {"targets", "calibration", "ranks", "surgery", "recovery", "evaluation"},  # the stages
     {"_transformers", "plot", "costs", "latency"},

@@ -237,3 +237,22 @@ def test_a_budget_that_nothing_meets_names_the_nearest_that_works(mlp, stats, bu
     found = re.search(r"(?:error=|energy=|parameters is )([\d.]+\d)", str(caught.value).split("\n")[-1])
     nearest = float(found[1]) if budget != "rank" else int(found[1])
     assert plan(mlp, stats=stats, **{budget: nearest}).factorized
+
+
+def test_an_interrupted_apply_can_be_finished_with_the_same_statistics(mlp, stats, monkeypatch):
+    from lowrank import LowRankLinear, factoring
+
+    decided = plan(mlp, keep=0.5, stats=stats)
+    real, calls = factoring.truncated_svd, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(factoring, "truncated_svd", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        apply(mlp, decided, stats)
+    apply(mlp, decided, stats)
+    assert all(isinstance(mlp.get_submodule(layer.name), LowRankLinear) for layer in decided.factorized)
