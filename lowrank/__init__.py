@@ -2,7 +2,7 @@
 
 from lowrank import compress
 
-compress(model, keep=0.5)
+compress(model, keep=0.5, data=texts, tokenizer=tokenizer)
 """
 
 from typing import TYPE_CHECKING, Any

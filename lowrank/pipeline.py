@@ -56,8 +56,9 @@ def compress(
         rank: Inner size for every layer, or a mapping of name pattern to inner size (the last match
             wins). Taken exactly; a layer that it would not shrink stays dense.
         keep: Fraction of the targeted weights' parameters that remains, in (0, 1), spread over the
-            layers so that the sum of their squared relative errors, times their parameters, is least.
-        energy: Fraction of each weight's squared norm to retain, in (0, 1).
+            layers so that the predicted increase of the loss is least; under other metrics than
+            ``"loss"``, the sum of the layers' squared relative errors times their parameters.
+        energy: Fraction of each weight's squared norm to retain under the metric, in (0, 1).
         error: Largest relative error of each weight under the metric, in (0, 1).
         max_bytes: What the whole model's parameters and buffers may take.
         speedup: Dense latency over compressed latency of the whole model, above 1, measured here and now.

@@ -29,7 +29,8 @@ class LayerReport:
         name: Module name.
         shape: ``(out, in)``.
         rank: Inner size; ``None`` for a dense layer.
-        relative_error: ``‖W − LR‖_F / ‖W‖_F``; ``None`` for a dense layer, or if not known.
+        relative_error: ``‖W − LR‖ / ‖W‖`` under the metric that the layer was factorized with; ``None``
+            for a dense layer, or if not known.
         parameters_before, parameters: Counts; also the multiply-accumulates (MACs) per token.
         bytes_before, bytes: In the weight's dtype.
         added_parameters: Of a bias that the dense layer did not have.

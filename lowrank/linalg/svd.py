@@ -41,7 +41,7 @@ class Factors(NamedTuple):
 
     left: Tensor  # (out, rank), dtype of the weight
     right: Tensor  # (rank, in), dtype of the weight
-    relative_error: float  # ‖(W − LR) C^½‖_F / ‖W C^½‖_F
+    relative_error: float  # ‖G^½ (W − LR) C^½‖_F / ‖G^½ W C^½‖_F
     solver: str  # the solver that made it: "exact" or "randomized"
 
 
@@ -70,11 +70,12 @@ def truncated_svd(
 ) -> Factors:
     """Factor ``weight`` into the best product of rank ``rank``.
 
-    Minimises ``‖(W − LR) C^½‖_F``, with ``C = I`` for the default metric.
+    Minimises ``‖G^½ (W − LR) C^½‖_F``, with ``G = I`` and ``C = I`` for the default metric.
 
     Args:
         weight: Shape ``(out, in)``, any floating dtype, any device. Half precision is computed in
-            float32, and float32 in float64 where the result would not be resolved otherwise.
+            float32, and float32 in float64 where the result would not be resolved otherwise, and
+            under any metric but the default.
         rank: Inner size, ``1 <= rank <= min(out, in)``.
         metric: What the error measures.
         solver: ``"auto"`` (see `choose_solver`), ``"exact"`` or ``"randomized"``.
@@ -84,7 +85,8 @@ def truncated_svd(
 
     Returns:
         `Factors` in the dtype and on the device of ``weight``, with their relative error: from the
-        eigenvalues where these resolve it, else, and always in half precision, measured.
+        eigenvalues where these resolve it, else, and always in half precision, measured. Under other
+        metrics than the default it is from the eigenvalues, without rounding to half precision.
 
     Raises:
         RankError: If ``rank`` is outside ``1 .. min(out, in)``.

@@ -26,7 +26,7 @@ class LowRankLinear(nn.Module):
         device, dtype: As for `torch.nn.Linear`.
 
     Attributes:
-        relative_error: ``‖W − LR‖ / ‖W‖`` when it was made from a dense weight,
+        relative_error: ``‖W − LR‖ / ‖W‖`` under the plan's metric when it was made from a dense weight,
             before any training; ``None`` if not known.
         added_bias: Whether the bias is one that the dense layer did not have.
     """
