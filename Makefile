@@ -8,7 +8,7 @@ CHECKED := lowrank tests benchmarks
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all lint types docs bench bench-accuracy clean
+.PHONY: demo test test-all lint types docs bench bench-accuracy bench-calibration clean
 
 demo: $(VENV)/.demo  ## shrink a real BERT checkpoint, save it, load it in another process
 	$(PY) -m lowrank demo
@@ -37,6 +37,10 @@ bench: $(VENV)/.dev  ## measure everything that the docs quote; run nothing else
 
 bench-accuracy: $(VENV)/.dev  ## needs DATA=folder with stsb-dev.csv and wikitext2-valid.txt
 	$(PY) benchmarks/accuracy.py --data $(DATA) --out benchmarks/results/accuracy.json
+
+bench-calibration: $(VENV)/.dev  ## about an hour; needs DATA=folder, see benchmarks/calibration.py
+	for part in minilm smollm2 sst2; do \
+	  $(PY) benchmarks/calibration.py --data $(DATA) --part $$part --out benchmarks/results/calibration.json || exit 1; done
 
 clean:
 	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache

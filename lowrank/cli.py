@@ -203,9 +203,9 @@ def _measure(source: str, task: str, data: Path, dense: str | None, windows: int
     from lowrank.textfiles import read_labelled, read_lines, read_pairs, read_text
 
     if task not in TASKS:
-        raise BudgetError(f"--task {task}: choose one of {', '.join(TASKS)}.")
+        raise typer.BadParameter(f"{task}: choose one of {', '.join(TASKS)}.", param_hint="--task")
     if task == "cosine" and dense is None:
-        raise BudgetError("--task cosine compares with the dense model: give it as --dense.")
+        raise typer.BadParameter("cosine compares with the dense model.", param_hint="--dense")
     model, tokenizer = _load(source, quiet=True), _tokenizer(source)
     if task == "perplexity":
         return evaluation.perplexity(model, read_text(data), tokenizer, count=windows)

@@ -405,3 +405,98 @@ def test_the_script_is_installed():
         pytest.skip("lowrank is not installed in this environment")
     done = subprocess.run([script, "--help"], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0 and "compress" in done.stdout
+
+
+@pytest.fixture
+def minilm() -> Path:
+    """The real checkpoint, which has a tokenizer; test-long options stay away from it."""
+    from lowrank.demo import minilm_folder
+
+    return minilm_folder()
+
+
+@pytest.fixture
+def texts(tmp_path) -> Path:
+    words = [
+        "a",
+        "quick",
+        "brown",
+        "fox",
+        "jumps",
+        "over",
+        "the",
+        "lazy",
+        "dog",
+        "while",
+        "many",
+        "other",
+        "animals",
+        "look",
+        "on",
+    ]
+    lines = [" ".join(words[i % 7 : i % 7 + 3 + i % 5]) for i in range(40)]
+    (tmp_path / "texts.txt").write_text("\n".join(lines))
+    return tmp_path / "texts.txt"
+
+
+def test_calibrate_plan_compress_and_eval_work_together(run, minilm, texts, tmp_path):
+    first = run("calibrate", minilm, tmp_path / "stats", "--data", texts)
+    assert (first.code, "36 layers" in first.out) == (0, True)
+    decided = run(
+        "plan", minilm, "--keep", 0.5, "--stats", tmp_path / "stats", "--out", tmp_path / "plan.json"
+    )
+    assert decided.code == 0
+    assert Plan.load(tmp_path / "plan.json").metric == "loss"
+    done = run(
+        "compress",
+        minilm,
+        tmp_path / "out",
+        "--plan",
+        tmp_path / "plan.json",
+        "--stats",
+        tmp_path / "stats",
+        "-q",
+    )
+    assert (done.code, done.err) == (0, "")
+    arguments = ("--task", "cosine", "--dense", minilm, "--data", texts, "--json")
+    measured = run("eval", tmp_path / "out", *arguments)
+    assert measured.code == 0
+    assert 0.5 < json.loads(measured.out)["value"] < 0.9999
+    (tmp_path / "pairs.csv").write_text(
+        '"a dog runs","a dog is running",5\n"a dog","the sea",0\n"a cat","a kitten",3\n'
+    )
+    sts = run("eval", minilm, "--task", "sts", "--data", tmp_path / "pairs.csv")
+    assert sts.out.strip() == "sts 1.0000"
+
+
+def test_compress_calibrates_on_a_file_of_texts(run, minilm, texts, tmp_path):
+    done = run("compress", minilm, tmp_path / "out", "--max-bytes", 80_000_000, "--data", texts, "-q")
+    assert done.code == 0
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size <= 80_100_000
+
+
+WRONG_DATA = {
+    "no-file": (["--task", "sts", "--data", "missing.csv"], "missing.csv: cannot be read"),
+    "no-scores": (
+        ["--task", "sts", "--data", "texts.txt"],
+        "texts.txt, line 1: not sentence1,sentence2,score",
+    ),
+    "no-labels": (["--task", "accuracy", "--data", "texts.txt"], "texts.txt, line 1: not sentence<TAB>label"),
+    "unknown-task": (["--task", "taste", "--data", "texts.txt"], "choose one of"),
+    "cosine-without-dense": (["--task", "cosine", "--data", "texts.txt"], "--dense"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_DATA)
+def test_wrong_data_for_eval_is_exit_code_2(run, minilm, texts, monkeypatch, case):
+    monkeypatch.chdir(texts.parent)
+    arguments, message = WRONG_DATA[case]
+    result = run("eval", minilm, *arguments)
+    assert result.code == 2
+    assert message in " ".join(result.err.split())
+
+
+def test_data_and_stats_together_are_wrong_use(run, minilm, texts, tmp_path):
+    result = run("plan", minilm, "--keep", 0.5, "--data", texts, "--stats", tmp_path)
+    assert result.code == 2
+    assert "either --data or --stats" in result.err
