@@ -243,8 +243,10 @@ class _Run:
         return value
 
     def _look(self) -> None:
+        start = time.monotonic()
         self.best.offer(self._lesson.mean_distance(self._held))
         self.keep()
+        self._pace.reserved = time.monotonic() - start  # what the last look will take, by the latest
 
     def keep(self) -> None:
         """Write a snapshot, if a folder was given and there is something to keep."""

@@ -176,7 +176,10 @@ def test_apply_needs_the_statistics_that_the_plan_was_made_with(mlp, stats):
     apply(mlp, decided, stats)
 
 
-def test_predicted_errors_are_those_of_the_factors(mlp, stats):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_predicted_errors_are_those_of_the_factors(mlp, dtype):
+    mlp.to(dtype)
+    stats = calibrate(mlp, [made(60, 64, seed=i).to(dtype) for i in range(8)])
     decided = plan(mlp, keep=0.5, stats=stats)
     apply(mlp, decided, stats)
     for layer in decided.factorized:

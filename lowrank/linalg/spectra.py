@@ -9,13 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank.linalg.metric import Metric
-from lowrank.linalg.svd import checked_weight, small_side_gram
-
-ROUNDING = 0.3
-"""Relative error of a product of two factors rounded to half precision, in units of their epsilon.
-
-A value spread evenly over its binade is rounded by 0.2 epsilons, root mean square, and there are two.
-"""
+from lowrank.linalg.svd import checked_weight, rounding_of, small_side_gram
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +35,7 @@ class Spectrum:
 
     def squared_error(self, rank: int) -> float:
         """Return ``‖W − LR‖²`` at ``rank``, in the metric's units."""
-        return float(self.tail[rank]) * self.scale**2
+        return float(self._rounded[rank]) * self.scale**2
 
     def smallest_rank(self, relative_error: float) -> int:
         """Return the smallest rank, at least 1, whose relative error is at most ``relative_error``.
@@ -86,5 +80,4 @@ def spectrum(weight: Tensor, metric: Metric = Metric()) -> Spectrum:
     squares = small_side_gram(matrix.to(torch.float64), metric)
     values = torch.linalg.eigvalsh(squares).clamp(min=0)  # ascending
     tail = torch.cat([values.new_zeros(1), values.cumsum(0)]).flip(0)
-    half = weight.dtype in (torch.float16, torch.bfloat16)
-    return Spectrum(tail.cpu(), scale, ROUNDING * torch.finfo(weight.dtype).eps if half else 0.0)
+    return Spectrum(tail.cpu(), scale, rounding_of(weight.dtype))

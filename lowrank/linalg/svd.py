@@ -35,6 +35,12 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # 10 %); in float64 the same holds down to a relative error of 1e-5; below that, a real SVD.
 _RESOLVED = {torch.float32: 1e-2, torch.float64: 1e-10}
 
+ROUNDING = 0.3
+"""Relative error of a product of two factors rounded to half precision, in units of their epsilon.
+
+A value spread evenly over its binade is rounded by 0.2 epsilons, root mean square, and there are two.
+"""
+
 
 class Factors(NamedTuple):
     """The product ``left @ right`` and how far it is from the weight."""
@@ -86,7 +92,7 @@ def truncated_svd(
     Returns:
         `Factors` in the dtype and on the device of ``weight``, with their relative error: from the
         eigenvalues where these resolve it, else, and always in half precision, measured. Under other
-        metrics than the default it is from the eigenvalues, without rounding to half precision.
+        metrics than the default half precision adds what rounding does on average.
 
     Raises:
         RankError: If ``rank`` is outside ``1 .. min(out, in)``.
@@ -123,9 +129,16 @@ def truncated_svd(
         if weight.dtype == torch.float16:
             left, right = _balanced(left, right)
         left, right = left.to(weight.dtype), right.to(weight.dtype)
-        if error is None or (metric.plain and weight.dtype in (torch.float16, torch.bfloat16)):
+        if error is None or (metric.plain and rounding_of(weight.dtype)):
             error = _measure(matrix, left.to(matrix) / scale, right.to(matrix))
+        elif rounding_of(weight.dtype):  # a metric pulled back through W cannot measure other matrices
+            error = math.sqrt(error**2 + rounding_of(weight.dtype) ** 2 * (1 - error**2))
     return Factors(left.contiguous(), right.contiguous(), error, solver)
+
+
+def rounding_of(dtype: torch.dtype) -> float:
+    """Return the relative error that storing factors in ``dtype`` adds; 0 but in half precision."""
+    return ROUNDING * torch.finfo(dtype).eps if dtype in (torch.float16, torch.bfloat16) else 0.0
 
 
 def check_options(tolerance: float, seed: int) -> None:
