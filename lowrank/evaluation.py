@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ def embed(
     with evaluating(model):
         for batch in batches(ordered, tokenizer, device=_device(model), batch_size=batch_size):
             outputs = batch.call(model)
-            if "last_hidden_state" not in outputs:
+            if not isinstance(outputs, Mapping) or "last_hidden_state" not in outputs:
                 raise DataError(
                     f"{type(model).__name__} returns no last_hidden_state; embed needs an encoder."
                 )
@@ -115,7 +115,7 @@ def perplexity(
     total = 0.0
     with evaluating(model):
         for chunk in torch.split(ids, batch_size):
-            logits = model(input_ids=chunk).logits[:, :-1].float()
+            logits = _logits(model, model(input_ids=chunk))[:, :-1].float()
             losses = nn.functional.cross_entropy(
                 logits.flatten(0, 1), chunk[:, 1:].flatten(), reduction="sum"
             )
@@ -135,7 +135,7 @@ def accuracy(
     right, start = 0, 0
     with evaluating(model):
         for batch in batches(texts, tokenizer, device=_device(model), batch_size=batch_size):
-            found = batch.call(model).logits.argmax(-1)
+            found = _logits(model, batch.call(model)).argmax(-1)
             wanted = torch.tensor(labels[start : start + len(found)], device=found.device)
             right, start = right + int((found == wanted).sum()), start + len(found)
     if start != len(labels):
@@ -174,6 +174,16 @@ def loss_increase(
 def spearman(first: Tensor, second: Tensor) -> float:
     """Return Spearman's rank correlation of two vectors; ties share their mean rank."""
     return float(torch.corrcoef(torch.stack([_ranks(first), _ranks(second)]))[0, 1])
+
+
+def _logits(model: nn.Module, outputs: Any) -> Tensor:
+    if not isinstance(outputs, Mapping) or "logits" not in outputs:
+        raise DataError(
+            f"{type(model).__name__} returns no logits. Load the checkpoint with its head: a causal language "
+            "model for perplexity, a sequence classifier for accuracy."
+        )
+    logits: Tensor = outputs["logits"]
+    return logits
 
 
 def _ranks(values: Tensor) -> Tensor:

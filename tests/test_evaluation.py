@@ -90,9 +90,7 @@ def test_perplexity_is_that_of_the_models_own_loss(tiny_gpt2):
 def test_accuracy_counts_the_largest_logit():
     class Constant(nn.Module):
         def forward(self, input_ids, attention_mask):
-            from types import SimpleNamespace
-
-            return SimpleNamespace(logits=torch.tensor([[0.0, 1.0]]).expand(len(input_ids), 2))
+            return {"logits": torch.tensor([[0.0, 1.0]]).expand(len(input_ids), 2)}
 
     assert accuracy(Constant(), TEXTS, [1, 1, 0, 1], Words(), batch_size=3) == 0.75
 
@@ -119,9 +117,7 @@ def test_more_windows_than_there_are_is_refused(tiny_gpt2):
 def test_labels_must_be_as_many_as_texts():
     class Constant(nn.Module):
         def forward(self, input_ids, attention_mask):
-            from types import SimpleNamespace
-
-            return SimpleNamespace(logits=torch.zeros(len(input_ids), 2))
+            return {"logits": torch.zeros(len(input_ids), 2)}
 
     with pytest.raises(DataError, match="4 texts"):
         accuracy(Constant(), TEXTS, [0, 0, 0, 0, 0], Words())
@@ -171,3 +167,8 @@ def test_an_added_bias_is_not_counted_as_having_been_there():
     small = report(compress(model, rank=8, data=data, add_bias=True))
     assert small.parameters_before == dense.parameters
     assert small.parameters == 2 * (8 * 128 + 64)
+
+
+def test_an_encoder_has_no_perplexity_and_the_message_says_what_has(tiny_bert):
+    with pytest.raises(DataError, match="BertModel returns no logits"):
+        perplexity(tiny_bert, torch.arange(16), window=8)
