@@ -19,6 +19,7 @@ from lowrank.batches import Batch
 from lowrank.errors import DataError, StatsError
 from lowrank.fingerprints import fingerprint_of_layer, fingerprint_of_tokenizer
 from lowrank.linalg.metric import gram
+from lowrank.modes import training_only
 from lowrank.nn import kind_of
 from lowrank.objectives import of_loss, self_supervised
 from lowrank.statistics import Fingerprint, Gradients, Moments, Stats
@@ -53,7 +54,7 @@ def collect(
     held: list[Batch] = []
     held_tokens = terms = 0
     bar = tqdm(total=_length(stream), desc="calibrating", unit="batch", disable=None if progress else True)
-    with bar, _as_it_was(model), torch.set_grad_enabled(differentiate):
+    with bar, training_only(model), torch.set_grad_enabled(differentiate):
         with collector.listening():
             for batch in stream:
                 if batch.index % HELD_OUT == HELD_OUT - 1 and held_tokens + batch.tokens <= HELD_OUT_TOKENS:
@@ -103,23 +104,6 @@ def _pass(
 
 def _device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-@contextlib.contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Put the model into eval mode with frozen parameters, and undo both."""
-    training = {module: module.training for module in model.modules()}
-    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        model.eval()
-        for parameter in required:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for module, was in training.items():
-            module.training = was
-        for parameter, requires in required.items():
-            parameter.requires_grad_(requires)
 
 
 class _Collector:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lowrank.batches import Batch
 from lowrank.blocks import find_blocks, outputs_of
 from lowrank.errors import DataError
+from lowrank.modes import eval_mode
 from lowrank.objectives import pooled
 
 
@@ -150,14 +151,12 @@ class Lesson:
     def listening(self) -> Iterator[None]:
         """Listen to the hidden states of both models, with the teacher in eval mode."""
         blocks, its = (find_blocks(m) if self._hidden_weight else {} for m in (self._model, self._teacher))
-        training = {module: module.training for module in self._teacher.modules()}
-        try:
-            self._teacher.eval()
-            with outputs_of(blocks.values()) as self._found, outputs_of(its.values()) as self._wanted:
-                yield
-        finally:
-            for module, was in training.items():
-                module.training = was
+        with (
+            eval_mode(self._teacher),
+            outputs_of(blocks.values()) as self._found,
+            outputs_of(its.values()) as self._wanted,
+        ):
+            yield
 
     def distance(self, batch: Batch) -> Tensor:
         """Return the distance on one batch, with a graph where gradients are enabled."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lowrank.batches import batches, windows
 from lowrank.errors import DataError
+from lowrank.modes import eval_mode
 from lowrank.objectives import increase, pooled
 
 
@@ -195,14 +196,8 @@ def _ranks(values: Tensor) -> Tensor:
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put the model into eval mode without gradients, and undo it."""
-    training = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, was in training.items():
-            module.training = was
+    with eval_mode(model), torch.no_grad():
+        yield
 
 
 def _device(model: nn.Module) -> torch.device:

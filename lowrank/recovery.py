@@ -7,7 +7,6 @@ model that comes back is never worse on them than the one that was given.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import time
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from lowrank.batches import Batch, batches
 from lowrank.distillation import Lesson
 from lowrank.errors import DataError, LowRankError
+from lowrank.modes import training_only
 from lowrank.nn import LowRankLinear
 from lowrank.obstacles import check_model
 from lowrank.snapshots import Snapshot
@@ -91,7 +91,7 @@ def recover(
     mixed = _multiplies_bfloat16(device) if mixed_precision is None else mixed_precision
     lesson = Lesson(model, teacher, hidden_weight, torch.autocast(device.type, torch.bfloat16, mixed))
     parameters = trainable(model)
-    with _training_only(model, parameters), lesson.listening():
+    with training_only(model, parameters), lesson.listening():
         folder = Path(snapshots) if snapshots is not None else None
         run = _Run(lesson, parameters, held, _Pace(minutes, steps), learning_rate, folder)
         try:
@@ -305,25 +305,3 @@ class _Best:
         """Put the kept parameters back."""
         for parameter, kept in zip(self._parameters, self.kept, strict=True):
             parameter.copy_(kept)
-
-
-@contextlib.contextmanager
-def _training_only(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Let only ``parameters`` have gradients, without dropout, and leave the model as it was."""
-    training = {module: module.training for module in model.modules()}
-    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    gradients = {parameter: parameter.grad for parameter in required}
-    try:
-        model.eval()
-        for parameter in required:
-            parameter.requires_grad_(False)
-            parameter.grad = None
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for module, was in training.items():
-            module.training = was
-        for parameter, requires in required.items():
-            parameter.requires_grad_(requires)
-            parameter.grad = gradients[parameter]

@@ -856,9 +856,10 @@ def test_a_model_without_the_head_need_not_know_its_tensors(tmp_path):
 
 
 def test_tensors_that_the_class_lets_a_checkpoint_have_are_no_strays(saved):
+    before = transformers.BertModel.from_pretrained(saved)
     ids = torch.arange(512)[None]
     change_tensors(saved, lambda tensors: tensors.update({"embeddings.position_ids": ids}))
-    transformers.BertModel.from_pretrained(saved)
+    assert_same_outputs(before, transformers.BertModel.from_pretrained(saved))
 
 
 def test_names_that_the_caller_translates_are_no_strays(saved):
@@ -955,5 +956,7 @@ def test_save_pretrained_over_a_folder_with_digests_leaves_none(load, shard, wit
 
 
 def test_from_pretrained_does_not_ask_for_digests(with_digests):
+    before = transformers.BertModel.from_pretrained(with_digests).get_submodule(LAYER).up.weight
     change_tensors(with_digests, lambda tensors: flip(tensors, f"{LAYER}.up.weight"))
-    transformers.BertModel.from_pretrained(with_digests)
+    after = transformers.BertModel.from_pretrained(with_digests).get_submodule(LAYER).up.weight
+    assert not torch.equal(before, after)  # the changed tensor is loaded unasked

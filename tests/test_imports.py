@@ -83,7 +83,8 @@ def test_errors_and_text_know_nothing_of_the_library(leaf):
 
 LAYERS = [
     {"errors", "text"},
-    {"patterns", "tensorfile", "folders", "linalg", "batches", "blocks", "textfiles", "fingerprints"},
+    {"patterns", "tensorfile", "folders", "linalg"},
+    {"batches", "blocks", "textfiles", "fingerprints", "modes"},
     {"planning", "statistics", "objectives", "snapshots"},
     {"nn", "reads", "distillation"},
     {"obstacles"},
