@@ -47,7 +47,7 @@ def main() -> None:
     for name, weight in dense.items():
         layer = small.get_submodule(name)
         assert isinstance(layer, LowRankLinear)
-        error = torch.linalg.matrix_norm(weight.double() - layer.dense_weight().double())
+        error = torch.linalg.matrix_norm(weight.double() - layer.dense_weight().detach().double())
         optimum = torch.linalg.svdvals(weight.double())[RANK:].square().sum().sqrt()
         excess.append(float(error / optimum) - 1)
     finish(

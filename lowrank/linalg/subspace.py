@@ -68,7 +68,7 @@ def leading_eigenspace(matrix: Tensor, rank: int, tolerance: float, seed: int) -
     generator = torch.Generator(matrix.device).manual_seed(seed)
     shape = len(matrix), oversampled(len(matrix), rank)
     block = torch.randn(shape, generator=generator, device=matrix.device, dtype=matrix.dtype)
-    block = _orthonormal(matrix @ block)
+    block = _nearly_orthonormal(matrix @ block)
     trace = float(matrix.diagonal().sum(dtype=torch.float64))
     best = Eigenspace(block[:, :rank], 0.0, float("inf"))
     products, growth, goal = 1, 0.0, GROWTH
@@ -110,6 +110,15 @@ def _orthonormal(block: Tensor) -> Tensor:
     return torch.linalg.qr(block).Q
 
 
+def _nearly_orthonormal(block: Tensor) -> Tensor:
+    """Orthonormalize to a few digits, by a Cholesky factorization, which suffices to choose a filter."""
+    triangle, failed = torch.linalg.cholesky_ex(block.T @ block, upper=True)
+    ends = triangle.diagonal().aminmax()
+    if failed or not ends.min > 0.03 * ends.max:  # the squares in the product lose twice the digits
+        return _orthonormal(block)
+    return _solve_right(block, triangle)
+
+
 def _filter(matrix: Tensor, block: Tensor, image: Tensor, cut: float, degree: int) -> Tensor:
     """Apply the Chebyshev polynomial that is small on ``[0, cut]`` and grows fastest above it."""
     half = cut / 2
@@ -141,7 +150,10 @@ def _certify(matrix: Tensor, block: Tensor, image: Tensor, rank: int) -> Eigensp
     inverse = _quadratic_inverse(matrix, block, values + (large - shift), shift)
     if inverse is None:
         return Eigenspace(basis, captured, float("inf"))
-    bounding = torch.diag(values + large) - torch.linalg.inv(inverse)  # H + BᵀS⁻¹B
+    triangle, failed = torch.linalg.cholesky_ex(inverse)
+    if failed:
+        return Eigenspace(basis, captured, float("inf"))
+    bounding = torch.diag(values + large) - torch.cholesky_inverse(triangle)  # H + BᵀS⁻¹B
     bound = torch.linalg.eigvalsh(bounding)[-rank:].clamp(min=shift)
     return Eigenspace(basis, captured, float(bound.sum(dtype=torch.float64)))
 
@@ -150,26 +162,30 @@ def _quadratic_inverse(matrix: Tensor, block: Tensor, added: Tensor, shift: floa
     """Return ``XᵀD⁻¹X`` for ``D = shift·I − A + X diag(added) Xᵀ``; ``None`` unless D is positive definite.
 
     D is factored in two block columns, and only its lower triangle is formed: a Cholesky
-    factorization of this size runs at half the speed of matrix products.
+    factorization of this size runs at half the speed of matrix products. Everything is solved from
+    the right by upper triangles, which is how they lie in memory.
     """
     half = len(matrix) // 2
     upper, lower, scaled = block[:half], block[half:], block * added
     first = torch.addmm(matrix[:half, :half], scaled[:half], upper.T, beta=-1)
     first.diagonal().add_(shift)
-    triangle, failed = torch.linalg.cholesky_ex(first)
+    triangle, failed = torch.linalg.cholesky_ex(first, upper=True)
     if failed:
         return None
-    across = torch.addmm(matrix[:half, half:], scaled[:half], lower.T, beta=-1)
-    across = torch.linalg.solve_triangular(triangle, across, upper=False)
+    across = torch.addmm(matrix[half:, :half], scaled[half:], upper.T, beta=-1)
+    across = _solve_right(across, triangle)
     second = torch.addmm(matrix[half:, half:], scaled[half:], lower.T, beta=-1).addmm_(
-        across.T, across, alpha=-1
+        across, across.T, alpha=-1
     )
     second.diagonal().add_(shift)
-    solved = torch.linalg.solve_triangular(triangle, upper, upper=False)
-    triangle, failed = torch.linalg.cholesky_ex(second)
+    solved = _solve_right(upper.T, triangle)
+    triangle, failed = torch.linalg.cholesky_ex(second, upper=True)
     if failed:
         return None
-    rest = torch.linalg.solve_triangular(
-        triangle, torch.addmm(lower, across.T, solved, alpha=-1), upper=False
-    )
-    return (solved.T @ solved).addmm_(rest.T, rest)
+    rest = _solve_right(torch.addmm(lower.T, solved, across.T, alpha=-1), triangle)
+    return (solved @ solved.T).addmm_(rest, rest.T)
+
+
+def _solve_right(matrix: Tensor, triangle: Tensor) -> Tensor:
+    """Return ``M T⁻¹`` for an upper triangle ``T``."""
+    return torch.linalg.solve_triangular(triangle, matrix, upper=True, left=False)
