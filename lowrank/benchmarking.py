@@ -216,9 +216,7 @@ def _theory(dense: nn.Module, small: nn.Module) -> float:
         return sum(m.weight.numel() for m in model.modules() if kind_of(m) is not None)  # type: ignore[misc,operator]
 
     replaced = sum(
-        m.in_features * m.out_features - m.rank * (m.in_features + m.out_features)
-        for m in small.modules()
-        if isinstance(m, LowRankLinear)
+        m.in_features * m.out_features - m.macs for m in small.modules() if isinstance(m, LowRankLinear)
     )
     after = matrices(small)
     return (after + replaced) / after

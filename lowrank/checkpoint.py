@@ -125,11 +125,13 @@ def stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
 def stored_shapes(layer: LayerPlan) -> dict[str, tuple[int, ...]]:
     """Return the shapes under which a checkpoint holds the factorized ``layer``, by tensor name."""
     rank = layer.rank or 0
-    return {
+    shapes: dict[str, tuple[int, ...]] = {
         f"{layer.name}.weight": (0,),
-        f"{layer.name}.down.weight": (rank, layer.in_features),
         f"{layer.name}.up.weight": (layer.out_features, rank),
     }
+    if layer.down_of is None:  # else it is stored with its owner
+        shapes[f"{layer.name}.down.weight"] = (rank, layer.in_features)
+    return shapes
 
 
 def _write(model: nn.Module, folder: Path) -> None:
@@ -264,7 +266,7 @@ def _expected_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]
     """Return the state dict's shapes as they will be once ``model`` has the structure of ``plan``."""
     shapes = {name: tuple(tensor.shape) for name, tensor in _state(model).items()}
     for layer in plan.factorized:
-        if f"{layer.name}.down.weight" in shapes:
+        if f"{layer.name}.up.weight" in shapes:
             continue  # factorized already
         shapes.update(stored_shapes(layer))
         if f"{layer.name}.bias" in shapes:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import numpy as np
 from torch import Tensor, nn
 
-from lowrank.planning import LayerPlan, Plan
-from lowrank.ranks import Costs, Curve
+from lowrank.menus import Menu
+from lowrank.planning import Plan
+from lowrank.ranks import Costs
 
 
 def byte_costs(model: nn.Module, draft: Plan, max_bytes: int) -> Costs:
@@ -24,18 +22,11 @@ def byte_costs(model: nn.Module, draft: Plan, max_bytes: int) -> Costs:
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     targeted = sum(weight.numel() * weight.element_size() for weight in weights.values())
 
-    def price(layer: LayerPlan, curve: Curve) -> Curve:
-        each = weights[layer.name].element_size()
-        costs = curve.costs * each
-        if layer.added_bias:
-            added = np.append(np.full(len(curve.ranks), layer.out_features * each), 0)
-            costs = costs + added
-        return _cheaper_than_dense(replace(curve, costs=costs))
+    def price(menu: Menu) -> Menu:
+        each = weights[menu.layers[0].name].element_size()
+        added = sum(layer.out_features * each for layer in menu.layers if layer.added_bias)
+        costs = menu.costs * each
+        costs[:-1] += added
+        return menu.priced(costs)
 
     return Costs(max_bytes, total - targeted, price, lambda cost: f"{cost:,.0f} bytes")
-
-
-def _cheaper_than_dense(curve: Curve) -> Curve:
-    """Drop the choices that cost as much as the dense weight."""
-    kept = np.append(curve.costs[:-1] < curve.costs[-1], True)
-    return Curve(curve.ranks[kept[:-1]], curve.costs[kept], curve.losses[kept])

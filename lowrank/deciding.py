@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowrank import surgery
 from lowrank._transformers import plugin
 from lowrank.batches import Batch, batches
 from lowrank.costs import byte_costs
-from lowrank.errors import BudgetError, WeightError
+from lowrank.errors import BudgetError, LowRankError, WeightError
 from lowrank.evaluation import evaluating
-from lowrank.factoring import check_layer_of, metric_of
+from lowrank.factoring import check_layer_of, joint_metric, metric_of, weight_of
 from lowrank.latency import LatencyTable, latency_costs, seconds_of
-from lowrank.linalg import Spectrum, spectrum
+from lowrank.linalg import Spectrum, joint_spectra, spectrum
 from lowrank.linalg.svd import check_options
-from lowrank.nn import kind_of
+from lowrank.menus import Group
 from lowrank.obstacles import check_model
 from lowrank.patterns import is_wildcard
-from lowrank.planning import METRICS, Budget, Plan
+from lowrank.planning import METRICS, Budget, LayerPlan, Plan
 from lowrank.ranks import select
 from lowrank.statistics import Stats
 from lowrank.targets import draft
@@ -46,6 +47,13 @@ class Request:
     allocation: str = "global"
     round_to: int = 8
     tolerance: float = 1e-3
+    share: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.share not in (None, "inputs"):
+            raise LowRankError(
+                f'share={self.share!r}: give "inputs", to let layers that read the same input share a factor.'
+            )
 
     def metric_with(self, stats: Stats | None) -> str:
         """Return the metric that ``"auto"`` stands for.
@@ -117,6 +125,7 @@ def decide(
         )
     if request.budget.kind == "speedup" and timing.inputs is None:
         raise BudgetError("speedup is measured on inputs: pass inputs=, a batch as the model will get it.")
+    groups = _groups_of(model, drafted, request, stats)
     measured = spectra_of(model, drafted, stats, progress) if predict else {}
     loss_per_square = held_out_ratio = None
     if stats is not None and drafted.metric == stats.best_metric():  # the one that was tried
@@ -134,6 +143,7 @@ def decide(
         tolerance=request.tolerance,
         loss_per_square=loss_per_square,
         held_out_ratio=held_out_ratio,
+        groups=groups,
     )
     if request.budget.kind == "max_bytes":
         decided = choose(costs=byte_costs(model, drafted, request.budget.value))
@@ -142,6 +152,49 @@ def decide(
     else:
         decided = choose()
     return _say_what_is_coarse(decided, stats)
+
+
+def _groups_of(model: nn.Module, drafted: Plan, request: Request, stats: Stats | None) -> list[Group]:
+    """Find the targeted layers that read the same tensor, and measure joint factors for them.
+
+    Raises:
+        BudgetError: If there are no statistics to tell, or the budget is a latency.
+    """
+    if request.share is None:
+        return []
+    if stats is None:
+        raise BudgetError(
+            'share="inputs" finds the layers that read the same input by calibration: pass data=, or '
+            "stats=calibrate(model, data)."
+        )
+    if request.budget is not None and request.budget.kind == "speedup":
+        raise BudgetError('share="inputs" has no latencies to choose by. Give another budget than speedup.')
+    readers: dict[object, list[LayerPlan]] = {}
+    for layer in drafted.targeted:
+        if layer.name in stats.sources:
+            weight: Tensor = model.get_submodule(layer.name).weight  # type: ignore[assignment]
+            alike = stats.sources[layer.name], layer.has_bias, layer.in_features, weight.dtype, weight.device
+            readers.setdefault(alike, []).append(layer)
+    groups = []
+    for layers in readers.values():
+        if len(layers) > 1:
+            joint = {}
+            for some in _candidates(layers):
+                weights = [weight_of(model.get_submodule(layer.name)) for layer in some]
+                try:
+                    spectra = joint_spectra(weights, *joint_metric(some, weights, drafted.metric, stats))
+                except WeightError as error:
+                    raise WeightError(f"{some[0].name} or a layer beside it: {error}") from error
+                joint[tuple(layer.name for layer in some)] = spectra
+            groups.append(Group(tuple(layer.name for layer in layers), joint))
+    return groups
+
+
+def _candidates(layers: Sequence[LayerPlan]) -> Iterator[Sequence[LayerPlan]]:
+    """Yield the sets of layers that may share a factor: all of them, and any two of three."""
+    if len(layers) == 3:
+        yield from itertools.combinations(layers, 2)
+    yield layers
 
 
 def _say_what_is_coarse(plan: Plan, stats: Stats | None) -> Plan:
@@ -197,11 +250,9 @@ def spectra_of(model: nn.Module, drafted: Plan, stats: Stats | None, progress: b
     measured = {}
     bar = tqdm(drafted.targeted, desc="spectra", unit="layer", disable=None if progress else True)
     for layer in bar:
-        module = model.get_submodule(layer.name)
-        kind = kind_of(module)
-        assert kind is not None  # drafted as a target
+        weight = weight_of(model.get_submodule(layer.name))
         try:
-            measured[layer.name] = spectrum(kind.weight(module), metric_of(layer, drafted.metric, stats))
+            measured[layer.name] = spectrum(weight, metric_of(layer, drafted.metric, stats))
         except WeightError as error:
             raise WeightError(f"{layer.name}: {error}") from error
     return measured

@@ -1,4 +1,4 @@
-"""Make factorized layers from dense ones, one by one; nothing in the model changes here.
+"""Make factorized layers from dense ones, one by one or jointly; nothing in the model changes here.
 
 Under a calibrated metric the bias takes up the mean of the error: ``b' = b + (W − LR) μ``. That is
 why the metric's second moment is centred. Source: DRONE (Chen et al. 2021) for the factors.
@@ -6,12 +6,16 @@ why the metric's second moment is centred. Source: DRONE (Chen et al. 2021) for 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from lowrank.errors import PlanError, StatsError
 from lowrank.fingerprints import fingerprint_of_layer
-from lowrank.linalg import Metric, truncated_svd
+from lowrank.linalg import Metric, Stacked, joint_spectra, truncated_svd
+from lowrank.linalg.metric import Side
+from lowrank.linalg.svd import small_side_gram
 from lowrank.nn import LowRankLinear, kind_of
 from lowrank.planning import LayerPlan, Plan
 from lowrank.statistics import Stats
@@ -24,18 +28,24 @@ def check_stats(model: nn.Module, plan: Plan, stats: Stats | None) -> None:
         PlanError: If the metric needs statistics and there are none.
         StatsError: If they are of another model, or lack a layer.
     """
-    if plan.metric == "weight":
+    if plan.metric == "weight" and not plan.shared:
         return
     if stats is None:
         raise PlanError(
-            f"The plan's metric is {plan.metric!r}, which needs statistics: pass "
-            "stats=calibrate(model, data)."
+            f"The plan's metric is {plan.metric!r}{', with shared factors' if plan.shared else ''}, which "
+            "needs statistics: pass stats=calibrate(model, data)."
         )
     for layer in plan.factorized:
         module = model.get_submodule(layer.name)
         if not isinstance(module, LowRankLinear):  # done already
             check_layer_of(module, layer.name, stats)
             stats.metric(layer.name, plan.metric, layer.has_bias)
+    for layers in plan.shared.values():
+        if len({stats.sources[layer.name] for layer in layers}) > 1:
+            raise StatsError(
+                f"{layers[-1].name}: cannot share down with {layers[0].name}: by the statistics they do not "
+                "read the same input."
+            )
 
 
 def check_layer_of(layer: nn.Module, name: str, stats: Stats) -> None:
@@ -56,6 +66,32 @@ def metric_of(layer: LayerPlan, metric: str, stats: Stats | None) -> Metric:
     return stats.metric(layer.name, metric, layer.has_bias) if stats is not None else Metric()
 
 
+def joint_metric(
+    layers: Sequence[LayerPlan], weights: Sequence[Tensor], metric: str, stats: Stats
+) -> tuple[Side, Stacked]:
+    """Return the metric under which layers that read the same input are decomposed together.
+
+    The squared error of each counts as it does for the allocator: in units of the loss, or else
+    relative to its norm, times its parameters.
+
+    Args:
+        layers: Their entries in the plan.
+        weights: Their weights ``(out, in)``.
+        metric: One of `lowrank.planning.METRICS`.
+        stats: Where they were seen to read the same input.
+    """
+    each = [stats.metric(layer.name, metric, layer.has_bias) for layer in layers]
+    scales = []
+    for layer, weight, own in zip(layers, weights, each, strict=True):
+        if metric == "loss":
+            scales.append(stats.loss_per_square(layer.name))
+        else:
+            total = float(small_side_gram(weight.detach().to(torch.float64), own).trace())
+            scales.append(layer.dense_parameters / total if total > 0 else 0.0)
+    sizes = tuple(len(weight) for weight in weights)
+    return each[0].inputs, Stacked(tuple(own.outputs for own in each), sizes, tuple(scales))
+
+
 def factorized(
     dense: nn.Module, layer: LayerPlan, plan: Plan, stats: Stats | None = None, seed: int = 0
 ) -> LowRankLinear:
@@ -68,17 +104,64 @@ def factorized(
         stats: The statistics, unless the metric is ``"weight"``.
         seed: Seed of the randomized solver.
     """
-    kind = kind_of(dense)
-    assert kind is not None  # checked before the first layer changes
     assert layer.rank is not None
-    weight = kind.weight(dense)
     metric = metric_of(layer, plan.metric, stats)
-    left, right, error, _ = truncated_svd(weight, layer.rank, metric, tolerance=plan.tolerance, seed=seed)
+    found = truncated_svd(weight_of(dense), layer.rank, metric, tolerance=plan.tolerance, seed=seed)
+    return _layer(dense, layer, found.left, found.right, found.relative_error, plan, stats)
+
+
+def jointly_factorized(
+    dense: Sequence[nn.Module], layers: Sequence[LayerPlan], plan: Plan, stats: Stats, seed: int = 0
+) -> list[LowRankLinear]:
+    """Return the factorized forms of layers that read the same input, with one ``down`` of the first one.
+
+    The arguments are those of `factorized`.
+    """
+    rank = layers[0].rank
+    assert rank is not None
+    weights = [weight_of(module) for module in dense]
+    inputs, outputs = joint_metric(layers, weights, plan.metric, stats)
+    stack = torch.cat([weight.detach() for weight in weights])
+    left, right, *_ = truncated_svd(stack, rank, Metric(inputs, outputs), tolerance=plan.tolerance, seed=seed)
+    made: list[LowRankLinear] = []
+    errors = [each.relative_error(rank) for each in joint_spectra(weights, inputs, outputs)]
+    for module, layer, part, error in zip(dense, layers, outputs.split(left), errors, strict=True):
+        new = _layer(module, layer, part.contiguous(), right, error, plan, stats, shared=True)
+        if made:
+            new.use_down_of(made[0])
+        made.append(new)
+    return made
+
+
+def weight_of(dense: nn.Module) -> Tensor:
+    """Return the weight ``(out, in)`` of a layer that can be factorized."""
+    kind = kind_of(dense)
+    assert kind is not None  # drafted as a target
+    return kind.weight(dense)
+
+
+def _layer(
+    dense: nn.Module,
+    layer: LayerPlan,
+    left: Tensor,
+    right: Tensor,
+    error: float,
+    plan: Plan,
+    stats: Stats | None,
+    shared: bool = False,
+) -> LowRankLinear:
+    """Wrap factors, with the bias corrected under a calibrated metric."""
     bias: nn.Parameter | None = dense.bias  # type: ignore[assignment]
     if stats is not None and plan.metric != "weight" and layer.has_bias:
-        bias = _corrected(bias, weight, left, right, stats.moments(layer.name).mean)
+        bias = _corrected(bias, weight_of(dense), left, right, stats.moments(layer.name).mean)
     return LowRankLinear.from_factors(
-        left, right, bias, kind=kind.name, relative_error=error, added_bias=bias is not dense.bias
+        left,
+        right,
+        bias,
+        kind=layer.kind,
+        shared=shared,
+        relative_error=error,
+        added_bias=bias is not dense.bias,
     )
 
 

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.errors import BudgetError, LowRankError
+from lowrank.menus import Menu
 from lowrank.planning import LayerPlan, Plan
-from lowrank.ranks import Costs, Curve
+from lowrank.ranks import Costs
 
 POINTS = 9
 """Ranks timed per shape, evenly spaced up to the break-even; between them it is interpolated."""
@@ -124,18 +125,14 @@ def latency_costs(
         points[layer.name] = [table.of(layer, count, like) for count in tokens.get(layer.name, [])]  # type: ignore[arg-type]
     dense = sum(at[0][1] for calls in points.values() for at in calls)
 
-    def price(layer: LayerPlan, curve: Curve) -> Curve:
+    def price(menu: Menu) -> Menu:
+        (layer,) = menu.layers
         costs = sum(
-            (np.append(np.interp(curve.ranks, *_xy(at)), at[0][1]) for at in points[layer.name]),
-            start=np.zeros(len(curve.costs)),
+            (np.append(np.interp(menu.ranks, *_xy(at)), at[0][1]) for at in points[layer.name]),
+            start=np.zeros(len(menu.costs)),
         )
-        rising = np.maximum.accumulate(costs[:-1]) + 1e-12 * np.arange(len(curve.ranks))
-        kept = rising < costs[-1]
-        return Curve(
-            curve.ranks[kept],
-            np.append(rising[kept], max(costs[-1], 1e-12)),
-            np.append(curve.losses[:-1][kept], 0.0),
-        )
+        rising = np.maximum.accumulate(costs[:-1]) + 1e-12 * np.arange(len(menu.ranks))
+        return menu.priced(np.append(rising, max(costs[-1], 1e-12)))
 
     def say(cost: float) -> str:
         return f"{cost:.4g} s, a speed-up of {whole / cost:.2f}×"

@@ -45,6 +45,7 @@ def compress(
     ignore: Sequence[str] | None = None,
     allocation: str = "global",
     round_to: int = 8,
+    share: str | None = None,
     tolerance: float = 1e-3,
     seed: int = 0,
     progress: bool = False,
@@ -77,6 +78,9 @@ def compress(
         ignore: Patterns of layers to leave alone.
         allocation: ``"global"``, or ``"uniform"`` to keep the same fraction of each layer.
         round_to: Ranks that are chosen, not given, are multiples of this.
+        share: ``"inputs"`` lets layers that read the same input (queries, keys and values; gate and up
+            projections) share their first factor, where that is predicted to lose less at the same size;
+            with a ``rank``, wherever they get the same one. Which layers these are is seen in calibration.
         tolerance: Largest relative excess over each layer's optimal error, proven or measured.
         seed: Seed of the randomized solver; the global random state is not touched.
         progress: Show progress bars on a terminal.
@@ -99,7 +103,7 @@ def compress(
         )
     """
     budget = Budget.of(rank=rank, keep=keep, energy=energy, error=error, max_bytes=max_bytes, speedup=speedup)
-    request = Request(budget, metric, add_bias, targets, ignore, allocation, round_to, tolerance)
+    request = Request(budget, metric, add_bias, targets, ignore, allocation, round_to, tolerance, share)
     layers = drafted(model, request, stats)  # before the work of calibrating: a bad request fails here
     if data is not None:
         if stats is not None:
@@ -189,6 +193,7 @@ def plan(
     ignore: Sequence[str] | None = None,
     allocation: str = "global",
     round_to: int = 8,
+    share: str | None = None,
     tolerance: float = 1e-3,
     progress: bool = False,
 ) -> Plan:
@@ -203,7 +208,7 @@ def plan(
         LowRankError: If anything is wrong with the request or the model.
     """
     budget = Budget.of(rank=rank, keep=keep, energy=energy, error=error, max_bytes=max_bytes, speedup=speedup)
-    request = Request(budget, metric, add_bias, targets, ignore, allocation, round_to, tolerance)
+    request = Request(budget, metric, add_bias, targets, ignore, allocation, round_to, tolerance, share)
     layers = drafted(model, request, stats)
     return decide(model, layers, request, stats, True, progress, Timing(inputs, latencies))
 

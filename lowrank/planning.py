@@ -130,6 +130,8 @@ class LayerPlan:
         relative_error: ``‖W − LR‖ / ‖W‖`` at that rank under the plan's metric; ``None`` until measured.
         held_out_error: The same on tokens that calibration had not used, as a trial factorization fared
             there; ``None`` without statistics.
+        down_of: The layer whose ``down`` this one uses, since both read the same input; ``None`` if it has
+            its own.
         reason: Why the layer has this rank, or why it stays dense.
         targeted: Whether the layer may change and counts for `keep`; if not, `reason` says why.
         added_bias: Whether the factorized layer gets a bias that the dense one has not.
@@ -149,6 +151,7 @@ class LayerPlan:
     added_bias: bool = False
     loss_increase: float | None = None
     held_out_error: float | None = None
+    down_of: str | None = None
 
     def __post_init__(self) -> None:
         if self.rank is not None:
@@ -170,8 +173,8 @@ class LayerPlan:
         return self.dense_parameters if self.rank is None else self.parameters_at(self.rank)
 
     def parameters_at(self, rank: int) -> int:
-        """Parameters of the two factors at ``rank``: ``rank · (in + out)``."""
-        return rank * (self.in_features + self.out_features)
+        """Parameters at ``rank``: ``rank · (in + out)``, or ``rank · out`` with the ``down`` of another."""
+        return rank * (self.out_features + (self.in_features if self.down_of is None else 0))
 
     @property
     def largest_paying_rank(self) -> int:
@@ -193,6 +196,7 @@ class LayerPlan:
             added_bias=False,
             loss_increase=None,
             held_out_error=None,
+            down_of=None,
         )
 
 
@@ -265,6 +269,18 @@ class Plan:
         return tuple(layer for layer in self.layers if layer.targeted)
 
     @property
+    def shared(self) -> dict[str, tuple[LayerPlan, ...]]:
+        """By owner of a ``down``, the layers that use it, the owner first; it need not be in the plan."""
+        users: dict[str, list[LayerPlan]] = {}
+        for layer in self.factorized:
+            if layer.down_of is not None:
+                users.setdefault(layer.down_of, []).append(layer)
+        return {
+            name: (*((self._index[name],) if name in self._index else ()), *layers)
+            for name, layers in users.items()
+        }
+
+    @property
     def loss_increase(self) -> float | None:
         """Predicted increase of the objective per term: the sum over the layers; ``None`` if not known."""
         parts = [layer.loss_increase for layer in self.factorized]
@@ -296,6 +312,8 @@ class Plan:
     def with_rank(self, pattern: str, rank: int | None) -> Plan:
         """Return the plan with every matching layer set to ``rank``; `apply` checks that they can be.
 
+        An edited layer shares no factor any more; layers that shared one go on without it.
+
         Args:
             pattern: Unix-style pattern on layer names.
             rank: The new rank, ``1 .. min(out, in)``; ``None`` leaves the layers dense.
@@ -316,7 +334,18 @@ class Plan:
             raise no_match(pattern, list(self._index), "layers of the plan")
         reason = "left dense by hand" if rank is None else "set by hand"
         edited = [replace(layer.dense(reason), rank=rank, targeted=True) for layer in chosen]
-        return self.with_layers({layer.name: layer for layer in edited})
+        return self.with_layers({layer.name: layer for layer in edited})._with_owners()
+
+    def _with_owners(self) -> Plan:
+        """Return the plan with a new owner, the first user, for each shared ``down`` that has lost it."""
+        layers = {}
+        for name, (owner, *_) in self.shared.items():
+            first, *others = (layer for layer in self.factorized if layer.down_of == name)
+            if owner.name == name and owner.rank == first.rank:
+                continue
+            layers[first.name] = replace(first, down_of=None)
+            layers.update({layer.name: replace(layer, down_of=first.name) for layer in others})
+        return self.with_layers(layers)
 
     def diff(self, other: Plan) -> list[Change]:
         """List the layers whose rank differs, or that only one of the plans has."""
@@ -419,11 +448,14 @@ class Plan:
 def _summary(layer: LayerPlan | None) -> str:
     if layer is None:
         return "absent"
-    return "dense" if layer.rank is None else f"rank {layer.rank}"
+    if layer.rank is None:
+        return "dense"
+    return f"rank {layer.rank}" + (f", down of {layer.down_of}" if layer.down_of is not None else "")
 
 
 _TYPES: dict[str, tuple[type, ...]] = {
     "str": (str,),
+    "str | None": (str, type(None)),
     "int": (int,),
     "bool": (bool,),
     "int | None": (int, type(None)),

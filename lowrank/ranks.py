@@ -1,23 +1,21 @@
 """Select ranks: spectra and a budget become a plan.
 
-``keep`` is one constrained problem over all layers: minimise the sum of the layers' errors subject
-to the parameters that may remain, with the dense weight (no error, all parameters) always among the
-choices. The optimum of the Lagrangian lies on the lower convex hulls of the layers' error curves;
-their segments, steepest first, are taken while they fit, and the rest is filled greedily.
+``keep``, ``max_bytes`` and ``speedup`` are one constrained problem over all layers: minimise the sum of
+the layers' errors subject to what may remain (`lowrank.allocator`), with the dense weight (no error,
+all of the cost) always among the choices (`lowrank.menus`).
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import numpy as np
-
+from lowrank.allocator import allocate, uniform
 from lowrank.errors import BudgetError, RankError, TargetError
 from lowrank.linalg import Spectrum
+from lowrank.menus import SHARING, Group, Menu, best_partitions, menu_of, partitions, sharing
 from lowrank.patterns import is_wildcard, matches, no_match
 from lowrank.planning import Budget, LayerPlan, Plan
 
@@ -36,6 +34,7 @@ def select(
     loss_per_square: Mapping[str, float] | None = None,
     held_out_ratio: Mapping[str, float] | None = None,
     costs: Costs | None = None,
+    groups: Sequence[Group] = (),
 ) -> Plan:
     """Give every targeted layer of ``draft`` a rank, or the reason why it stays dense.
 
@@ -55,6 +54,8 @@ def select(
             units of the loss: errors of different layers are then compared as they are.
         held_out_ratio: By layer, squared errors on held-out tokens over the predicted ones.
         costs: The unit of a ``max_bytes`` or ``speedup`` budget.
+        groups: Layers that may share their ``down``. A given rank makes them share it; other budgets
+            make them share where that is better than factors of their own.
 
     Raises:
         BudgetError: If no layer would change, or ``keep`` is below what the smallest ranks need.
@@ -66,16 +67,18 @@ def select(
     if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1:
         raise BudgetError(f"round_to={round_to!r}: ranks are rounded to a positive whole number.")
     if budget.kind == "rank":
-        layers = _by_rank(draft, budget.value, named)
+        layers = _sharing_at_rank(_by_rank(draft, budget.value, named), groups)
     elif budget.kind in ("energy", "error"):
         layers = _by_error(draft, budget, spectra, round_to, tolerance)
+        layers = _sharing_within_error(layers, budget, groups, round_to, tolerance)
     else:
-        curves = [_curve(x, spectra[x.name], round_to, loss_per_square) for x in draft.targeted]
+        menus = _menus(draft, spectra, round_to, loss_per_square, costs, groups)
         if costs is None:
-            layers = _by_keep(draft, budget.value, curves, allocation, round_to)
+            layers = _by_keep(draft, budget.value, menus, allocation, round_to)
         else:
-            layers = _by_cost(draft, budget, curves, costs, allocation)
-    chosen = {layer.name: _with_error(layer, spectra, loss_per_square, held_out_ratio) for layer in layers}
+            layers = _by_cost(draft, budget, menus, costs, allocation)
+    known = {**spectra, **_joint_spectra(layers, groups)}
+    chosen = {layer.name: _with_error(layer, known, loss_per_square, held_out_ratio) for layer in layers}
     plan = replace(draft, budget=str(budget), allocation=allocation, round_to=round_to, tolerance=tolerance)
     plan = plan.with_layers(chosen)
     if not any(layer.rank for layer in chosen.values()):
@@ -185,7 +188,7 @@ def _at_rank(layer: LayerPlan, rank: int | None, named: bool) -> LayerPlan:
 def _by_error(
     draft: Plan, budget: Budget, spectra: Mapping[str, Spectrum], round_to: int, tolerance: float
 ) -> list[LayerPlan]:
-    bound = budget.value if budget.kind == "error" else (1 - budget.value) ** 0.5
+    bound = _error_bound(budget)
     layers = []
     for layer in draft.targeted:
         needed = spectra[layer.name].smallest_rank(bound / (1 + tolerance))
@@ -200,11 +203,89 @@ def _by_error(
     return layers
 
 
+def _sharing_at_rank(layers: list[LayerPlan], groups: Sequence[Group]) -> list[LayerPlan]:
+    """Let the layers of a group share ``down`` where all of them were given the same rank."""
+    found = {layer.name: layer for layer in layers}
+    for group in groups:
+        members = [found[name] for name in group.names]
+        rank = members[0].rank
+        if rank is not None and all(layer.rank == rank for layer in members):
+            found.update({layer.name: layer for layer in sharing(members, rank, "as asked")})
+    return list(found.values())
+
+
+def _sharing_within_error(
+    layers: list[LayerPlan], budget: Budget, groups: Sequence[Group], round_to: int, tolerance: float
+) -> list[LayerPlan]:
+    """Let the layers of a group share ``down`` where keeping the bound then takes fewer parameters."""
+    found = {layer.name: layer for layer in layers}
+    for group in groups:
+        for names, joint in sorted(group.joint.items(), key=lambda item: -len(item[0])):
+            members = [found[name] for name in names]
+            bound = _error_bound(budget) / (1 + tolerance)
+            needed = max(spectrum.smallest_rank(bound) for spectrum in joint)
+            rank = -(-needed // round_to) * round_to
+            small = sharing([layer.dense("") for layer in members], rank, f"{budget} needs rank {needed}")
+            free = not any(SHARING in layer.reason for layer in members)
+            if free and sum(x.parameters for x in small) < sum(x.parameters for x in members):
+                found.update({layer.name: layer for layer in small})
+    return list(found.values())
+
+
+def _joint_spectra(layers: Sequence[LayerPlan], groups: Sequence[Group]) -> dict[str, Spectrum]:
+    """Return the errors of the layers that share ``down``, with those that they share it with."""
+    users: dict[str, list[str]] = {}
+    for layer in layers:
+        if layer.down_of is not None:
+            users.setdefault(layer.down_of, [layer.down_of]).append(layer.name)
+    found = {}
+    for names in map(tuple, users.values()):
+        joint = next(group.joint[names] for group in groups if names in group.joint)
+        found.update(dict(zip(names, joint, strict=True)))
+    return found
+
+
+def _error_bound(budget: Budget) -> float:
+    """Return the largest relative error that an ``error`` or ``energy`` budget allows."""
+    return float(budget.value if budget.kind == "error" else (1 - budget.value) ** 0.5)
+
+
+def _menus(
+    draft: Plan,
+    spectra: Mapping[str, Spectrum],
+    round_to: int,
+    loss_per_square: Mapping[str, float] | None,
+    costs: Costs | None,
+    groups: Sequence[Group],
+) -> list[list[tuple[Menu, ...]]]:
+    """List what layers can become, priced: for each layer or group the ways to divide it, as menus."""
+    scales = {x.name: _loss_scale(x, spectra[x.name], loss_per_square) for x in draft.targeted}
+    known = {(x.name,): (spectra[x.name],) for x in draft.targeted}
+    menus: dict[tuple[str, ...], Menu] = {}
+    for names, errors in itertools.chain(known.items(), *(group.joint.items() for group in groups)):
+        layers = [draft[name] for name in names]
+        menu = menu_of(layers, errors, [scales[name] for name in names], round_to)
+        menus[names] = menu if costs is None else costs.price(menu)
+    grouped = {name for group in groups for name in group.names}
+    alone = [(x.name,) for x in draft.targeted if x.name not in grouped]
+    return [list(partitions(names, menus)) for names in [*alone, *(group.names for group in groups)]]
+
+
+def _loss_scale(layer: LayerPlan, spectrum: Spectrum, loss_per_square: Mapping[str, float] | None) -> float:
+    """Return the factor that makes squared errors, in units of the spectrum's scale, comparable."""
+    if loss_per_square is not None:
+        return loss_per_square[layer.name] * spectrum.scale**2
+    # Squared error with each weight scaled to unit mean square. Absolute errors would follow the
+    # arbitrary scale of a layer, and relative ones alone would count a small layer like a large one.
+    total = float(spectrum.tail[0])
+    return layer.dense_parameters / total if total > 0 else 0.0
+
+
 def _by_keep(
-    draft: Plan, keep: float, curves: list[Curve], allocation: str, round_to: int
+    draft: Plan, keep: float, menus: Sequence[Sequence[tuple[Menu, ...]]], allocation: str, round_to: int
 ) -> list[LayerPlan]:
     total = sum(layer.dense_parameters for layer in draft.targeted)
-    least = sum(int(curve.costs[0]) for curve in curves)
+    least = int(_least(menus))
     if least > keep * total:
         nearest = math.floor(1000 * least / total + 1) / 1000
         advice = f"Use keep={nearest} or more, or a" if nearest < 1 else "Use a"
@@ -212,38 +293,33 @@ def _by_keep(
             f"keep={keep!r} leaves {keep * total:,.0f} of {total:,} parameters, but the smallest ranks "
             f"(multiples of {round_to}) need {least:,}. {advice} smaller round_to."
         )
-    return _within(draft, curves, keep * total, allocation)
+    return _within(menus, keep * total, allocation)
 
 
 def _by_cost(
-    draft: Plan, budget: Budget, curves: list[Curve], costs: Costs, allocation: str
+    draft: Plan, budget: Budget, menus: Sequence[Sequence[tuple[Menu, ...]]], costs: Costs, allocation: str
 ) -> list[LayerPlan]:
     """Allocate under a cost other than parameters."""
-    priced = [costs.price(layer, curve) for layer, curve in zip(draft.targeted, curves, strict=True)]
     limit = costs.limit - costs.fixed
-    least = sum(float(curve.costs[0]) for curve in priced)
+    least = _least(menus)
     if least > limit:
         nearest = costs.say(least + costs.fixed)
         raise BudgetError(
             f"{budget} cannot be met: with the smallest ranks on offer {draft.model} still needs "
             f"{nearest}. That is the least possible with these targets and this round_to."
         )
-    return _within(draft, priced, limit, allocation)
+    return _within(menus, limit, allocation)
 
 
-def _within(draft: Plan, curves: list[Curve], limit: float, allocation: str) -> list[LayerPlan]:
-    choices = _uniform(curves, limit) if allocation == "uniform" else allocate(curves, limit)
-    return [
-        _chosen(layer, curve, choice)
-        for layer, curve, choice in zip(draft.targeted, curves, choices, strict=True)
-    ]
+def _least(menus: Sequence[Sequence[tuple[Menu, ...]]]) -> float:
+    """Return the cost of the cheapest choices."""
+    return sum(min(sum(float(menu.costs[0]) for menu in parts) for parts in choices) for choices in menus)
 
 
-def _chosen(layer: LayerPlan, curve: Curve, choice: int) -> LayerPlan:
-    if choice == len(curve.ranks):
-        small = not len(curve.ranks)
-        return layer.dense("too small: no rank saves parameters" if small else "worth its parameters")
-    return replace(layer, rank=int(curve.ranks[choice]), reason="chosen by the allocator")
+def _within(menus: Sequence[Sequence[tuple[Menu, ...]]], limit: float, allocation: str) -> list[LayerPlan]:
+    parts = best_partitions(menus, limit)
+    points = uniform(parts, limit) if allocation == "uniform" else allocate(parts, limit)
+    return [layer for menu, point in zip(parts, points, strict=True) for layer in menu.carried_out(point)]
 
 
 @dataclass(frozen=True)
@@ -253,120 +329,11 @@ class Costs:
     Args:
         limit: What the whole model may cost.
         fixed: What everything but the targeted weights costs.
-        price: Returns a layer's curve with its costs in this unit.
+        price: Returns a menu with its costs in this unit.
         say: Puts a cost into words.
     """
 
     limit: float
     fixed: float
-    price: Callable[[LayerPlan, Curve], Curve]
+    price: Callable[[Menu], Menu]
     say: Callable[[float], str]
-
-
-@dataclass(frozen=True)
-class Curve:
-    """The choices for one layer, cheapest first; the last one is the dense weight.
-
-    Args:
-        ranks: The ranks on offer, ``(choices − 1,)``.
-        costs: Parameters of each choice, ``(choices,)``, increasing.
-        losses: Error of each choice, ``(choices,)``, decreasing to 0.
-    """
-
-    ranks: np.ndarray[Any, Any]
-    costs: np.ndarray[Any, Any]
-    losses: np.ndarray[Any, Any]
-
-
-def _curve(
-    layer: LayerPlan, spectrum: Spectrum, round_to: int, loss_per_square: Mapping[str, float] | None
-) -> Curve:
-    ranks = np.arange(round_to, layer.largest_paying_rank + 1, round_to)
-    tail = spectrum.tail.numpy()
-    if loss_per_square is not None:
-        scale = loss_per_square[layer.name] * spectrum.scale**2
-    else:
-        # Squared error with each weight scaled to unit mean square. Absolute errors would follow the
-        # arbitrary scale of a layer, and relative ones alone would count a small layer like a large one.
-        scale = layer.dense_parameters / float(tail[0]) if tail[0] > 0 else 0.0
-    losses = tail[ranks] * scale
-    return Curve(
-        ranks=ranks,
-        costs=np.append(ranks * (layer.in_features + layer.out_features), layer.dense_parameters),
-        losses=np.append(losses, 0.0),
-    )
-
-
-def _uniform(curves: list[Curve], budget: float) -> list[int]:
-    """Keep the same fraction of every layer; less than the budget's where small layers need more."""
-    keep = min(1.0, budget / sum(float(curve.costs[-1]) for curve in curves))
-    for fraction in np.linspace(keep, 0, 1000):  # at once, unless small layers take more than their share
-        choices = [_largest_within(curve, fraction * curve.costs[-1]) for curve in curves]
-        if sum(float(curve.costs[choice]) for curve, choice in zip(curves, choices, strict=True)) <= budget:
-            return choices
-    return [0] * len(curves)
-
-
-def _largest_within(curve: Curve, cost: float) -> int:
-    """Return the most expensive choice within ``cost``, or else the cheapest one."""
-    return max(0, int(np.searchsorted(curve.costs, cost, side="right")) - 1)
-
-
-def allocate(curves: list[Curve], budget: float) -> list[int]:
-    """Choose one point of every curve so that the costs fit the budget and the losses are small.
-
-    Args:
-        curves: One per layer.
-        budget: Largest sum of costs, at least the sum of the cheapest choices.
-
-    Returns:
-        The index of the choice on each curve. Where every segment fits exactly it is the optimum of
-        the Lagrangian; what the last segments leave over is filled by the best gain per parameter.
-
-    Source: Shoham & Gersho 1988, "Efficient bit allocation for an arbitrary set of quantizers".
-    """
-    choices = [0] * len(curves)
-    left = budget - sum(float(curve.costs[0]) for curve in curves)
-    segments = [
-        (slope, number, start, stop)
-        for number, curve in enumerate(curves)
-        for slope, start, stop in _hull_segments(curve)
-    ]
-    for _, number, start, stop in sorted(segments, key=lambda segment: -segment[0]):
-        cost = float(curves[number].costs[stop] - curves[number].costs[start])
-        if choices[number] == start and cost <= left:
-            choices[number], left = stop, left - cost
-    while True:
-        steps = [_best_step(curve, choice, left) for curve, choice in zip(curves, choices, strict=True)]
-        number = max(range(len(steps)), key=lambda i: steps[i][0], default=0)
-        if not steps or steps[number][0] <= 0:
-            return choices
-        target = steps[number][1]
-        left -= float(curves[number].costs[target] - curves[number].costs[choices[number]])
-        choices[number] = target
-
-
-def _hull_segments(curve: Curve) -> list[tuple[float, int, int]]:
-    """Return ``(gain per parameter, start, stop)`` along the lower convex hull, steepest first."""
-    hull: list[int] = []
-    for point in range(len(curve.costs)):
-        while len(hull) > 1 and _slope(curve, hull[-2], hull[-1]) <= _slope(curve, hull[-1], point):
-            hull.pop()
-        hull.append(point)
-    return [(_slope(curve, a, b), a, b) for a, b in itertools.pairwise(hull)]
-
-
-def _slope(curve: Curve, start: int, stop: int) -> float:
-    gain = curve.losses[start] - curve.losses[stop]
-    return float(gain / (curve.costs[stop] - curve.costs[start]))
-
-
-def _best_step(curve: Curve, choice: int, left: float) -> tuple[float, int]:
-    """Return the best gain per parameter within ``left``, and the choice that it leads to."""
-    extra = curve.costs[choice + 1 :] - curve.costs[choice]
-    extra = extra[extra <= left]
-    if not len(extra):
-        return 0.0, choice
-    gains = (curve.losses[choice] - curve.losses[choice + 1 : choice + 1 + len(extra)]) / extra
-    best = int(np.argmax(gains))
-    return float(gains[best]), choice + 1 + best

@@ -8,7 +8,8 @@ layer's decomposition.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowrank.errors import LowRankError, PlanError, WeightError
-from lowrank.factoring import check_stats, factorized
+from lowrank.factoring import check_stats, factorized, jointly_factorized
 from lowrank.linalg.svd import check_options, checked_weight
+from lowrank.menus import largest_shared_rank
 from lowrank.nn import LowRankLinear, kind_named, kind_of
 from lowrank.obstacles import check_model, find_obstacles
 from lowrank.planning import LayerPlan, Plan
@@ -42,12 +44,35 @@ def apply(
     todo = _validate(model, plan)
     if todo:
         check_stats(model, plan, stats)
-    bar = tqdm(todo, desc="factorizing", unit="layer", disable=None if progress else True)
-    for layer in bar:
-        bar.set_postfix_str(layer.name)
-        dense = model.get_submodule(layer.name)
-        replace_module(model, layer.name, _adopt(factorized(dense, layer, plan, stats, seed), dense))
+    bar = tqdm(total=len(todo), desc="factorizing", unit="layer", disable=None if progress else True)
+    for layers in _together(plan, todo):
+        bar.set_postfix_str(layers[0].name)
+        _factorize(model, layers, plan, stats, seed)  # whose dense weights are gone when it returns
+        bar.update(len(layers))
+    bar.close()
     return model
+
+
+def _factorize(
+    model: nn.Module, layers: Sequence[LayerPlan], plan: Plan, stats: Stats | None, seed: int
+) -> None:
+    """Replace one layer, or those that share a ``down``."""
+    dense = [model.get_submodule(layer.name) for layer in layers]
+    if len(layers) == 1:
+        new = [factorized(dense[0], layers[0], plan, stats, seed)]
+    else:
+        assert stats is not None  # checked
+        new = jointly_factorized(dense, layers, plan, stats, seed)
+    for layer, old, small in zip(layers, dense, new, strict=True):
+        replace_module(model, layer.name, _adopt(small, old))
+
+
+def _together(plan: Plan, todo: Sequence[LayerPlan]) -> Iterator[tuple[LayerPlan, ...]]:
+    """Yield the layers one by one, but those that share a ``down`` together, its owner first."""
+    shared = plan.shared
+    for layer in todo:
+        if layer.down_of is None:
+            yield shared.get(layer.name, (layer,))
 
 
 @contextlib.contextmanager
@@ -80,7 +105,8 @@ def restructure(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         PlanError: As `apply`.
     """
-    for layer in _validate(model, plan, loading=True):
+    shared = plan.shared
+    for layer in itertools.chain.from_iterable(_together(plan, _validate(model, plan, loading=True))):
         dense = model.get_submodule(layer.name)
         kind = kind_of(dense)
         assert kind is not None  # _validate has refused everything else
@@ -93,9 +119,12 @@ def restructure(model: nn.Module, plan: Plan) -> nn.Module:
             torch.empty(layer.rank or 0, layer.in_features, device="meta", dtype=weight.dtype),
             bias,
             kind=layer.kind,
+            shared=layer.down_of is not None or layer.name in shared,
             relative_error=layer.relative_error,
             added_bias=layer.added_bias,
         )
+        if layer.down_of is not None:
+            new.use_down_of(model.get_submodule(layer.down_of))  # type: ignore[arg-type]
         replace_module(model, layer.name, _adopt(new, dense))
     return model
 
@@ -161,6 +190,7 @@ def _validate(model: nn.Module, plan: Plan, loading: bool = False) -> list[Layer
     """Return the layers to factorize, or raise before anything has changed."""
     blocked = find_obstacles(model)
     modules = dict(model.named_modules())
+    shared = plan.shared
     todo = []
     for layer in plan:
         module = modules.get(layer.name)
@@ -180,15 +210,52 @@ def _validate(model: nn.Module, plan: Plan, loading: bool = False) -> list[Layer
             continue
         if layer.name in blocked:
             raise PlanError(f"{layer.name}: this layer must stay dense: it {blocked[layer.name]}.")
-        _check_layer(module, layer)
+        _check_layer(module, layer, shared=layer.down_of is not None or layer.name in shared)
         if not loading:  # a checkpoint's ranks and weights are as they are
-            _check_pays(layer)
+            if layer.down_of is None and layer.name not in shared:
+                _check_pays(layer)
             _check_weight(module, layer)
         todo.append(layer)
+    for name, layers in shared.items():
+        _check_shared(name, layers, modules, loading)
     return todo
 
 
-def _check_layer(module: nn.Module, layer: LayerPlan) -> None:
+def _check_shared(
+    name: str, layers: Sequence[LayerPlan], modules: Mapping[str, nn.Module], loading: bool
+) -> None:
+    """Check that ``layers`` can use the ``down`` of the layer called ``name``, the first of them."""
+    owner = layers[0]
+    for layer in (layer for layer in layers if layer.down_of == name):
+        if owner.name != name or owner.down_of is not None:
+            raise PlanError(
+                f"{layer.name}: is to use the down of {name}, which has none of its own in the plan."
+            )
+        if (layer.rank, layer.in_features) != (owner.rank, owner.in_features):
+            raise PlanError(
+                f"{layer.name}: is to use the down of {name}, but has rank {layer.rank} and "
+                f"{layer.in_features} inputs where that has rank {owner.rank} and {owner.in_features}."
+            )
+    done = {layer.name for layer in layers if isinstance(modules.get(layer.name), LowRankLinear)}
+    if done and len(done) < len(layers):
+        raise PlanError(
+            f"{name}: shares its down with other layers, but only some of them are factorized. "
+            "Call decompress(model) first, or start from the dense checkpoint."
+        )
+    if loading or done:
+        return
+    weights = [modules[layer.name].weight for layer in layers]
+    if len({(weight.dtype, weight.device) for weight in weights}) > 1:
+        raise PlanError(f"{name}: layers that share a down must have one dtype and one device.")
+    largest = largest_shared_rank(layers)
+    if owner.rank is not None and owner.rank > largest:
+        raise PlanError(
+            f"{name}: joint rank {owner.rank} of {len(layers)} layers does not save parameters.\n"
+            f"  Use a rank of at most {largest}, or let each have factors of its own."
+        )
+
+
+def _check_layer(module: nn.Module, layer: LayerPlan, shared: bool) -> None:
     kind = kind_of(module)
     if kind is None or kind.name != layer.kind:
         raise PlanError(f"{layer.name}: the plan says {layer.kind}, the model has a {type(module).__name__}.")
@@ -198,9 +265,11 @@ def _check_layer(module: nn.Module, layer: LayerPlan) -> None:
             f"{layer.name}: the plan is for a weight (out={layer.out_features}, in={layer.in_features}), "
             f"the model's is (out={shape[0]}, in={shape[1]}). Make a plan for this model."
         )
-    if layer.rank is not None and layer.rank > min(shape):
+    largest = shape[1] if shared else min(shape)  # joint factors have as many rows as all weights together
+    if layer.rank is not None and layer.rank > largest:
         raise PlanError(
-            f"{layer.name}: rank {layer.rank} is above min(out, in) = {min(shape)} of the weight."
+            f"{layer.name}: rank {layer.rank} is above {'in' if shared else 'min(out, in)'} = {largest} of "
+            "the weight."
         )
 
 

@@ -62,8 +62,9 @@ def draft(
             raise no_match(pattern, list(layers), f"linear layers of {type(model).__name__}")
     blocked = find_obstacles(model)
     plans = []
+    owners = {id(x.down): n for n, x in layers.items() if isinstance(x, LowRankLinear) and x.owns_down}
     for name, module in layers.items():
-        plan = _describe(name, module)
+        plan = _describe(name, module, owners)
         reason = blocked.get(name)
         if reason and name in (targets or ()):
             raise TargetError(
@@ -77,7 +78,7 @@ def draft(
     return Plan(model=type(model).__name__, layers=tuple(plans))
 
 
-def _describe(name: str, module: nn.Module) -> LayerPlan:
+def _describe(name: str, module: nn.Module, owners: Mapping[int, str]) -> LayerPlan:
     if isinstance(module, LowRankLinear):
         return LayerPlan(
             name,
@@ -88,6 +89,7 @@ def _describe(name: str, module: nn.Module) -> LayerPlan:
             module.rank,
             module.relative_error,
             added_bias=module.added_bias,
+            down_of=None if module.owns_down else owners.get(id(module.down)),
         )
     kind = kind_of(module)
     bias = module.bias is not None

@@ -83,10 +83,10 @@ def test_errors_and_text_know_nothing_of_the_library(leaf):
 
 LAYERS = [
     {"errors", "text"},
-    {"patterns", "tensorfile", "folders", "linalg"},
+    {"patterns", "tensorfile", "folders", "linalg", "allocator"},
     {"batches", "blocks", "textfiles", "fingerprints", "modes"},
     {"planning", "statistics", "objectives", "snapshots"},
-    {"nn", "reads", "distillation"},
+    {"nn", "reads", "distillation", "menus"},
     {"obstacles"},
     {"factoring", "trials"},
     {"targets", "calibration", "ranks", "surgery", "recovery", "evaluation"},  # the stages

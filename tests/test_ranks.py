@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lowrank import compress, plan
+from lowrank.allocator import Curve, allocate
 from lowrank.errors import BudgetError, LowRankError, RankError, TargetError
 from lowrank.linalg import spectrum
 from lowrank.planning import Budget, LayerPlan, Plan
-from lowrank.ranks import Curve, allocate, select
+from lowrank.ranks import select
 
 
 def weight(rows: int, columns: int, decay: float = 0.5, seed: int = 0) -> torch.Tensor:
@@ -46,7 +47,6 @@ def convex_curves(draw: st.DrawFn, equal_costs: bool = False) -> list[Curve]:
         start = draw(st.integers(1, 20))
         curves.append(
             Curve(
-                ranks=np.arange(1, steps + 1),
                 costs=start + np.concatenate([[0], np.cumsum(gaps)]).astype(int),
                 losses=np.append(np.cumsum(gains[::-1])[::-1], 0.0),
             )
@@ -97,7 +97,7 @@ def test_on_any_curves_the_budget_holds_and_no_step_that_fits_is_left(data, shar
         gaps = data.draw(st.lists(st.integers(1, 30), min_size=size, max_size=size))
         losses = data.draw(st.lists(st.floats(0.01, 100), min_size=size, max_size=size, unique=True))
         losses = np.array([*sorted(losses, reverse=True)[:-1], 0.0])
-        curves.append(Curve(np.arange(1, size), np.cumsum(gaps), losses))
+        curves.append(Curve(np.cumsum(gaps), losses))
     budget = budget_within(curves, share)
     choices = allocate(curves, budget)
     cost, loss = totals(curves, choices)

@@ -196,7 +196,9 @@ def record(model: nn.Module, plan: Plan | None = None) -> None:
         if found.factorized:
             known = plan if plan is not None else recorded(part)
             done = known.carried_out(found) if known is not None else found
-            if _method(part) == "gguf":  # unpacked, see check_unquantized: an ordinary model by now
+            if _method(part) == "gguf" and hasattr(part, "hf_quantizer"):
+                # Unpacked, see check_unquantized: an ordinary model by now. A copy built from its config
+                # has the entry only.
                 part.hf_quantizer.remove_quantization_config(part)
             part.config.quantization_config = LowRankConfig(plan=done.to_dict())
         elif _method(part) == METHOD:
@@ -340,12 +342,16 @@ def _localized(plan: Plan, model: PreTrainedModel) -> Plan:
     """
     names = {name for name, _ in model.named_modules()}
     prefix = model.base_model_prefix + "."
+
+    def translated(name: str | None) -> str | None:
+        candidates = () if name is None else (name, prefix + name, name.removeprefix(prefix))
+        return next((name for name in candidates if name in names), None)
+
     layers = []
     for layer in plan:
-        candidates = (layer.name, prefix + layer.name, layer.name.removeprefix(prefix))
-        name = next((name for name in candidates if name in names), None)
+        name = translated(layer.name)
         if name is not None:
-            layers.append(replace(layer, name=name))
+            layers.append(replace(layer, name=name, down_of=translated(layer.down_of)))
     if plan.factorized and not any(layer.rank for layer in layers):
         raise CheckpointError(
             f"config.json: none of the {len(plan.factorized)} factorized layers of {plan.model} "

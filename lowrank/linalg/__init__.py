@@ -1,5 +1,6 @@
 """The mathematics: pure functions of tensors that know nothing of modules or plans."""
 
+from lowrank.linalg.joint import joint_spectra
 from lowrank.linalg.metric import Diagonal, Gram, Identity, Metric, PulledBack, Stacked
 from lowrank.linalg.spectra import Spectrum, spectrum
 from lowrank.linalg.svd import Factors, choose_solver, truncated_svd
@@ -14,6 +15,7 @@ __all__ = [
     "Spectrum",
     "Stacked",
     "choose_solver",
+    "joint_spectra",
     "spectrum",
     "truncated_svd",
 ]

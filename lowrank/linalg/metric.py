@@ -16,6 +16,7 @@ loss      full        full      Kronecker-factored Fisher (Martens & Grosse 2015
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -165,26 +166,31 @@ class PulledBack:
 
 @dataclass(frozen=True, eq=False)
 class Stacked:
-    """The outputs of several layers, one below the other: a block-diagonal metric.
+    """The outputs of several layers, one below the other: ``G = diag(s₁G₁, s₂G₂, …)``.
 
     Args:
-        sides: One per layer.
+        sides: ``Gᵢ``, one per layer.
         sizes: Their numbers of outputs.
+        scales: ``sᵢ``, how much a squared error of each counts beside those of the others.
     """
 
     sides: tuple[Outputs, ...]
     sizes: tuple[int, ...]
+    scales: tuple[float, ...]
 
     def pull_back(self, weight: Tensor) -> Tensor:
-        """Return ``Σ Wᵢᵀ Gᵢ Wᵢ``, shape ``(in, in)``."""
-        parts = torch.split(weight, list(self.sizes))
-        pulled = [side.pull_back(part) for side, part in zip(self.sides, parts, strict=True)]
-        return torch.stack(pulled).sum(0)
+        """Return ``Σ sᵢ Wᵢᵀ Gᵢ Wᵢ``, shape ``(in, in)``."""
+        parts = zip(self.scales, self.sides, self.split(weight), strict=True)
+        return torch.stack([scale * side.pull_back(part) for scale, side, part in parts]).sum(0)
 
     def enter(self, weight: Tensor) -> Tensor:
         """Return ``Hᵀ W``, shape ``(Σ out, in)``."""
-        parts = torch.split(weight, list(self.sizes))
-        return torch.cat([side.enter(part) for side, part in zip(self.sides, parts, strict=True)])
+        parts = zip(self.scales, self.sides, self.split(weight), strict=True)
+        return torch.cat([math.sqrt(scale) * side.enter(part) for scale, side, part in parts])
+
+    def split(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """Cut ``(Σ out, …)`` into one part per layer."""
+        return torch.split(weight, list(self.sizes))
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lowrank.errors import RankError, WeightError
 from lowrank.linalg import truncated_svd
 from lowrank.nn.dense import kind_of
+from lowrank.nn.shared import SharedDown
 
 
 class LowRankLinear(nn.Module):
@@ -23,6 +24,8 @@ class LowRankLinear(nn.Module):
         rank: Inner size.
         bias: Whether to add a bias ``(out,)``.
         kind: Name of the dense layer that it stands for (`lowrank.nn.dense`).
+        shared: Whether ``down`` is to serve other layers too (`use_down_of`). The rank may then exceed
+            ``out_features``, up to ``in_features``.
         device, dtype: As for `torch.nn.Linear`.
 
     Attributes:
@@ -39,15 +42,17 @@ class LowRankLinear(nn.Module):
         bias: bool = True,
         *,
         kind: str = "linear",
+        shared: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         whole = isinstance(rank, int) and not isinstance(rank, bool)
-        if not whole or not 1 <= rank <= min(in_features, out_features):
+        largest = in_features if shared else min(in_features, out_features)
+        if not whole or not 1 <= rank <= largest:
             raise RankError(
                 f"rank {rank!r} of a layer (out={out_features}, in={in_features}): "
-                f"give a whole number from 1 to {min(in_features, out_features)}."
+                f"give a whole number from 1 to {largest}."
             )
         self.in_features = in_features
         self.out_features = out_features
@@ -55,7 +60,8 @@ class LowRankLinear(nn.Module):
         self.kind = kind
         self.relative_error: float | None = None
         self.added_bias = False
-        self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        down = SharedDown if shared else nn.Linear
+        self.down: nn.Linear = down(in_features, rank, bias=False, device=device, dtype=dtype)
         self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
         self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
 
@@ -72,12 +78,15 @@ class LowRankLinear(nn.Module):
         bias: nn.Parameter | None = None,
         *,
         kind: str = "linear",
+        shared: bool = False,
         relative_error: float | None = None,
         added_bias: bool = False,
     ) -> LowRankLinear:
         """Wrap ``left (out, rank)`` and ``right (rank, in)`` without copying; the bias is shared."""
         rank, in_features = right.shape
-        layer = cls(in_features, left.shape[0], rank, bias is not None, kind=kind, device="meta")
+        layer = cls(
+            in_features, left.shape[0], rank, bias is not None, kind=kind, shared=shared, device="meta"
+        )
         layer.down.weight = nn.Parameter(right)
         layer.up.weight = nn.Parameter(left)
         layer.up.register_parameter("bias", bias)
@@ -106,6 +115,26 @@ class LowRankLinear(nn.Module):
         new = cls.from_factors(left, right, bias, kind=kind.name, relative_error=error)
         return new.train(layer.training)
 
+    def use_down_of(self, owner: LowRankLinear) -> None:
+        """Use the ``down`` of ``owner`` from now on, which must have been made ``shared``.
+
+        It is not registered here: its parameters move, train and are saved with the owner.
+        """
+        assert isinstance(owner.down, SharedDown)
+        del self.down
+        self.__dict__["down"] = owner.down
+        owner.down.readers += 1
+
+    @property
+    def owns_down(self) -> bool:
+        """Whether ``down`` is this layer's own, and not that of another layer."""
+        return "down" in self._modules
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates per token, those of ``down`` with its owner; also the weights' parameters."""
+        return self.rank * (self.out_features + (self.in_features if self.owns_down else 0))
+
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(…, in)`` to ``(…, out)``."""
         return self.up(self.down(input))
@@ -118,5 +147,5 @@ class LowRankLinear(nn.Module):
         """Describe the layer as `torch.nn.Linear` does, with its rank."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"rank={self.rank}, bias={self.bias is not None}"
+            f"rank={self.rank}, bias={self.bias is not None}{'' if self.owns_down else ', shared down'}"
         )

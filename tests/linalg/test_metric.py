@@ -82,7 +82,9 @@ def test_what_was_pulled_back_through_a_tall_weight_replaces_the_outputs_metric(
 def test_stacked_outputs_are_one_block_diagonal_metric(sizes):
     weight, C = made(sum(sizes), 12, seed=0), moment(12, 300, seed=1)
     blocks = [moment(size, 300, seed=size) for size in sizes]
-    stacked = truncated_svd(weight, 4, Metric(Gram(C), Stacked(tuple(map(Gram, blocks)), sizes)))
+    stacked = truncated_svd(
+        weight, 4, Metric(Gram(C), Stacked(tuple(map(Gram, blocks)), sizes, (1.0,) * len(sizes)))
+    )
     whole = truncated_svd(weight, 4, Metric(Gram(C), Gram(torch.block_diag(*blocks))))
     torch.testing.assert_close(stacked.left @ stacked.right, whole.left @ whole.right)
 

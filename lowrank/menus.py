@@ -1,0 +1,149 @@
+"""What the allocator picks from: for each layer, or for layers that read the same input, a menu of ranks.
+
+Of layers that read the same input, some may share ``down`` while others have factors of their own. Each
+way to divide them is a partition, with one menu per part; which partition is best depends on the budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lowrank.allocator import Curve, allocate, hull_segments
+from lowrank.linalg import Spectrum
+from lowrank.planning import LayerPlan
+
+SHARING = ", sharing down"
+"""Added to the reason of a layer that shares its ``down``."""
+
+
+class Group(NamedTuple):
+    """Layers that read the same input.
+
+    Args:
+        names: All of them, in the model's order.
+        joint: By the names of those that share ``down``, the whole group among them, the error of each.
+    """
+
+    names: tuple[str, ...]
+    joint: Mapping[tuple[str, ...], tuple[Spectrum, ...]]
+
+
+@dataclass(frozen=True)
+class Menu(Curve):
+    """The ranks that one layer, or several with one ``down``, can have; the last point leaves all dense.
+
+    Args:
+        layers: The layers.
+        ranks: Of each point but the last, ``(points − 1,)``.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    ranks: np.ndarray[Any, Any]
+
+    def carried_out(self, point: int) -> list[LayerPlan]:
+        """Return the layers as they are at ``point``."""
+        if point < len(self.ranks):
+            return sharing(self.layers, int(self.ranks[point]), "chosen by the allocator")
+        reason = "worth its parameters" if len(self.ranks) else "too small: no rank saves parameters"
+        return [layer.dense(reason) for layer in self.layers]
+
+    def priced(self, costs: np.ndarray[Any, Any]) -> Menu:
+        """Return the menu with other costs, less what costs as much as the dense weights or more."""
+        kept = np.append(costs[:-1] < costs[-1], True)
+        return replace(self, costs=costs[kept], losses=self.losses[kept], ranks=self.ranks[kept[:-1]])
+
+
+def sharing(layers: Sequence[LayerPlan], rank: int, reason: str) -> list[LayerPlan]:
+    """Give ``layers`` a rank and, if they are several, one ``down``, which the first of them owns."""
+    owner = layers[0].name
+    reason += SHARING if len(layers) > 1 else ""
+    return [
+        replace(layer, rank=rank, reason=reason, down_of=owner if number else None)
+        for number, layer in enumerate(layers)
+    ]
+
+
+def largest_shared_rank(layers: Sequence[LayerPlan]) -> int:
+    """Return the largest joint rank with fewer parameters than the dense weights; 0 if there is none."""
+    dense = sum(layer.dense_parameters for layer in layers)
+    return (dense - 1) // _joint_cost(layers)
+
+
+def _joint_cost(layers: Sequence[LayerPlan]) -> int:
+    """Parameters of joint factors per rank."""
+    return layers[0].in_features + sum(layer.out_features for layer in layers)
+
+
+def menu_of(
+    layers: Sequence[LayerPlan], spectra: Sequence[Spectrum], scales: Sequence[float], round_to: int
+) -> Menu:
+    """List the ranks that save parameters, for one layer or for several with one ``down``.
+
+    Args:
+        layers: The layers.
+        spectra: The error of each, at every rank of their factorization.
+        scales: Factor from the squared error of each to the loss.
+        round_to: Ranks are multiples of this.
+    """
+    ranks = np.arange(round_to, largest_shared_rank(layers) + 1, round_to)
+    parts = zip(spectra, scales, strict=True)
+    losses = sum((each.tail.numpy()[ranks] * scale for each, scale in parts), start=np.zeros(len(ranks)))
+    dense = sum(layer.dense_parameters for layer in layers)
+    return Menu(
+        costs=np.append(ranks * _joint_cost(layers), dense),
+        losses=np.append(losses, 0.0),
+        layers=tuple(layers),
+        ranks=ranks,
+    )
+
+
+def partitions(names: tuple[str, ...], menus: Mapping[tuple[str, ...], Menu]) -> Iterator[tuple[Menu, ...]]:
+    """Yield every way to divide layers into those that share ``down`` and those that do not.
+
+    Args:
+        names: The layers.
+        menus: The menu of each layer, and of those that may share, by the names of its layers.
+    """
+    if not names:
+        yield ()
+    for part, menu in menus.items():
+        if part[:1] == names[:1] and set(part) <= set(names):
+            rest = tuple(name for name in names if name not in part)
+            yield from ((menu, *others) for others in partitions(rest, menus))
+
+
+def best_partitions(groups: Sequence[Sequence[tuple[Menu, ...]]], limit: float) -> list[Menu]:
+    """Choose for each group, given all its partitions, the one that loses least within ``limit``.
+
+    A Lagrangian sees only the lower convex hull of a partition's combinations. So it is the hulls that
+    compete here; which ranks it will be within the chosen partition is left to a second allocation.
+    """
+    curves, origins = [], []
+    for choices in groups:
+        points = [(*point, parts) for parts in choices for point in _hull_of_sums(parts)]
+        points.sort(key=lambda point: point[:2])
+        kept = points[:1]
+        for point in points[1:]:
+            if point[1] < kept[-1][1]:
+                kept.append(point)
+        curves.append(Curve(np.array([point[0] for point in kept]), np.array([point[1] for point in kept])))
+        origins.append([point[2] for point in kept])
+    chosen = allocate(curves, limit)
+    return [menu for parts, number in zip(origins, chosen, strict=True) for menu in parts[number]]
+
+
+def _hull_of_sums(menus: Sequence[Menu]) -> Iterator[tuple[float, float]]:
+    """Yield cost and loss along the lower convex hull of all combinations."""
+    at = [0] * len(menus)
+    steps = [(slope, i, stop) for i, menu in enumerate(menus) for slope, _, stop in hull_segments(menu)]
+    for _, number, stop in [(0.0, 0, 0), *sorted(steps, key=lambda step: -step[0])]:
+        at[number] = stop
+        chosen = list(zip(menus, at, strict=True))
+        yield (
+            sum(float(menu.costs[i]) for menu, i in chosen),
+            sum(float(menu.losses[i]) for menu, i in chosen),
+        )

@@ -1,0 +1,82 @@
+"""`SharedDown`: one ``down`` for several layers that read the same input, computed once per forward pass.
+
+The layers call it one after another with the same tensor. The first call computes, the others get its
+result, and the last one lets go of it. A result serves only while nothing has changed: input and
+weight are the same tensors at the same version, in the same thread and the same mode of autograd and
+autocast. Anything else computes anew, so sharing can only save time. Tensors of ``inference_mode`` do
+not count their changes, and compilers find equal products by themselves: there nothing is kept.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class _Result(NamedTuple):
+    """What one layer has computed, for the others."""
+
+    input: weakref.ref[Tensor]
+    weight: weakref.ref[Tensor]
+    state: tuple[object, ...]
+    output: Tensor
+    used_up: list[bool]  # not empty once a backward pass has freed the graph
+    readers: int  # how many are still expected
+
+
+class _Results(threading.local):
+    """The results of this thread, by module; outside of the modules, so that these copy and pickle."""
+
+    def __init__(self) -> None:
+        self.by_module: weakref.WeakKeyDictionary[nn.Module, _Result] = weakref.WeakKeyDictionary()
+
+
+_results = _Results()
+
+
+class SharedDown(nn.Linear):
+    """Compute ``R x`` for several `LowRankLinear` layers; in all other respects a `torch.nn.Linear`.
+
+    Attributes:
+        readers: How many layers use it, its owner included.
+    """
+
+    readers: int = 1
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map ``(…, in)`` to ``(…, rank)``."""
+        unknown = torch.compiler.is_compiling() or input.is_inference() or self.weight.is_inference()
+        if self.readers < 2 or unknown:
+            return super().forward(input)
+        kept = _results.by_module.pop(self, None)
+        state = self._state(input)
+        if kept is not None and self._serves(kept, input, state):
+            if kept.readers > 1:
+                _results.by_module[self] = kept._replace(readers=kept.readers - 1)
+            return kept.output
+        output = super().forward(input)
+        used_up: list[bool] = []
+        if output.requires_grad:
+            output.register_hook(lambda _: used_up.append(True))  # type: ignore[no-untyped-call]
+        known = weakref.ref(input), weakref.ref(self.weight), state
+        _results.by_module[self] = _Result(*known, output, used_up, self.readers - 1)
+        return output
+
+    def _serves(self, kept: _Result, input: Tensor, state: tuple[object, ...]) -> bool:
+        same = kept.input() is input and kept.weight() is self.weight and kept.state == state
+        return same and not kept.used_up
+
+    def _state(self, input: Tensor) -> tuple[object, ...]:
+        """Return what the result depends on, beside the identity of input and weight."""
+        device = input.device.type
+        return (
+            input._version,
+            self.weight._version,
+            torch.is_grad_enabled(),
+            torch.is_autocast_enabled(device),
+            torch.get_autocast_dtype(device),
+        )

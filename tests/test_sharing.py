@@ -1,0 +1,255 @@
+"""`share="inputs"`: layers that read the same input share a factor, where that is better."""
+
+import copy
+import json
+
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+import lowrank
+from lowrank import BudgetError, LowRankError, PlanError, StatsError, apply, calibrate, compress, plan, report
+from lowrank.allocator import allocate
+from lowrank.nn import LowRankLinear
+from lowrank.planning import Plan
+
+
+def bert(cls=BertModel):
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
+    return cls(BertConfig(vocab_size=100, max_position_embeddings=32, **size)).eval()
+
+
+def llama():
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=100, num_key_value_heads=2, **size)).eval()
+
+
+def ids(count=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [{"input_ids": torch.randint(100, (2, 16), generator=generator)} for _ in range(count)]
+
+
+@pytest.fixture(params=[bert, llama], ids=["bert", "llama"])
+def model(request):
+    return request.param()
+
+
+def hidden(model):
+    with torch.no_grad():
+        return model(**ids(1, seed=9)[0])[0]
+
+
+def shared_names(decided: Plan) -> list[list[str]]:
+    return [[layer.name.split(".")[-1] for layer in layers] for layers in decided.shared.values()]
+
+
+def test_what_reads_the_same_input_is_found_without_names(model):
+    decided = plan(model, rank=4, stats=calibrate(model, ids()), share="inputs")
+    found = {tuple(names) for names in shared_names(decided)}
+    if isinstance(model, BertModel):
+        assert found == {("query", "key", "value")}
+    else:
+        assert found == {("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")}
+
+
+@pytest.mark.parametrize("metric", ["weight", "diagonal", "inputs", "loss"])
+def test_the_planned_error_is_that_of_the_factors(model, metric):
+    stats = calibrate(model, ids())
+    decided = plan(model, rank=4, stats=stats, metric=metric, share="inputs")
+    small = apply(copy.deepcopy(model), decided, stats)
+    assert len(decided.shared) > 1
+    for layer in decided.factorized:
+        module, dense = small.get_submodule(layer.name), model.get_submodule(layer.name)
+        assert module.relative_error == pytest.approx(layer.relative_error, rel=1e-6)
+        if metric in ("weight", "inputs"):
+            lost = (dense.weight - module.dense_weight()).detach().double()
+            side = stats.metric(layer.name, metric, layer.has_bias).inputs
+            error = side.times_root(lost).norm() / side.times_root(dense.weight.detach().double()).norm()
+            assert float(error) == pytest.approx(layer.relative_error, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "budget", [{"keep": 0.4}, {"keep": 0.3, "allocation": "uniform"}, {"max_bytes": 60_000}]
+)
+def test_a_budget_over_groups_holds_and_promises_no_more_loss(budget):
+    model = bert()
+    stats = calibrate(model, ids())
+    alone, shared = (
+        plan(model, stats=stats, round_to=1, share=share, **budget) for share in (None, "inputs")
+    )
+    small = apply(copy.deepcopy(model), shared, stats)
+    parameters = sum(p.numel() for p in small.parameters())
+    assert parameters == report(small).parameters
+    assert shared.kept_fraction == pytest.approx(
+        sum(row.parameters for row in report(small).layers if "pooler" not in row.name)
+        / sum(row.parameters_before for row in report(small).layers if "pooler" not in row.name)
+    )
+    if "keep" in budget:
+        assert shared.kept_fraction <= budget["keep"]
+    else:
+        assert 4 * parameters <= budget["max_bytes"]
+    if "allocation" not in budget:
+        assert shared.shared and shared.loss_increase <= alone.loss_increase
+
+
+def test_sharing_is_left_alone_where_it_does_not_pay():
+    """Weights without anything in common lose by sharing when much is kept."""
+    model = bert()
+    decided = plan(model, keep=0.9, stats=calibrate(model, ids()), round_to=1, share="inputs")
+    assert len(decided.shared) < 2
+
+
+@pytest.mark.parametrize("budget", [{"error": 0.5}, {"energy": 0.8}])
+def test_a_bound_on_errors_holds_for_every_layer_that_shares(budget):
+    model = bert()
+    for layer in model.encoder.layer:  # with much in common
+        attention = layer.attention.self
+        attention.key.weight.data = attention.query.weight.data + 0.01 * attention.key.weight.data
+    stats = calibrate(model, ids())
+    decided = plan(model, stats=stats, metric="weight", round_to=1, share="inputs", **budget)
+    assert decided.shared
+    bound = budget.get("error") or (1 - budget["energy"]) ** 0.5
+    assert all(layer.relative_error <= bound for layer in decided.factorized)
+    alone = plan(model, stats=stats, metric="weight", round_to=1, **budget)
+    assert decided.kept_fraction < alone.kept_fraction
+
+
+def test_transformers_folders_load_bit_for_bit(model, tmp_path):
+    small = compress(copy.deepcopy(model), rank=4, data=ids(), share="inputs")
+    small.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(hidden(loaded), hidden(small))
+    first, second = report(small), report(loaded)
+    assert first.parameters == second.parameters == sum(p.numel() for p in loaded.parameters())
+    assert (tmp_path / "model.safetensors").stat().st_size == second.checkpoint_bytes
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert any(layer["down_of"] for layer in config["quantization_config"]["plan"]["layers"])
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(hidden(type(model).from_pretrained(tmp_path / "again")), hidden(small))
+
+
+def test_a_base_checkpoint_loads_into_a_model_with_a_head(tmp_path):
+    small = compress(bert(), rank=4, data=ids(), share="inputs")
+    small.save_pretrained(tmp_path)
+    head = BertForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert torch.equal(hidden(head.bert), hidden(small))
+    head.save_pretrained(tmp_path / "head")
+    assert torch.equal(hidden(AutoModel.from_pretrained(tmp_path / "head")), hidden(small))
+
+
+def test_generic_checkpoints_load_bit_for_bit(tmp_path):
+    model = torch.nn.ModuleDict({"inner": bert()})
+    stats = calibrate(model["inner"], ids())
+    small = torch.nn.ModuleDict(
+        {"inner": compress(copy.deepcopy(model["inner"]), rank=4, stats=stats, share="inputs")}
+    )
+    lowrank.save(small, tmp_path / "there")
+    loaded = lowrank.load(tmp_path / "there", model)
+    assert torch.equal(hidden(loaded["inner"]), hidden(small["inner"]))
+    layers = [m for m in loaded.modules() if isinstance(m, LowRankLinear)]
+    assert sum(not layer.owns_down for layer in layers) == 4
+
+
+def test_training_and_decompressing_go_on(model):
+    small = compress(model, rank=4, data=ids(), share="inputs")
+    before = hidden(small)
+    optimizer = torch.optim.AdamW(small.parameters(), lr=1e-2)
+    small(**ids(1)[0])[0].square().mean().backward()
+    assert all(p.grad is not None for n, p in small.named_parameters() if "down" in n)
+    optimizer.step()
+    after = hidden(small)
+    assert not torch.equal(after, before)
+    torch.testing.assert_close(hidden(lowrank.decompress(small)), after, rtol=1e-4, atol=1e-5)
+
+
+def test_a_plan_can_be_edited_by_hand(model):
+    stats = calibrate(model, ids())
+    decided = plan(model, rank=4, stats=stats, share="inputs")
+    owner, *users = next(iter(decided.shared.values()))
+    edited = decided.with_rank(owner.name, 6)
+    assert edited[owner.name].rank == 6
+    assert {edited[user.name].down_of for user in users} in ({None}, {None, users[0].name})
+    assert Plan.from_json(edited.to_json()) == edited
+    assert any("down of" in str(change) for change in decided.diff(edited))
+    small = apply(copy.deepcopy(model), edited, stats)
+    assert report(small).parameters == sum(p.numel() for p in small.parameters())
+    assert hidden(small).isfinite().all()
+    apply(copy.deepcopy(model), decided.with_rank(users[-1].name, None), stats)
+
+
+def test_applying_again_changes_nothing(model):
+    stats = calibrate(model, ids())
+    decided = plan(model, rank=4, stats=stats, share="inputs")
+    small = apply(model, decided, stats)
+    before = hidden(small)
+    assert torch.equal(hidden(apply(small, decided, stats)), before)
+
+
+def changed(decided: Plan, name: str, **fields) -> Plan:
+    data = decided.to_dict()
+    for layer in data["layers"]:
+        if layer["name"] == name:
+            layer.update(fields)
+    return Plan.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rank": 5}, "has rank 5 and 32 inputs where that has rank 4"),
+        ({"down_of": "nowhere"}, "nowhere, which has none of its own"),
+        ({"down_of": "encoder.layer.0.output.dense"}, "32 inputs where that has rank 4 and 64"),
+    ],
+)
+def test_a_plan_that_shares_what_cannot_be_shared_changes_nothing(fields, message):
+    model = bert()
+    stats = calibrate(model, ids())
+    decided = plan(model, rank=4, stats=stats, share="inputs")
+    before = hidden(model)
+    with pytest.raises(PlanError, match=message):
+        apply(model, changed(decided, "encoder.layer.0.attention.self.key", **fields), stats)
+    assert torch.equal(hidden(model), before)
+
+
+def test_layers_that_do_not_read_the_same_input_cannot_share():
+    model = bert()
+    stats = calibrate(model, ids())
+    other = "encoder.layer.1.attention.self.query"
+    decided = changed(plan(model, rank=4, stats=stats), "encoder.layer.0.intermediate.dense", down_of=other)
+    with pytest.raises(StatsError, match="do not read the same input"):
+        apply(model, decided, stats)
+    assert not any(isinstance(module, LowRankLinear) for module in model.modules())
+
+
+def test_bad_requests_are_refused():
+    model = bert()
+    stats = calibrate(model, ids())
+    with pytest.raises(LowRankError, match=r'share="inputs" finds .* by calibration'):
+        plan(model, rank=4, share="inputs")
+    with pytest.raises(LowRankError, match="share='layers': give \"inputs\""):
+        plan(model, rank=4, stats=stats, share="layers")
+    with pytest.raises(BudgetError, match="another budget than speedup"):
+        plan(model, speedup=1.2, inputs=ids(1)[0], stats=stats, share="inputs")
+    with pytest.raises(PlanError, match="shared factors, which needs statistics"):
+        apply(model, plan(model, rank=4, stats=stats, metric="weight", share="inputs"))
+
+
+def test_partitions_compete_by_their_hulls():
+    """Where two layers are nearly equal and the third is not, those two share and the third does not."""
+    model = bert()
+    attention = model.encoder.layer[0].attention.self
+    attention.key.weight.data = attention.query.weight.data.clone()
+    decided = plan(
+        model, keep=0.5, stats=calibrate(model, ids()), metric="inputs", round_to=1, share="inputs"
+    )
+    assert ["query", "key"] in shared_names(decided)
+    assert allocate([], 1.0) == []
