@@ -169,8 +169,3 @@ class Lesson:
                 targets = batch.on(self._device).call(self._teacher)
             outputs = batch.call(model)
         return outputs, distance(outputs, targets, batch, self._found, self._wanted, self._hidden_weight)
-
-    @torch.no_grad()
-    def mean_distance(self, held: list[Batch]) -> float:
-        """Return the mean distance over some batches."""
-        return sum(float(self.distance(batch)) for batch in held) / len(held)

@@ -84,10 +84,10 @@ def test_errors_and_text_know_nothing_of_the_library(leaf):
 LAYERS = [
     {"errors", "text"},
     {"patterns", "tensorfile", "folders", "linalg"},
-    {"batches", "blocks", "textfiles", "fingerprints", "modes"},
+    {"batches", "blocks", "textfiles", "fingerprints", "modes", "distributed"},
     {"planning", "statistics", "objectives", "snapshots"},
     {"nn", "reads", "distillation"},
-    {"obstacles"},
+    {"obstacles", "runs"},
     {"factoring", "trials"},
     {"targets", "calibration", "ranks", "surgery", "recovery", "evaluation"},  # the stages
     {"_transformers", "plot", "costs", "latency"},

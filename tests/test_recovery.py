@@ -9,7 +9,8 @@ from torch import nn
 from lowrank import CheckpointError, DataError, LowRankError, compress, recover
 from lowrank.batches import as_batch
 from lowrank.distillation import Lesson
-from lowrank.recovery import schedule, trainable
+from lowrank.recovery import trainable
+from lowrank.runs import schedule
 
 
 def made(*shape, seed=0):
@@ -189,6 +190,15 @@ def test_a_finished_run_is_not_trained_again(mlp, small, data, tmp_path):
     before = {name: value.clone() for name, value in small.state_dict().items()}
     recover(small, mlp, data, steps=4, snapshots=tmp_path / "run")
     assert all(torch.equal(before[name], value) for name, value in small.state_dict().items())
+
+
+def test_a_run_whose_gradients_were_not_numbers_can_be_called_again(mlp, small, data, tmp_path):
+    before = {name: value.clone() for name, value in small.state_dict().items()}
+    handle = small[0].up.weight.register_hook(lambda gradient: gradient * float("nan"))
+    for _ in range(2):
+        recover(small, mlp, data, steps=4, mixed_precision=False, snapshots=tmp_path / "run")
+        assert all(torch.equal(before[name], value) for name, value in small.state_dict().items())
+    handle.remove()
 
 
 @pytest.mark.parametrize("damage", ["other-model", "truncated", "not-json", "newer"])
