@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.batches import Batch
-from lowrank.blocks import find_blocks, outputs_of
+from lowrank.blocks import find_blocks, output_of, outputs_of
 from lowrank.errors import DataError
 from lowrank.modes import eval_mode
 from lowrank.objectives import pooled
@@ -169,3 +169,24 @@ class Lesson:
                 targets = batch.on(self._device).call(self._teacher)
             outputs = batch.call(model)
         return outputs, distance(outputs, targets, batch, self._found, self._wanted, self._hidden_weight)
+
+    def block_distance(self, name: str, batch: Batch) -> Tensor:
+        """Return the relative squared error of one block's hidden states.
+
+        The student's block reads what the student's blocks before it make of the batch, without a graph.
+
+        Raises:
+            DataError: If the teacher's hidden states have another shape.
+        """
+        mine, its = (model.get_submodule(name) for model in (self._model, self._teacher))
+        with self._autocast:
+            with torch.no_grad():
+                there = batch.on(self._device)
+                target = output_of(name, its, lambda: there.call(self._teacher))
+            hidden = output_of(name, mine, lambda: batch.call(self._model))
+        if hidden.shape != target.shape:
+            raise DataError(
+                f"{name} of the teacher returns {tuple(target.shape)}, of the compressed model "
+                f"{tuple(hidden.shape)}. Give the dense model that it was made from."
+            )
+        return relative_squares(batch.real(hidden), batch.real(target))

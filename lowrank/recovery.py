@@ -15,10 +15,12 @@ import torch
 from torch import nn
 
 from lowrank.batches import Batch, batches
+from lowrank.blocks import find_blocks
+from lowrank.blockwise import BlockRuns
 from lowrank.distillation import Lesson
 from lowrank.distributed import check_alike, check_whole, copy_from_first, processes, unwrapped
 from lowrank.errors import DataError, LowRankError
-from lowrank.modes import training_only
+from lowrank.modes import eval_mode, training_only
 from lowrank.nn import LowRankLinear
 from lowrank.obstacles import check_model
 from lowrank.runs import Course, Pace, Run
@@ -39,6 +41,7 @@ def recover(
     hidden_weight: float = 1.0,
     mixed_precision: bool | None = None,
     held_out: int | None = None,
+    blockwise: bool = False,
     batch_size: int = 32,
     max_length: int | None = None,
     seed: int = 0,
@@ -64,6 +67,10 @@ def recover(
             processor has instructions for that, three times as fast. Parameters stay as they are.
         held_out: Batches not trained on, which choose the state that is kept; by default a sixteenth,
             at most 8.
+        blockwise: Train one block after the other towards the teacher's hidden states, each for an even
+            share of the time, where gradients of the whole model do not fit. Beside both models and the
+            batches, memory holds the graph of one block and its optimizer, and two copies of what is
+            trained. Nothing outside of the stack of blocks is trained.
         batch_size: Strings per batch.
         max_length: Longest string in tokens; by default what the tokenizer allows, at most 512.
         seed: Seed of the order of batches; the global random state is not touched.
@@ -80,7 +87,7 @@ def recover(
             processes have different data.
         CheckpointError: If the snapshot is damaged or of another model, or cannot be written.
         LowRankError: If nothing in the model is factorized, it is sharded over processes, or not exactly
-            one duration is given.
+            one duration is given. With ``blockwise``, if there are no blocks, or fewer steps than blocks.
 
     Source: Hinton et al. 2015 (arXiv:1503.02531); the optimizer: Loshchilov & Hutter 2019 (AdamW).
     """
@@ -95,20 +102,26 @@ def recover(
     _make_alike(student, every, device)
     mixed = _multiplies_bfloat16(device) if mixed_precision is None else mixed_precision
     lesson = Lesson(student, teacher, hidden_weight, torch.autocast(device.type, torch.bfloat16, mixed))
-    parameters = trainable(student)
     course = Course(train, held, learning_rate, EVALUATIONS, seed, progress)
-    with training_only(student, parameters), lesson.listening():
-        folder = Path(snapshots) if snapshots is not None else None
-        run = Run(lesson.distance, parameters, Pace(minutes, steps), course, folder)
-        try:
-            run.resume()
-            run.train()
-        finally:
-            try:
-                run.keep()
-            finally:
-                run.best.restore()
+    pace, folder = Pace(minutes, steps), Path(snapshots) if snapshots is not None else None
+    if blockwise:
+        blocks = _trainable_blocks(student, teacher)
+        with training_only(student), eval_mode(teacher):
+            _finish(BlockRuns(student, lesson, blocks, pace, course, folder))
+    else:
+        parameters = trainable(student)
+        with training_only(student, parameters), lesson.listening():
+            _finish(Run(lesson.distance, parameters, pace, course, folder))
     return model
+
+
+def _finish(run: Run | BlockRuns) -> None:
+    """Train to the end, and leave the best state also where that is not reached."""
+    try:
+        run.resume()
+        run.train()
+    finally:
+        run.best.restore()
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -120,6 +133,31 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
         for parameter in module.parameters()
     }
     return [p for p in model.parameters() if p.is_floating_point() and (id(p) in factors or p.ndim == 1)]
+
+
+def _trainable_blocks(student: nn.Module, teacher: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Return what is trained of each block, by name; what blocks share belongs to the first."""
+    names = list(find_blocks(teacher))
+    modules = dict(student.named_modules())
+    found: dict[str, list[nn.Parameter]] = {}
+    taken: set[int] = set()
+    for name in names:
+        if name not in modules:
+            raise LowRankError(
+                f"The compressed model has no {name}, a block of the teacher. Give the dense model that it "
+                "was made from."
+            )
+        own = [parameter for parameter in trainable(modules[name]) if id(parameter) not in taken]
+        taken.update(map(id, own))
+        if own:
+            found[name] = own
+    if not found:
+        why = "nothing to train in its blocks" if names else "no stack of repeated blocks"
+        raise LowRankError(
+            f"{type(student).__name__} has {why}, so it cannot be recovered block by block. Recover it as a "
+            "whole: blockwise=False."
+        )
+    return found
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:

@@ -41,6 +41,24 @@ def shuffled(items: Sequence[Batch], seed: int) -> Iterator[Batch]:
             yield items[index]
 
 
+def last_snapshot(
+    folder: Path | None, parameters: Sequence[Tensor], device: torch.device, blockwise: bool
+) -> Snapshot | None:
+    """Return what `Snapshot.load` finds; ``None`` without a folder.
+
+    Raises:
+        CheckpointError: As `Snapshot.load`, or if the processes do not find the same.
+    """
+    if folder is None:
+        return None
+    found = Snapshot.load(folder, parameters, blockwise)
+    unlike = CheckpointError(
+        f"{folder}: the processes find different snapshots. Give a folder that all can read."
+    )
+    check_alike(found.steps if found else 0, device, unlike)
+    return found
+
+
 @torch.no_grad()
 def mean_distance(distance: Distance, held: Sequence[Batch], device: torch.device) -> float:
     """Return the mean distance over the held-out batches, the same in every process."""
@@ -65,6 +83,14 @@ class Pace:
             return self.steps_done / self.steps
         assert self.minutes is not None
         return (time.monotonic() - self._start + self.reserved) / (60 * self.minutes)
+
+    def part(self, number: int, parts: int) -> Pace:
+        """Return the pace of one of several parts: an even share of the steps, or of the time left."""
+        if self.steps is not None:
+            return Pace(None, self.steps * (number + 1) // parts - self.steps * number // parts)
+        assert self.minutes is not None
+        left = self.minutes * max(1e-9, 1 - self.progress())
+        return Pace(left / (parts - number), None)
 
     def go_on_from(self, steps: int, progress: float) -> None:
         """Count what an earlier run has done as passed."""
@@ -124,6 +150,13 @@ class Run:
 
     def train(self, title: str = "recovering") -> None:
         """Train until the time is over, or the loss is not finite any more."""
+        try:
+            self._train(title)
+        except BaseException:
+            self._keep()
+            raise
+
+    def _train(self, title: str) -> None:
         order = shuffled(self._course.train, self._course.seed)
         order = itertools.islice(order, self._pace.steps_done * processes() + rank(), None, processes())
         hidden = None if self._course.progress and rank() == 0 else True  # None: on terminals only
@@ -161,10 +194,10 @@ class Run:
     def _look(self) -> None:
         start = time.monotonic()
         self.best.offer(mean_distance(self._distance, self._course.held, self._device))
-        self.keep()
+        self._keep()
         self._pace.reserved = time.monotonic() - start  # what the last look will take, by the latest
 
-    def keep(self) -> None:
+    def _keep(self) -> None:
         """Write a snapshot, if a folder was given and there is something to go on from.
 
         Only process 0 writes, and it waits for no other, so that one that fails does not hold it up.
@@ -189,11 +222,7 @@ class Run:
     @torch.no_grad()
     def resume(self) -> None:
         """Go on from the snapshot in the folder, if there is one."""
-        found = Snapshot.load(self._folder, self._parameters) if self._folder is not None else None
-        unlike = CheckpointError(
-            f"{self._folder}: the processes find different snapshots. Give a folder that all can read."
-        )
-        check_alike(found.steps if found else 0, self._device, unlike)
+        found = last_snapshot(self._folder, self._parameters, self._device, blockwise=False)
         if found is None:
             return
         self._pace.go_on_from(found.steps, found.progress)

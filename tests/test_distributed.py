@@ -140,6 +140,18 @@ def diverging_in_one(teacher: nn.Module, small: nn.Module, folder: Path) -> dict
     return {"state": state(small)}
 
 
+def block_by_block(teacher: nn.Module, small: nn.Module, folder: Path) -> dict:
+    options = {"blockwise": True, "snapshots": folder / "blocks", **OPTIONS}
+    handle = interrupted_in(small.encoder.layer[1], 2)  # when the first block is done
+    with pytest.raises(KeyboardInterrupt):
+        recover(small, teacher, DATA, **options)
+    handle.remove()
+    recover(small, teacher, DATA, **options)
+    again = torch.load(folder / "models.pt", weights_only=False)[1]
+    recover(again, teacher, DATA, blockwise=True, **OPTIONS)
+    return {"state": state(small), "at once": state(again)}
+
+
 def accelerated(teacher: nn.Module, small: nn.Module, folder: Path) -> dict:
     from accelerate import Accelerator
 
@@ -149,7 +161,17 @@ def accelerated(teacher: nn.Module, small: nn.Module, folder: Path) -> dict:
     return {"state": state(accelerator.unwrap_model(model)), "wrapper": type(model).__name__}
 
 
-BEFORE = [recovered, resumed, wrapped, timed, with_other_data, of_other_shape, sharded, diverging_in_one]
+BEFORE = [
+    recovered,
+    resumed,
+    wrapped,
+    timed,
+    with_other_data,
+    of_other_shape,
+    sharded,
+    diverging_in_one,
+    block_by_block,
+]
 
 
 def work(rank: int, folder: Path, port: int) -> None:
@@ -220,7 +242,7 @@ def expected(folder):
         return state(small), mean_distance(lesson.distance, held, torch.device("cpu"))
 
 
-SHARED = ["recovered", "resumed", "wrapped", "timed", "diverging_in_one", "accelerated"]
+SHARED = ["recovered", "resumed", "wrapped", "timed", "diverging_in_one", "block_by_block", "accelerated"]
 
 
 @pytest.mark.parametrize("scenario", SHARED)
@@ -233,6 +255,13 @@ def test_both_processes_end_with_the_same_model(seen, scenario):
 def test_two_processes_do_what_one_does_with_two_batches_at_a_time(seen, expected, scenario):
     for mine, its in zip(seen[scenario][0]["state"], expected[0], strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-3, atol=1e-5)
+
+
+def test_an_interrupted_run_block_by_block_goes_on_to_the_same_end(seen, folder):
+    first = seen["block_by_block"][0]
+    assert all(torch.equal(a, b) for a, b in zip(first["state"], first["at once"], strict=True))
+    before = state(torch.load(folder / "models.pt", weights_only=False)[1])
+    assert any(not torch.equal(a, b) for a, b in zip(first["state"], before, strict=True))
 
 
 def test_the_held_out_loss_is_that_of_one_process(seen, folder, expected):

@@ -88,7 +88,7 @@ LAYERS = [
     {"planning", "statistics", "objectives", "snapshots"},
     {"nn", "reads", "distillation"},
     {"obstacles", "runs"},
-    {"factoring", "trials"},
+    {"factoring", "trials", "blockwise"},
     {"targets", "calibration", "ranks", "surgery", "recovery", "evaluation"},  # the stages
     {"_transformers", "plot", "costs", "latency"},
     {"deciding"},
