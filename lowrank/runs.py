@@ -44,16 +44,14 @@ def shuffled(items: Sequence[Batch], seed: int) -> Iterator[Batch]:
 def last_snapshot(
     folder: Path | None, parameters: Sequence[Tensor], device: torch.device, blockwise: bool
 ) -> Snapshot | None:
-    """Return what `Snapshot.load` finds; ``None`` without a folder.
+    """Return what `Snapshot.load` finds, the same in every process; ``None`` without a folder.
 
     Raises:
         CheckpointError: As `Snapshot.load`, or if the processes do not find the same.
     """
-    if folder is None:
-        return None
-    found = Snapshot.load(folder, parameters, blockwise)
+    found = Snapshot.load(folder, parameters, blockwise) if folder is not None else None
     unlike = CheckpointError(
-        f"{folder}: the processes find different snapshots. Give a folder that all can read."
+        f"{folder}: the processes find different snapshots. Give all a folder that all can read."
     )
     check_alike(found.steps if found else 0, device, unlike)
     return found

@@ -107,6 +107,18 @@ def with_other_data(teacher: nn.Module, small: nn.Module, folder: Path) -> dict:
     return {"error": ""}
 
 
+def with_a_folder_for_one(teacher: nn.Module, small: nn.Module, folder: Path) -> dict:
+    """Process 1 is given no folder: that does for a new run, not for one that goes on."""
+    snapshots = folder / "first only" if dist.get_rank() == 0 else None
+    recover(small, teacher, DATA, snapshots=snapshots, **OPTIONS)
+    done = state(small)
+    try:
+        recover(small, teacher, DATA, snapshots=snapshots, **OPTIONS)
+    except lowrank.CheckpointError as error:
+        return {"state": done, "error": str(error)}
+    return {"state": done, "error": ""}
+
+
 def of_other_shape(teacher: nn.Module, small: nn.Module, folder: Path) -> dict:
     try:
         recover(compress(copy.deepcopy(teacher), rank=4 + dist.get_rank()), teacher, DATA, **OPTIONS)
@@ -167,6 +179,7 @@ BEFORE = [
     wrapped,
     timed,
     with_other_data,
+    with_a_folder_for_one,
     of_other_shape,
     sharded,
     diverging_in_one,
@@ -242,7 +255,8 @@ def expected(folder):
         return state(small), mean_distance(lesson.distance, held, torch.device("cpu"))
 
 
-SHARED = ["recovered", "resumed", "wrapped", "timed", "diverging_in_one", "block_by_block", "accelerated"]
+EQUAL = ["recovered", "resumed", "wrapped", "with_a_folder_for_one", "accelerated"]
+SHARED = [*EQUAL, "timed", "diverging_in_one", "block_by_block"]
 
 
 @pytest.mark.parametrize("scenario", SHARED)
@@ -251,7 +265,7 @@ def test_both_processes_end_with_the_same_model(seen, scenario):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("scenario", ["recovered", "resumed", "wrapped", "accelerated"])
+@pytest.mark.parametrize("scenario", EQUAL)
 def test_two_processes_do_what_one_does_with_two_batches_at_a_time(seen, expected, scenario):
     for mine, its in zip(seen[scenario][0]["state"], expected[0], strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-3, atol=1e-5)
@@ -291,6 +305,7 @@ def test_all_stop_after_the_same_step_by_the_clock_of_process_0(seen):
 REFUSED = {
     "with_other_data": "Give all of them the same",
     "of_other_shape": "different shapes",
+    "with_a_folder_for_one": "find different snapshots",
     "sharded": "is sharded over processes",
 }
 
