@@ -8,10 +8,13 @@ linear layers: the encoder layers of BERT, the decoder layers of Llama, the resi
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from lowrank.errors import LowRankError
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -34,6 +37,48 @@ def hidden_state(output: Any) -> Tensor | None:
     """Return the hidden states in what a block returned: itself, or the first of several."""
     first = output[0] if isinstance(output, (tuple, list)) and output else output
     return first if isinstance(first, Tensor) else None
+
+
+class _Reached(BaseException):
+    """Ends a forward pass; no model catches what is not an `Exception`."""
+
+
+def output_of(name: str, block: nn.Module, forward: Callable[[], Any]) -> Tensor:
+    """Return the hidden states that ``block`` makes in a forward pass, which ends there.
+
+    What comes before the block has no graph; the block has one where gradients are enabled.
+
+    Args:
+        name: Of the block, for errors.
+        block: A module of the model.
+        forward: Calls the model.
+
+    Raises:
+        LowRankError: If the forward pass does not call the block, or it returns no hidden states.
+    """
+    enabled, outputs = torch.is_grad_enabled(), list[Any]()
+
+    def before(*_: Any) -> None:
+        torch.set_grad_enabled(enabled)  # until no_grad, below, puts back what was there before
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        outputs.append(output)
+        raise _Reached
+
+    handles = [block.register_forward_pre_hook(before), block.register_forward_hook(after)]
+    try:
+        with torch.no_grad():
+            forward()
+    except _Reached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    hidden = hidden_state(outputs[0]) if outputs else None
+    if hidden is None:
+        what = f"returns {type(outputs[0]).__name__}, no hidden states" if outputs else "is not called"
+        raise LowRankError(f"{name} {what}, so the model cannot be recovered block by block.")
+    return hidden
 
 
 @contextlib.contextmanager

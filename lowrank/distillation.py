@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.batches import Batch
-from lowrank.blocks import find_blocks, outputs_of
+from lowrank.batches import Batch, moved
+from lowrank.blocks import find_blocks, output_of, outputs_of
 from lowrank.errors import DataError
 from lowrank.modes import eval_mode
 from lowrank.objectives import pooled
@@ -143,6 +143,7 @@ class Lesson:
     ) -> None:
         self._model, self._teacher, self._hidden_weight = model, teacher, hidden_weight
         self._autocast = autocast if autocast is not None else contextlib.nullcontext()
+        self._home = next((p.device for p in model.parameters()), None)
         self._device = next((p.device for p in teacher.parameters()), None)
         self._found: dict[int, Tensor] = {}
         self._wanted: dict[int, Tensor] = {}
@@ -166,11 +167,28 @@ class Lesson:
         """Return what ``model``, the student or a wrapper of it, made of the batch, and the distance."""
         with self._autocast:
             with torch.no_grad():
-                targets = batch.on(self._device).call(self._teacher)
+                targets = moved(batch.on(self._device).call(self._teacher), self._home)
+                wanted = moved(self._wanted, self._home)
             outputs = batch.call(model)
-        return outputs, distance(outputs, targets, batch, self._found, self._wanted, self._hidden_weight)
+        return outputs, distance(outputs, targets, batch, self._found, wanted, self._hidden_weight)
 
-    @torch.no_grad()
-    def mean_distance(self, held: list[Batch]) -> float:
-        """Return the mean distance over some batches."""
-        return sum(float(self.distance(batch)) for batch in held) / len(held)
+    def block_distance(self, name: str, batch: Batch) -> Tensor:
+        """Return the relative squared error of one block's hidden states.
+
+        The student's block reads what the student's blocks before it make of the batch, without a graph.
+
+        Raises:
+            DataError: If the teacher's hidden states have another shape.
+        """
+        mine, its = (model.get_submodule(name) for model in (self._model, self._teacher))
+        with self._autocast:
+            with torch.no_grad():
+                there = batch.on(self._device)
+                target = output_of(name, its, lambda: there.call(self._teacher))
+            hidden = output_of(name, mine, lambda: batch.call(self._model))
+        if hidden.shape != target.shape:
+            raise DataError(
+                f"{name} of the teacher returns {tuple(target.shape)}, of the compressed model "
+                f"{tuple(hidden.shape)}. Give the dense model that it was made from."
+            )
+        return relative_squares(batch.real(hidden), batch.real(moved(target, self._home)))

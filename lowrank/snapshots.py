@@ -36,7 +36,9 @@ class Snapshot:
         best: The smallest distance on held-out batches so far.
         parameters: As they are now.
         kept: As they were at the smallest distance.
-        moments: The optimizer's running means of the gradients, and of their squares.
+        moments: The optimizer's running means of the gradients, and of their squares; nothing where the
+            run goes block by block, since each block begins anew.
+        blocks: How many blocks are done, where it goes block by block.
     """
 
     steps: int
@@ -44,7 +46,8 @@ class Snapshot:
     best: float
     parameters: Sequence[Tensor]
     kept: Sequence[Tensor]
-    moments: tuple[Sequence[Tensor], Sequence[Tensor]]
+    moments: tuple[Sequence[Tensor], Sequence[Tensor]] = ((), ())
+    blocks: int | None = None
 
     def save(self, folder: Path) -> None:
         """Write the snapshot in place of the one before.
@@ -64,20 +67,24 @@ class Snapshot:
             "progress": self.progress,
             "best": self.best,
         }
+        if self.blocks is not None:
+            numbers["blocks"] = self.blocks
         with staged(folder, overwrite=True) as staging:
             save_file(tensors, staging / _TENSORS, METADATA)
             (staging / _STRUCTURE).write_text(json.dumps(numbers), encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: Path, parameters: Sequence[Tensor]) -> Snapshot | None:
+    def load(cls, folder: Path, parameters: Sequence[Tensor], blockwise: bool = False) -> Snapshot | None:
         """Read the snapshot in ``folder``; ``None`` if there is none.
 
         Args:
             folder: Where `save` wrote.
             parameters: Those of the run: the snapshot must have their shapes and dtypes.
+            blockwise: Whether the run goes block by block.
 
         Raises:
-            CheckpointError: If the snapshot is damaged, from a newer version, or of another model.
+            CheckpointError: If the snapshot is damaged, from a newer version, of another model, or of a
+                run of the other kind.
         """
         if not (folder / _STRUCTURE).exists():
             return None
@@ -86,24 +93,25 @@ class Snapshot:
             numbers = json.loads((folder / _STRUCTURE).read_text(encoding="utf-8"))
             if numbers["format"] > SNAPSHOT_FORMAT:
                 raise CheckpointError(f"{folder}: a snapshot of a newer version. Install a newer lowrank.")
+            blocks = numbers.get("blocks")
+            if (blocks is not None) != blockwise:
+                kind = "as a whole" if blockwise else "block by block"
+                raise CheckpointError(f"{folder}: a snapshot of a run {kind}. Give an empty folder.")
+            names = _GROUPS[:2] if blockwise else _GROUPS
             read_header(file)
             with safe_open(file, framework="pt") as tensors:
                 groups = [
                     [tensors.get_tensor(f"{name}.{number}") for number in range(len(parameters))]
-                    for name in _GROUPS
+                    for name in names
                 ]
             for group in groups:
                 for mine, found in zip(parameters, group, strict=True):
                     _check(folder, mine, found)
             placed = [[t.to(p.device) for t, p in zip(g, parameters, strict=True)] for g in groups]
-            return cls(
-                int(numbers["steps"]),
-                float(numbers["progress"]),
-                float(numbers["best"]),
-                placed[0],
-                placed[1],
-                (placed[2], placed[3]),
-            )
+            state = int(numbers["steps"]), float(numbers["progress"]), float(numbers["best"])
+            if blockwise:
+                return cls(*state, placed[0], placed[1], blocks=int(blocks))
+            return cls(*state, placed[0], placed[1], (placed[2], placed[3]))
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{folder}: the snapshot is damaged, or of another model: {error}."

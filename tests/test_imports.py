@@ -84,12 +84,13 @@ def test_errors_and_text_know_nothing_of_the_library(leaf):
 LAYERS = [
     {"errors", "text"},
     {"patterns", "tensorfile", "folders", "linalg", "allocator"},
-    {"batches", "blocks", "textfiles", "fingerprints", "modes"},
+    {"batches", "blocks", "textfiles", "fingerprints", "modes", "distributed"},
     {"planning", "statistics", "objectives", "snapshots"},
     {"nn", "reads", "distillation", "menus"},
-    {"obstacles"},
-    {"factoring", "trials"},
+    {"obstacles", "runs"},
+    {"factoring", "trials", "blockwise"},
     {"targets", "calibration", "ranks", "surgery", "recovery", "evaluation"},  # the stages
+    {"anchoring"},
     {"_transformers", "plot", "costs", "latency"},
     {"deciding"},
     {"checkpoint", "pipeline", "benchmarking"},

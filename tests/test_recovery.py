@@ -9,7 +9,8 @@ from torch import nn
 from lowrank import CheckpointError, DataError, LowRankError, compress, recover
 from lowrank.batches import as_batch
 from lowrank.distillation import Lesson
-from lowrank.recovery import schedule, trainable
+from lowrank.recovery import trainable
+from lowrank.runs import schedule
 
 
 def made(*shape, seed=0):
@@ -122,6 +123,18 @@ def test_minutes_are_kept(mlp, small, data):
     assert time.monotonic() - start < 5
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("blockwise", [False, True], ids=["whole", "blockwise"])
+def test_the_teacher_may_be_on_another_device(tiny_bert, blockwise):
+    small = compress(copy.deepcopy(tiny_bert), rank=8).to("cuda")
+    rows = {"input_ids": torch.arange(24).view(2, 12), "attention_mask": torch.ones(2, 12, dtype=torch.long)}
+    rows["attention_mask"][1, 8:] = 0
+    before = small.encoder.layer[0].output.dense.up.weight.clone()
+    recover(small, tiny_bert, [rows] * 4, steps=8, learning_rate=3e-3, blockwise=blockwise)
+    assert not torch.equal(small.encoder.layer[0].output.dense.up.weight, before)
+
+
 def test_the_schedule_rises_and_falls_to_zero():
     values = [schedule(i / 100) for i in range(101)]
     assert values[0] < 0.1
@@ -189,6 +202,15 @@ def test_a_finished_run_is_not_trained_again(mlp, small, data, tmp_path):
     before = {name: value.clone() for name, value in small.state_dict().items()}
     recover(small, mlp, data, steps=4, snapshots=tmp_path / "run")
     assert all(torch.equal(before[name], value) for name, value in small.state_dict().items())
+
+
+def test_a_run_whose_gradients_were_not_numbers_can_be_called_again(mlp, small, data, tmp_path):
+    before = {name: value.clone() for name, value in small.state_dict().items()}
+    handle = small[0].up.weight.register_hook(lambda gradient: gradient * float("nan"))
+    for _ in range(2):
+        recover(small, mlp, data, steps=4, mixed_precision=False, snapshots=tmp_path / "run")
+        assert all(torch.equal(before[name], value) for name, value in small.state_dict().items())
+    handle.remove()
 
 
 @pytest.mark.parametrize("damage", ["other-model", "truncated", "not-json", "newer"])

@@ -1,4 +1,4 @@
-"""Recovery with transformers' `Trainer`, for those who have their own loop, many GPUs, or `accelerate`."""
+"""Recovery with transformers' `Trainer`, for those who want its logging, checkpoints and callbacks."""
 
 from __future__ import annotations
 
