@@ -22,8 +22,10 @@ against the full-precision model (Li et al. 2025, arXiv:2504.02692); compensatin
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,7 +44,7 @@ from lowrank.modes import eval_mode
 from lowrank.nn import LowRankLinear
 from lowrank.planning import Plan
 from lowrank.statistics import Stats
-from lowrank.surgery import apply
+from lowrank.surgery import apply, check_request
 
 RIDGES = (1e-3, 1e-2, 1e-1, math.inf)
 """Candidates for λ; at infinity the factor stays as it was."""
@@ -66,14 +68,30 @@ def apply_anchored(
     progress: bool = False,
 ) -> nn.Module:
     """Carry out ``plan`` block by block; see `lowrank.apply` for the arguments and errors."""
+    check_request(model, plan, stats, seed)
     blocks = find_blocks(model)
     if not blocks:
         raise LowRankError(
             f"sequential=True goes through a stack of repeated blocks, and {type(model).__name__} has none. "
             "Leave it out."
         )
+    with contextlib.ExitStack() as stack:
+        there = None if spill is None else stack.enter_context(tempfile.TemporaryDirectory(dir=spill))
+        passes = [_Pass(batch, Path(there) if there else None) for batch in stream]
+        _go_through(model, plan, stats, blocks, passes, seed, progress)
+    return model
+
+
+def _go_through(
+    model: nn.Module,
+    plan: Plan,
+    stats: Stats | None,
+    blocks: Mapping[str, nn.Module],
+    passes: Sequence[_Pass],
+    seed: int,
+    progress: bool,
+) -> None:
     inside = {x.name: name for x in plan for name in blocks if x.name.startswith(f"{name}.")}
-    passes = [_Pass(batch, spill) for batch in stream]
     with torch.no_grad(), eval_mode(model):
         for each in passes:
             each.enter(model, list(blocks.values()))
@@ -90,7 +108,6 @@ def apply_anchored(
             _refit(dense, block, [layer.removeprefix(f"{name}.") for layer in names], passes, number)
             for each in passes:
                 each.advance(dense, block, number)
-    return model
 
 
 def _part(plan: Plan, names: Sequence[str]) -> Plan:
@@ -120,7 +137,10 @@ class _Pass:
                 f"sequential=True needs blocks that are called once each, in order; {len(blocks)} blocks "
                 f"were called {len(calls)} times. Leave it out."
             )
-        self.dense = self._kept(_hidden_of(*calls[0]), "dense")
+        hidden = _hidden_of(*calls[0])
+        if not bool(hidden.isfinite().all()):
+            raise DataError(f"Batch {self.batch.index}: what enters the first block is not finite.")
+        self.dense = self._kept(hidden, "dense")
         self._others = [(_plain(args[1:]), _plain(kwargs)) for args, kwargs in calls]
 
     def enter_compressed(self, model: nn.Module, first: nn.Module) -> None:
@@ -216,7 +236,8 @@ class _Listener(TorchFunctionMode):
         handles = []
         try:
             for name in self._names:
-                handles.append(self._block.get_submodule(name).register_forward_hook(self._hook(name)))
+                layer = self._block.get_submodule(name)
+                handles.append(layer.register_forward_hook(self._hook(name), with_kwargs=True))
             for name in self._stop:
                 handles.append(self._block.get_submodule(name).register_forward_pre_hook(self._end))
             with self:
@@ -228,10 +249,10 @@ class _Listener(TorchFunctionMode):
                 handle.remove()
 
     def _hook(self, name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             if name in self.inputs:
                 self.repeated.add(name)
-            self.inputs[name], self.outputs[name] = args[0], output
+            self.inputs[name], self.outputs[name] = args[0] if args else kwargs["input"], output
 
         return hook
 
@@ -370,7 +391,7 @@ class _Fit:
         left, bias = self._solve(self._fitted + self._held, chosen)
         up = self._layer.up
         if not bool(left.isfinite().all() and bias.isfinite().all()):
-            raise DataError("The hidden states are not finite: the model overflows on these data.")
+            return  # the compressed model overflows on these data
         up.weight.copy_(left)
         if up.bias is not None:
             z, y = (mean.double() for mean in self._centre)

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 
 from lowrank import surgery
 from lowrank._transformers import plugin
-from lowrank.batches import batches
+from lowrank.anchoring import apply_anchored
+from lowrank.batches import Batch, batches
 from lowrank.calibration import collect
 from lowrank.deciding import Request, Timing, decide, drafted, spectra_of
-from lowrank.errors import LowRankError
+from lowrank.errors import DataError, LowRankError
 from lowrank.latency import LatencyTable
 from lowrank.linalg import Spectrum
 from lowrank.obstacles import check_model
@@ -46,6 +48,8 @@ def compress(
     allocation: str = "global",
     round_to: int = 8,
     share: str | None = None,
+    sequential: bool = False,
+    spill: str | Path | None = None,
     tolerance: float = 1e-3,
     seed: int = 0,
     progress: bool = False,
@@ -81,6 +85,10 @@ def compress(
         share: ``"inputs"`` lets layers that read the same input (queries, keys and values; gate and up
             projections) share their first factor, where that is predicted to lose less at the same size;
             with a ``rank``, wherever they get the same one. Which layers these are is seen in calibration.
+        sequential: Go through the model block by block on ``data``, and let each layer make up for what
+            the layers before it have lost. Costs some ten forward passes more, and no gradients.
+        spill: A folder on a disk, for the hidden states of all data that this needs; by default they
+            stay in memory, twice tokens × hidden size.
         tolerance: Largest relative excess over each layer's optimal error, proven or measured.
         seed: Seed of the randomized solver; the global random state is not touched.
         progress: Show progress bars on a terminal.
@@ -105,9 +113,11 @@ def compress(
     budget = Budget.of(rank=rank, keep=keep, energy=energy, error=error, max_bytes=max_bytes, speedup=speedup)
     request = Request(budget, metric, add_bias, targets, ignore, allocation, round_to, tolerance, share)
     layers = drafted(model, request, stats)  # before the work of calibrating: a bad request fails here
-    if data is not None:
-        if stats is not None:
-            raise LowRankError("Give either data or stats, not both. Add statistics of more data with +.")
+    if sequential and iter(data or ()) is data:
+        data = list(data)  # to be gone through twice
+    if data is not None and stats is not None and not sequential:
+        raise LowRankError("Give either data or stats, not both. Add statistics of more data with +.")
+    if data is not None and stats is None:
         stats = calibrate(
             model, data, tokenizer, loss, targets=targets, ignore=ignore, seed=seed, progress=progress
         )
@@ -115,7 +125,17 @@ def compress(
     predict = budget.kind != "rank"  # a given rank decides nothing by its error: spare the spectra
     timing = Timing(inputs, latencies)
     decided = decide(model, layers, request, stats, predict, progress, timing)
-    return apply(model, decided, stats, seed=seed, progress=progress)
+    return apply(
+        model,
+        decided,
+        stats,
+        sequential=sequential,
+        data=data if sequential else None,
+        tokenizer=tokenizer,
+        spill=spill,
+        seed=seed,
+        progress=progress,
+    )
 
 
 def calibrate(
@@ -166,13 +186,25 @@ def calibrate(
         (64, ['0', '2'])
     """
     layers = drafted(model, Request(None, "weight", False, targets, ignore), None)
-    if device is None:
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    stream = batches(
-        data, tokenizer, device=device, batch_size=batch_size, max_length=max_length, by_length=True
-    )
+    stream = _stream(model, data, tokenizer, device, batch_size, max_length)
     names = [layer.name for layer in layers.targeted]
     return collect(model, names, stream, loss, tokenizer=tokenizer, seed=seed, progress=progress)
+
+
+def _stream(
+    model: nn.Module,
+    data: Iterable[Any],
+    tokenizer: Callable[..., Any] | None,
+    device: torch.device | str | None = None,
+    batch_size: int = 32,
+    max_length: int | None = None,
+) -> Iterator[Batch]:
+    """Return the batches of ``data``, where the model is."""
+    if device is None:
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return batches(
+        data, tokenizer, device=device, batch_size=batch_size, max_length=max_length, by_length=True
+    )
 
 
 def plan(
@@ -218,6 +250,10 @@ def apply(
     plan: Plan,
     stats: Stats | None = None,
     *,
+    sequential: bool = False,
+    data: Iterable[Any] | None = None,
+    tokenizer: Callable[..., Any] | None = None,
+    spill: str | Path | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> nn.Module:
@@ -230,6 +266,11 @@ def apply(
         plan: Ranks by layer, from `plan`, perhaps edited. Layers that are factorized already must
             have the rank that it names.
         stats: The statistics that the plan was made with; needed unless its metric is ``"weight"``.
+        sequential: Go through the model block by block, and fit each layer to what it reads in the
+            compressed model; see `lowrank.anchoring` for the mathematics.
+        data: What to do that on, as for `lowrank.calibrate`; only with ``sequential``.
+        tokenizer: A tokenizer of transformers, for data that are strings.
+        spill: A folder on a disk for the hidden states, as in `compress`.
         seed: Seed of the randomized solver; results are reproducible for a seed.
         progress: Show a progress bar on a terminal.
 
@@ -240,13 +281,24 @@ def apply(
         PlanError: If a layer is missing, has another shape, must stay dense, or would not shrink.
         StatsError: If the statistics are of another model.
         WeightError: If a weight is not finite or has no data.
+        DataError: If ``sequential`` comes without data, or the model refuses a batch.
             All are raised before anything has changed. An interrupt leaves the layers done so far.
     """
+    if sequential != (data is not None):
+        raise DataError(
+            "sequential=True goes with data=, such as those of the calibration; data= goes with nothing else."
+        )
     hf = plugin()
     if hf is not None:
         hf.check_unquantized(check_model(model))
     try:
-        surgery.apply(model, plan, stats, seed=seed, progress=progress)
+        if data is None:
+            surgery.apply(model, plan, stats, seed=seed, progress=progress)
+        else:
+            stream = _stream(model, data, tokenizer)
+            apply_anchored(
+                model, plan, stats, stream, seed=seed, spill=Path(spill) if spill else None, progress=progress
+            )
     except LowRankError:
         raise  # nothing has changed
     except BaseException:  # an interrupt: what is done is done, and can be saved

@@ -37,13 +37,7 @@ def apply(
     progress: bool = False,
 ) -> nn.Module:
     """Replace layers by their factors; the arguments and errors are those of `lowrank.apply`."""
-    check_model(model)
-    if not isinstance(plan, Plan):
-        raise PlanError(f"apply needs a Plan, not {type(plan).__name__}. Make one with plan(model, ...).")
-    check_options(plan.tolerance, seed)
-    todo = _validate(model, plan)
-    if todo:
-        check_stats(model, plan, stats)
+    todo = check_request(model, plan, stats, seed)
     bar = tqdm(total=len(todo), desc="factorizing", unit="layer", disable=None if progress else True)
     for layers in _together(plan, todo):
         bar.set_postfix_str(layers[0].name)
@@ -51,6 +45,18 @@ def apply(
         bar.update(len(layers))
     bar.close()
     return model
+
+
+def check_request(model: nn.Module, plan: Plan, stats: Stats | None, seed: int) -> list[LayerPlan]:
+    """Return the layers that `apply` would factorize; raises as it does, and changes nothing."""
+    check_model(model)
+    if not isinstance(plan, Plan):
+        raise PlanError(f"apply needs a Plan, not {type(plan).__name__}. Make one with plan(model, ...).")
+    check_options(plan.tolerance, seed)
+    todo = _validate(model, plan)
+    if todo:
+        check_stats(model, plan, stats)
+    return todo
 
 
 def _factorize(

@@ -1,0 +1,254 @@
+"""Sequential calibration: against ridge regression on all tokens at once, and on models end to end."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+import lowrank
+from lowrank import DataError, LowRankError, apply, calibrate, compress, plan
+from lowrank.anchoring import RIDGES
+from lowrank.nn import LowRankLinear
+
+
+class Block(nn.Module):
+    """A residual block; ``how`` says in which way the output enters the stream."""
+
+    def __init__(self, how: str = "add", size: int = 12) -> None:
+        super().__init__()
+        self.how = how
+        self.norm, self.first, self.second = nn.LayerNorm(size), nn.Linear(size, 24), nn.Linear(24, size)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x):
+        y = self.second(self.first(self.norm(x)).tanh())
+        if self.how == "add":
+            return x + y
+        if self.how == "dropout":
+            return self.norm(self.dropout(y) + x)
+        if self.how == "in place":
+            x = x.clone()
+            x += y
+            return x
+        return y  # no stream
+
+
+class Model(nn.Module):
+    def __init__(self, how: str = "add", blocks: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.Sequential(*(Block(how) for _ in range(blocks)))
+        self.end = nn.Linear(12, 4)
+        self.eval()
+
+    def forward(self, x):
+        return self.end(self.blocks(x))
+
+
+def rows(count=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(12, 12, generator=generator)
+    return [torch.randn(64, 12, generator=torch.Generator().manual_seed(i)) @ mixing for i in range(count)]
+
+
+def distance(model, other, data):
+    with torch.no_grad():
+        return sum(float((model(x) - other(x)).square().sum()) for x in data)
+
+
+@pytest.mark.parametrize("how", ["add", "dropout", "in place", "none"])
+def test_the_factor_is_the_ridge_regression_of_all_tokens(how, monkeypatch):
+    monkeypatch.setattr("lowrank.anchoring.RIDGES", (0.05, 0.05))
+    dense, data = Model(how, blocks=2), rows()
+    stats = calibrate(dense, data)
+    decided = plan(dense, rank=4, stats=stats, targets=["blocks.1.second", "blocks.0.first"])
+    before = apply(copy.deepcopy(dense), decided, stats)
+    small = apply(copy.deepcopy(dense), decided, stats, sequential=True, data=data)
+
+    x = torch.cat(data)
+    with torch.no_grad():
+        here, there = small.blocks[0](x), dense.blocks[0](x)
+        read = small.blocks[1].first(small.blocks[1].norm(here)).tanh()
+        y = dense.blocks[1].second(dense.blocks[1].first(dense.blocks[1].norm(there)).tanh())
+        weight = torch.ones(len(x), dtype=torch.float64)
+        if how != "none":
+            weight = 1 / (y + there).double().square().mean(1)
+            y = y + there - here
+        layer = small.blocks[1].second
+        z, y = (read @ layer.down.weight.T).double(), y.double()
+        left = before.blocks[1].second.up.weight.double()
+        share = weight[:, None] / weight.sum()
+        z0, y0 = (share * z).sum(0), (share * y).sum(0)
+        zz = (z - z0).T @ (share * (z - z0))
+        yz = (y - y0).T @ (share * (z - z0))
+        added = 0.05 * torch.diag(zz.diagonal())
+        expected = torch.linalg.solve(zz + added, (yz + left @ added).T).T
+    torch.testing.assert_close(layer.up.weight.double(), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(layer.bias.double(), y0 - expected @ z0, rtol=1e-3, atol=1e-4)
+    assert not torch.equal(small.blocks[0].first.up.weight, dense.blocks[0].first.weight)
+
+
+@pytest.mark.parametrize("how", ["add", "dropout", "in place"])
+def test_layers_make_up_for_the_layers_before_them(how):
+    dense, data, fresh = Model(how), rows(), rows(12)[8:]
+    stats = calibrate(dense, data)
+    decided = plan(dense, rank=5, stats=stats)
+    alone = apply(copy.deepcopy(dense), decided, stats)
+    together = apply(copy.deepcopy(dense), decided, stats, sequential=True, data=data)
+    assert distance(together, dense, fresh) < 0.9 * distance(alone, dense, fresh)
+
+
+def test_a_layer_that_nothing_is_lost_before_keeps_its_factor_where_that_is_best():
+    """Under the metric "inputs" the factor is the regression already."""
+    dense, data = Model("none", blocks=2), rows()
+    stats = calibrate(dense, data, loss=None)
+    decided = plan(dense, rank=4, stats=stats, targets=["blocks.0.first"])
+    alone = apply(copy.deepcopy(dense), decided, stats)
+    together = apply(copy.deepcopy(dense), decided, stats, sequential=True, data=data)
+    torch.testing.assert_close(
+        together.blocks[0].first.up.weight, alone.blocks[0].first.up.weight, rtol=1e-3, atol=1e-4
+    )
+
+
+def bert():
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 3}
+    return BertModel(BertConfig(vocab_size=100, max_position_embeddings=32, **size)).eval()
+
+
+def llama(**more):
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=100, num_key_value_heads=2, **size, **more)).eval()
+
+
+def ids(count=8, first=0):
+    make = [torch.Generator().manual_seed(first + i) for i in range(count)]
+    return [{"input_ids": torch.randint(100, (4, 16), generator=generator)} for generator in make]
+
+
+def hidden(model, batches=None):
+    with torch.no_grad():
+        return torch.cat([model(**batch)[0] for batch in batches or ids(2, first=100)])
+
+
+@pytest.mark.parametrize("share", [None, "inputs"])
+@pytest.mark.parametrize("build", [bert, llama])
+def test_models_of_transformers_come_nearer_to_the_dense_one(build, share, tmp_path):
+    dense, data = build(), ids(32)
+    stats = calibrate(dense, data)
+    decided = plan(dense, rank=8, stats=stats, add_bias=True, share=share)
+    alone = apply(copy.deepcopy(dense), decided, stats)
+    small = apply(copy.deepcopy(dense), decided, stats, sequential=True, data=data)
+    wanted = hidden(dense)
+    assert (hidden(small) - wanted).norm() < (hidden(alone) - wanted).norm()
+    small.save_pretrained(tmp_path)
+    assert torch.equal(hidden(type(dense).from_pretrained(tmp_path)), hidden(small))
+
+
+def test_compress_does_it_in_one_call_also_with_an_iterator():
+    dense, data = bert(), ids()
+    first = compress(copy.deepcopy(dense), keep=0.5, data=data, sequential=True)
+    second = compress(copy.deepcopy(dense), keep=0.5, data=iter(data), sequential=True)
+    third = compress(copy.deepcopy(dense), keep=0.5, data=data, stats=calibrate(dense, data), sequential=True)
+    assert torch.equal(hidden(first), hidden(second))
+    assert torch.equal(hidden(first), hidden(third))
+
+
+def test_padding_has_no_say():
+    dense = bert()
+    batches = [dict(batch, attention_mask=torch.ones(4, 16, dtype=torch.long)) for batch in ids()]
+    for batch in batches:
+        batch["attention_mask"][:, 10:] = 0
+    other = [dict(batch, input_ids=batch["input_ids"].clone()) for batch in batches]
+    for batch in other:
+        batch["input_ids"][:, 10:] = 7
+    stats = calibrate(dense, batches)
+    first, second = (
+        compress(copy.deepcopy(dense), keep=0.5, data=data, stats=stats, sequential=True)
+        for data in (batches, other)
+    )
+    torch.testing.assert_close(hidden(first), hidden(second), rtol=1e-4, atol=1e-5)
+
+
+def test_hidden_states_on_a_disk_give_the_same_model_and_leave_nothing(tmp_path):
+    dense, data = bert(), ids()
+    here = compress(copy.deepcopy(dense), keep=0.5, data=data, sequential=True)
+    there = compress(copy.deepcopy(dense), keep=0.5, data=data, sequential=True, spill=tmp_path)
+    assert torch.equal(hidden(here), hidden(there))
+    assert not list(tmp_path.iterdir())
+
+
+def test_half_precision_keeps_its_dtype():
+    small = compress(llama().bfloat16(), keep=0.5, data=ids(), sequential=True)
+    assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
+    assert hidden(small).isfinite().all()
+
+
+def test_modes_hooks_and_random_state_stay_as_they_were():
+    model = bert().train()
+    model.encoder.layer[1].eval()
+    state = torch.get_rng_state()
+    compress(model, keep=0.5, data=ids(), sequential=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    layers = [m for m in model.modules() if isinstance(m, LowRankLinear)]
+    assert layers and all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+    for name, module in model.named_modules():
+        assert module.training == (not name.startswith("encoder.layer.1")), name
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_cache_of_keys_and_values_is_not_carried_along():
+    torch.testing.assert_close(
+        hidden(compress(llama(use_cache=True), keep=0.5, data=ids(), sequential=True)),
+        hidden(compress(llama(use_cache=False), keep=0.5, data=ids(), sequential=True)),
+    )
+
+
+def test_an_interrupt_leaves_a_model_that_works(monkeypatch):
+    model = bert()
+    calls = []
+
+    def interrupt(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("lowrank.anchoring._refit", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, keep=0.5, data=ids(), sequential=True)
+    assert hidden(model).isfinite().all()
+    assert model.config.quantization_config is not None
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+
+
+def test_bad_requests_change_nothing():
+    model, data = bert(), ids()
+    before = hidden(model)
+    stats = calibrate(model, data)
+    decided = plan(model, keep=0.5, stats=stats)
+    with pytest.raises(DataError, match="sequential=True goes with data="):
+        apply(model, decided, stats, sequential=True)
+    with pytest.raises(DataError, match="data= goes with nothing else"):
+        apply(model, decided, stats, data=data)
+    with pytest.raises(DataError, match="no batch"):
+        apply(model, decided, stats, sequential=True, data=[])
+    with pytest.raises(DataError, match="Batch 1: BertModel refuses it"):
+        apply(model, decided, stats, sequential=True, data=[*data[:1], {"nonsense": torch.ones(1)}])
+    with pytest.raises(LowRankError, match="either data or stats"):
+        compress(model, keep=0.5, stats=stats, data=data)
+    with pytest.raises(LowRankError, match="a stack of repeated blocks, and Sequential has none"):
+        compress(nn.Sequential(nn.Linear(32, 32)), rank=4, data=[torch.randn(8, 32)], sequential=True)
+    assert torch.equal(hidden(model), before)
+    assert not any(isinstance(module, LowRankLinear) for module in model.modules())
+
+
+def test_the_candidates_hold_the_factor_as_it_was():
+    assert RIDGES[-1] == float("inf")
+
+
+def test_lowrank_report_still_adds_up():
+    small = compress(bert(), keep=0.5, data=ids(), sequential=True)
+    assert lowrank.report(small).parameters == sum(p.numel() for p in small.parameters())
