@@ -39,7 +39,7 @@ bench-accuracy: $(VENV)/.dev  ## needs DATA=folder with stsb-dev.csv and wikitex
 	$(PY) benchmarks/accuracy.py --data $(DATA) --out benchmarks/results/accuracy.json
 
 bench-calibration: $(VENV)/.dev  ## about an hour; needs DATA=folder, see benchmarks/calibration.py
-	for part in minilm smollm2 sst2; do \
+	for part in minilm smollm2 sequential sst2; do \
 	  $(PY) benchmarks/calibration.py --data $(DATA) --part $$part --out benchmarks/results/calibration.json || exit 1; done
 
 clean:

@@ -3,10 +3,11 @@
 Every method is a metric and an allocation of this library: truncated SVD (``weight``, uniform ranks),
 ASVD-like scaling (``diagonal``, uniform), FWSVD (the Fisher information of each input row, uniform),
 DRONE and SVD-LLM's optimum (``inputs``, uniform; centred and with a bias where the layer has one), the
-same with global allocation, and ``loss``, the default. Three parts:
+same with global allocation, and ``loss``, the default. Four parts:
 
 - ``minilm``: all-MiniLM-L6-v2, cosine to the dense embeddings and STS Benchmark (dev).
 - ``smollm2``: SmolLM2-135M, perplexity of WikiText-2 text that calibration has not seen, and of other text.
+- ``sequential``: SmolLM2 once more, block by block and with shared factors, without any training.
 - ``sst2``: MiniLM with a classifier fine-tuned on SST-2, accuracy (dev).
 
 The folder given with ``--data`` holds ``stsb-train.csv``, ``stsb-dev.csv``, ``wikitext2-valid.txt``,
@@ -18,6 +19,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,11 @@ def minilm(data: Path, minutes: float) -> Figures:
                 {"keep": keep, "method": method, **measure(compressed(dense, keep, stats, method))}
             )
             print(figures[-1], flush=True)
+        small = compressed(
+            dense, keep, stats, "loss, global", sequential=True, data=sample, tokenizer=tokenizer
+        )
+        figures.append({"keep": keep, "method": "sequential", **measure(small)})
+        print(figures[-1], flush=True)
         small = compressed(dense, keep, stats, "loss, global")
         lowrank.recover(small, dense, train, tokenizer, minutes=minutes)
         figures.append({"keep": keep, "method": "recovered", "minutes": minutes, **measure(small)})
@@ -116,26 +123,62 @@ def minilm(data: Path, minutes: float) -> Figures:
     return figures
 
 
-def smollm(data: Path, minutes: float, cache: Path | None) -> Figures:
-    """Compare methods on a language model; calibrated on 96 windows, measured on 24 others."""
+def language_model(data: Path) -> tuple[nn.Module, Tensor, Callable[[nn.Module], dict[str, float]]]:
+    """Return SmolLM2, windows of WikiText-2, and the perplexities on windows 300 to 323 and on other text."""
     dense, tokenizer = smollm2()
     ids = windows(read_text(data / "wikitext2-valid.txt"), tokenizer)
-    test, others = ids[300:324].flatten(), torch.cat([ids[:300], ids[324:]])
     sentences = [text for pair in read_pairs(data / "stsb-dev.csv")[0] for text in pair]
     unlike = windows(" ".join(sentences), tokenizer)[:24].flatten()
 
     def measure(model: nn.Module) -> dict[str, float]:
-        return {"perplexity": perplexity(model, test), "perplexity_other_text": perplexity(model, unlike)}
+        return {
+            "perplexity": perplexity(model, ids[300:324].flatten()),
+            "perplexity_other_text": perplexity(model, unlike),
+        }
 
-    figures: Figures = [{"keep": 1.0, "method": "dense", **measure(dense)}]
+    return dense, ids, measure
+
+
+def language_stats(dense: nn.Module, ids: Tensor, cache: Path | None, figures: Figures) -> lowrank.Stats:
+    """Calibrate on 96 windows, or take the statistics that an earlier run has kept."""
     if cache is not None and cache.is_dir():
-        stats = lowrank.Stats.load(cache)
-    else:
+        return lowrank.Stats.load(cache)
+    start = time.perf_counter()
+    stats = lowrank.calibrate(dense, [{"input_ids": pair} for pair in ids[:96].split(2)])
+    figures.append({"calibrating_seconds": time.perf_counter() - start, "windows": 96})
+    if cache is not None:
+        stats.save(cache)
+    return stats
+
+
+def sequential(data: Path, cache: Path | None) -> Figures:
+    """Compare factors chosen layer by layer with factors fitted block by block; nothing is trained."""
+    dense, ids, measure = language_model(data)
+    figures: Figures = [{"keep": 1.0, "method": "dense", **measure(dense)}]
+    stats = language_stats(dense, ids, cache, figures)
+    for keep in (0.8, 0.6):
+        for share in (None, "inputs"):
+            decided = lowrank.plan(dense, keep=keep, stats=stats, add_bias=True, share=share)
+            small = lowrank.apply(copy.deepcopy(dense), decided, stats)
+            method = "loss, global" if share is None else "loss, global, shared"
+            figures.append({"keep": keep, "method": method, **measure(small)})
+            print(figures[-1], flush=True)
+        decided = lowrank.plan(dense, keep=keep, stats=stats, add_bias=True)
         start = time.perf_counter()
-        stats = lowrank.calibrate(dense, [{"input_ids": pair} for pair in ids[:96].split(2)])
-        figures.append({"calibrating_seconds": time.perf_counter() - start, "windows": 96})
-        if cache is not None:
-            stats.save(cache)
+        batches = [{"input_ids": pair} for pair in ids[:96].split(4)]
+        small = lowrank.apply(copy.deepcopy(dense), decided, stats, sequential=True, data=batches)
+        seconds = time.perf_counter() - start
+        figures.append({"keep": keep, "method": "sequential", "seconds": seconds, **measure(small)})
+        print(figures[-1], flush=True)
+    return figures
+
+
+def smollm(data: Path, minutes: float, cache: Path | None) -> Figures:
+    """Compare methods on a language model; calibrated on 96 windows, measured on 24 others."""
+    dense, ids, measure = language_model(data)
+    others = torch.cat([ids[:300], ids[324:]])
+    figures: Figures = [{"keep": 1.0, "method": "dense", **measure(dense)}]
+    stats = language_stats(dense, ids, cache, figures)
     for keep in (0.8, 0.6):
         for method in ("drone, svd-llm", "inputs, global", "loss, global"):
             small = compressed(dense, keep, stats, method, add_bias=method == "loss, global")
@@ -186,7 +229,7 @@ def sst2(data: Path, minutes: float) -> Figures:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--data", type=Path, required=True)
-    arguments.add_argument("--part", choices=("minilm", "smollm2", "sst2"), required=True)
+    arguments.add_argument("--part", choices=("minilm", "smollm2", "sequential", "sst2"), required=True)
     arguments.add_argument("--minutes", type=float, default=9.5, help="of recovery; 0 for none")
     arguments.add_argument("--stats", type=Path, help="keep SmolLM2's statistics in this folder")
     options = arguments.parse_args()
@@ -194,6 +237,8 @@ def main() -> None:
         figures = minilm(options.data, options.minutes)
     elif options.part == "smollm2":
         figures = smollm(options.data, options.minutes, options.stats)
+    elif options.part == "sequential":
+        figures = sequential(options.data, options.stats)
     else:
         figures = sst2(options.data, options.minutes)
     print(json.dumps(figures, indent=2))

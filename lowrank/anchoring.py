@@ -1,23 +1,24 @@
-r"""Anchored sequential calibration: each layer answers for what the layers before it have lost.
+r"""Anchored sequential calibration: the blocks make up for what the layers before them have lost.
 
 Factors chosen one by one assume that a layer reads what the dense one reads. It does not: what comes
-before it is compressed, too. So go through the stack of blocks with two streams of hidden states, of the
-dense model and of the compressed one, and fit the second factor of every layer anew,
+before it is compressed, too, and errors pile up in the residual stream. So go through the stack of
+blocks with two streams of hidden states, of the dense model and of the compressed one. A layer whose
+output y the model adds to another tensor r, which is how blocks write into the stream, gets its second
+factor and bias fitted anew to the sum:
 
-    min  Σ_t w_t ‖ y_t − L z_t − b ‖²  +  λ ‖ (L − L₀) D^½ ‖²,      z = R x̂,  D = diag(E[zzᵀ]),
+    min  Σ_t w_t ‖ (y + r)_t − (L z + b + r̂)_t ‖²  +  λ ‖ (L − L₀) D^½ ‖²,    z = R x̂,  D = diag(E[zzᵀ])
 
-where x̂ is what the layer reads in the compressed model, y what the dense layer makes of the dense
-stream, and L₀ the factor before. Where the model adds the output to another tensor r, which is how
-blocks write into the residual stream, the sum is what counts: the target is y + r − r̂, so that a
-layer makes up for the whole error of the stream so far as its input can tell. Those sums are
-normalized before anything reads them; so a token weighs ``1/‖y + r‖²``.
+where y + r is of the dense stream, x̂ and r̂ are what there is in the compressed model, and L₀ is the
+factor before. So it makes up for the whole error of the stream, as far as its input can tell. These sums
+are normalized before anything reads them, hence a token weighs ``w = 1/‖y + r‖²``. Other layers stay as
+they are: fitting them to compressed inputs shrinks what they say towards its mean, and made language
+models worse. In a block that adds nothing, all layers are fitted, to their own dense outputs.
 
 λ is chosen by the error on held-out batches, L₀ among the candidates. Memory: two hidden states of all
 batches, one dense block, and moments of one layer's ``z``; the hidden states may lie on a disk.
 
-Sources: the closed form as in SVD-LLM (Wang et al. 2024, arXiv:2403.07378), which updates one factor on
-the compressed model's inputs; the dense stream as the anchor, as in GPTQ-like methods that calibrate
-against the full-precision model (Li et al. 2025, arXiv:2504.02692); compensating the residual is ours.
+Sources: the regression on the compressed model's inputs as in SVD-LLM (Wang et al. 2024,
+arXiv:2403.07378); the dense stream as its target as in GPTAQ (Li et al. 2025, arXiv:2504.02692).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import contextlib
 import copy
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -217,15 +218,15 @@ class _Listener(TorchFunctionMode):
     Args:
         block: The block.
         names: Layers to listen to.
-        stop: Layers at whose call the pass ends, if every layer in ``summed`` has been added by then.
-        summed: Layers whose outputs will be added to something.
+        sums: Those of them whose outputs will be added to something.
+        to_the_end: Whether to go on when all of that is known.
     """
 
     def __init__(
-        self, block: nn.Module, names: Sequence[str], stop: Sequence[str] = (), summed: Sequence[str] = ()
+        self, block: nn.Module, names: Sequence[str], sums: Collection[str] = (), to_the_end: bool = False
     ) -> None:
         super().__init__()
-        self._block, self._names, self._stop, self._summed = block, names, stop, summed
+        self._block, self._names, self._sums, self._to_the_end = block, names, sums, to_the_end
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
         self.addends: dict[str, Tensor] = {}
@@ -238,8 +239,6 @@ class _Listener(TorchFunctionMode):
             for name in self._names:
                 layer = self._block.get_submodule(name)
                 handles.append(layer.register_forward_hook(self._hook(name), with_kwargs=True))
-            for name in self._stop:
-                handles.append(self._block.get_submodule(name).register_forward_pre_hook(self._end))
             with self:
                 call()
         except _Reached:
@@ -253,11 +252,13 @@ class _Listener(TorchFunctionMode):
             if name in self.inputs:
                 self.repeated.add(name)
             self.inputs[name], self.outputs[name] = args[0] if args else kwargs["input"], output
+            self._end_if_complete()
 
         return hook
 
-    def _end(self, *_: Any) -> None:
-        if all(name in self.addends for name in self._summed):
+    def _end_if_complete(self) -> None:
+        complete = self.outputs.keys() >= set(self._names) and self.addends.keys() >= set(self._sums)
+        if complete and not self._to_the_end:
             raise _Reached
 
     def __torch_function__(
@@ -275,6 +276,7 @@ class _Listener(TorchFunctionMode):
         for name, output in self.outputs.items():
             if output.data_ptr() == first.data_ptr() and output.numel() == first.numel():
                 self.addends.setdefault(name, other.clone())  # which may be changed in place
+                self._end_if_complete()
 
 
 _ADDITIONS = frozenset({torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__})
@@ -284,14 +286,11 @@ def _refit(
     dense: nn.Module, small: nn.Module, names: Sequence[str], passes: Sequence[_Pass], number: int
 ) -> None:
     """Fit the second factors of a block's layers anew, in the order in which they run."""
-    watched = [name for name in names if isinstance(small.get_submodule(name), LowRankLinear)]
-    stages, summed = _stages(small, watched, passes[0], number)
-    for position, stage in enumerate(stages):
-        later = [name for following in stages[position + 1 :] for name in following]
-        adding = [name for name in stage if name in summed]
+    stages, sums = _stages(small, names, passes[0], number)
+    for stage in stages:
         fits: dict[str, _Fit] = {}
         for each in passes:
-            there, here = (_Listener(block, stage, later, adding) for block in (dense, small))
+            there, here = (_Listener(block, stage, sums & set(stage)) for block in (dense, small))
             there.run(lambda each=each: each.call(dense, number, each.dense))  # type: ignore[misc]
             here.run(lambda each=each: each.call(small, number, each.small))  # type: ignore[misc]
             for name in stage:
@@ -305,17 +304,21 @@ def _refit(
 def _stages(
     small: nn.Module, names: Sequence[str], first: _Pass, number: int
 ) -> tuple[list[list[str]], set[str]]:
-    """Return the layers that read the same input together, in order, and those that are added to something.
+    """Return the layers to fit, those that read the same input together, in the order in which they run.
 
-    A layer that runs several times has no input of its own, and stays as it is.
+    That is the layers whose outputs are added to something, the second thing returned; where there are
+    none, all. A layer that runs several times has no input of its own, and stays as it is.
     """
-    listener = _Listener(small, names)
+    listener = _Listener(small, names, to_the_end=True)
     listener.run(lambda: first.call(small, number, first.small))
+    once = {name: read for name, read in listener.inputs.items() if name not in listener.repeated}
+    factorized = {name for name in once if isinstance(small.get_submodule(name), LowRankLinear)}
+    sums = factorized & listener.addends.keys()
     stages: dict[int, list[str]] = {}
-    for name, read in listener.inputs.items():
-        if name not in listener.repeated:
+    for name, read in once.items():
+        if name in (sums or factorized):
             stages.setdefault(id(read), []).append(name)
-    return list(stages.values()), set(listener.addends)
+    return list(stages.values()), sums
 
 
 @dataclass

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from torch import nn
@@ -35,6 +35,9 @@ Keep = Annotated[float | None, typer.Option(help="Fraction of the targeted param
 Energy = Annotated[float | None, typer.Option(help="Fraction of each weight's squared norm to retain.")]
 Error = Annotated[float | None, typer.Option(help="Largest relative error of each weight.")]
 MaxBytes = Annotated[int | None, typer.Option(help="Bytes that the whole model may take.")]
+Speedup = Annotated[
+    float | None, typer.Option(help="Dense latency over compressed latency, measured on the first of --data.")
+]
 Data = Annotated[
     Path | None,
     typer.Option(help="Text to calibrate on: a sample per line, or one text for a language model."),
@@ -47,6 +50,9 @@ Targets = Annotated[list[str] | None, typer.Option(help="Pattern of layers to fa
 Ignore = Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave alone; repeatable.")]
 Allocation = Annotated[str, typer.Option(help="How --keep is spread: global or uniform.")]
 RoundTo = Annotated[int, typer.Option(help="Chosen ranks are multiples of this.")]
+Share = Annotated[
+    str | None, typer.Option(help="inputs: layers that read the same input may share a factor.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON to stdout, for programs.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no table.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
@@ -60,6 +66,7 @@ def plan(
     energy: Energy = None,
     error: Error = None,
     max_bytes: MaxBytes = None,
+    speedup: Speedup = None,
     data: Data = None,
     stats_folder: StatsFolder = None,
     windows: Windows = None,
@@ -69,6 +76,7 @@ def plan(
     ignore: Ignore = None,
     allocation: Allocation = "global",
     round_to: RoundTo = 8,
+    share: Share = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the plan here.")] = None,
     picture: Annotated[Path | None, typer.Option("--plot", help="Draw the ranks into this file.")] = None,
     as_json: Json = False,
@@ -77,6 +85,7 @@ def plan(
 ) -> None:
     """Decide every layer's rank and predict its error; change nothing."""
     model = _load(source, quiet)
+    samples = _samples(model, source, data, windows)
     made = pipeline.plan(
         model,
         rank=rank,
@@ -84,13 +93,16 @@ def plan(
         energy=energy,
         error=error,
         max_bytes=max_bytes,
-        stats=_stats(model, source, data, stats_folder, windows, not quiet),
+        speedup=speedup,
+        inputs=_first(samples),
+        stats=_stats(model, samples, stats_folder, not quiet, both=speedup is not None),
         metric=metric,
         add_bias=add_bias,
         targets=targets,
         ignore=ignore,
         allocation=allocation,
         round_to=round_to,
+        share=share,
         progress=not quiet,
     )
     if out is not None:
@@ -111,6 +123,7 @@ def compress(
     energy: Energy = None,
     error: Error = None,
     max_bytes: MaxBytes = None,
+    speedup: Speedup = None,
     data: Data = None,
     stats_folder: StatsFolder = None,
     windows: Windows = None,
@@ -120,7 +133,11 @@ def compress(
     ignore: Ignore = None,
     allocation: Allocation = "global",
     round_to: RoundTo = 8,
+    share: Share = None,
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Carry out this plan instead.")] = None,
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="Fit layers to the compressed model's inputs, with --data.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the randomized solver.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that has files.")] = False,
     as_json: Json = False,
@@ -132,18 +149,23 @@ def compress(
     from lowrank.folders import check_folder
     from lowrank.reporting import report
 
-    budget = {"rank": rank, "keep": keep, "energy": energy, "error": error, "max_bytes": max_bytes}
+    budget: dict[str, Any] = {"rank": rank, "keep": keep, "energy": energy, "error": error}
+    budget |= {"max_bytes": max_bytes, "speedup": speedup}
     if plan_file is not None and any(value is not None for value in budget.values()):
         raise BudgetError("Give either --plan or a budget, not both.")
     check_folder(out, overwrite)
     model = _load(source, quiet)
-    stats = _stats(model, source, data, stats_folder, windows, not quiet)
+    samples = _samples(model, source, data, windows)
+    stats = _stats(model, samples, stats_folder, not quiet, both=sequential or speedup is not None)
+    how: dict[str, Any] = {"stats": stats, "sequential": sequential, "seed": seed, "progress": not quiet}
+    if sequential and samples is not None:
+        how |= {"data": samples.data, "tokenizer": samples.tokenizer}
     if plan_file is not None:
-        pipeline.apply(model, Plan.load(plan_file), stats, seed=seed, progress=not quiet)
+        pipeline.apply(model, Plan.load(plan_file), **how)
     else:
         choice: dict[str, Any] = {"targets": targets, "ignore": ignore, "allocation": allocation}
-        choice |= {"stats": stats, "metric": metric, "add_bias": add_bias, "round_to": round_to}
-        pipeline.compress(model, **budget, **choice, seed=seed, progress=not quiet)  # type: ignore[arg-type]
+        choice |= {"metric": metric, "add_bias": add_bias, "round_to": round_to, "share": share}
+        pipeline.compress(model, **budget, **choice, **how, inputs=_first(samples))
     save(model, out, overwrite=overwrite)
     _copy_tokenizer(source, out)
     _show(report(model), as_json, quiet)
@@ -163,7 +185,8 @@ def calibrate(
     from lowrank.folders import check_folder
 
     check_folder(out, overwrite)
-    stats = _stats(_load(source, quiet), source, data, None, windows, not quiet)
+    model = _load(source, quiet)
+    stats = _stats(model, _samples(model, source, data, windows), None, not quiet)
     assert stats is not None
     stats.save(out, overwrite=overwrite)
     if not quiet:
@@ -320,24 +343,47 @@ def _tokenizer(source: str) -> Any:
         raise LowRankError(f"{source}: no tokenizer can be loaded: {error}") from error
 
 
-def _stats(
-    model: nn.Module, source: str, data: Path | None, folder: Path | None, windows: int | None, progress: bool
-) -> Stats | None:
-    """Load the statistics, or calibrate on a file: on windows of 512 tokens for a language model."""
-    if data is not None and folder is not None:
-        raise BudgetError("Give either --data or --stats, not both.")
-    if folder is not None:
-        return Stats.load(folder)
-    if data is None:
+class _Samples(NamedTuple):
+    """What a file of text holds, as `lowrank.calibrate` takes it."""
+
+    data: list[Any]
+    tokenizer: Any
+
+
+def _samples(model: nn.Module, source: str, file: Path | None, windows: int | None) -> _Samples | None:
+    """Read a file: a sample per line, or windows of 512 tokens for a language model."""
+    if file is None:
         return None
     from lowrank import batches
     from lowrank.textfiles import read_lines, read_text
 
     tokenizer = _tokenizer(source)
     if not type(model).__name__.endswith(("CausalLM", "LMHeadModel")):
-        return pipeline.calibrate(model, read_lines(data), tokenizer, progress=progress)
-    ids = batches.windows(read_text(data), tokenizer)[:windows]
-    return pipeline.calibrate(model, [{"input_ids": pair} for pair in ids.split(2)], progress=progress)  # type: ignore[no-untyped-call]
+        return _Samples(read_lines(file), tokenizer)
+    ids = batches.windows(read_text(file), tokenizer)[:windows]
+    return _Samples([{"input_ids": pair} for pair in ids.split(2)], None)  # type: ignore[no-untyped-call]
+
+
+def _first(samples: _Samples | None) -> Any:
+    """Return the first samples as a batch to time: eight texts, or two windows."""
+    if samples is None or samples.tokenizer is None:
+        return samples.data[0] if samples is not None else None
+    return dict(samples.tokenizer(samples.data[:8], padding=True, truncation=True, return_tensors="pt"))
+
+
+def _stats(
+    model: nn.Module,
+    samples: _Samples | None,
+    folder: Path | None,
+    progress: bool,
+    both: bool = False,
+) -> Stats | None:
+    """Load the statistics, or calibrate; ``both`` if the samples have another use, too."""
+    if samples is not None and folder is not None and not both:
+        raise BudgetError("Give either --data or --stats, not both.")
+    if folder is not None:
+        return Stats.load(folder)
+    return None if samples is None else pipeline.calibrate(model, *samples, progress=progress)
 
 
 def _calm_transformers(quiet: bool) -> None:

@@ -113,7 +113,9 @@ def compress(
     budget = Budget.of(rank=rank, keep=keep, energy=energy, error=error, max_bytes=max_bytes, speedup=speedup)
     request = Request(budget, metric, add_bias, targets, ignore, allocation, round_to, tolerance, share)
     layers = drafted(model, request, stats)  # before the work of calibrating: a bad request fails here
-    if sequential and iter(data or ()) is data:
+    if sequential and data is None:
+        raise DataError("sequential=True goes through data once more: give data=.")
+    if sequential and isinstance(data, Iterator):
         data = list(data)  # to be gone through twice
     if data is not None and stats is not None and not sequential:
         raise LowRankError("Give either data or stats, not both. Add statistics of more data with +.")

@@ -500,3 +500,34 @@ def test_data_and_stats_together_are_wrong_use(run, minilm, texts, tmp_path):
     result = run("plan", minilm, "--keep", 0.5, "--data", texts, "--stats", tmp_path)
     assert result.code == 2
     assert "either --data or --stats" in result.err
+
+
+def test_sharing_and_going_block_by_block_can_be_asked_for(run, minilm, texts, tmp_path):
+    stats = tmp_path / "stats"
+    assert run("calibrate", minilm, stats, "--data", texts, "-q").code == 0
+    options = ("--keep", 0.4, "--stats", stats, "--share", "inputs")
+    planned = json.loads(run("plan", minilm, *options, "--json").out)
+    assert any(layer["down_of"] for layer in planned["layers"])
+    plain, sequential = tmp_path / "plain", tmp_path / "sequential"
+    assert run("compress", minilm, plain, *options, "-q").code == 0
+    assert run("compress", minilm, sequential, *options, "--data", texts, "--sequential", "-q").code == 0
+    scores = [
+        json.loads(run("eval", folder, "--task", "cosine", "--data", texts, "--dense", minilm, "--json").out)[
+            "value"
+        ]
+        for folder in (plain, sequential)
+    ]
+    assert scores[0] < scores[1]
+
+
+def test_a_speedup_is_measured_on_the_data(run, minilm, texts):
+    done = run("plan", minilm, "--speedup", 1.02, "--data", texts, "--json")
+    assert done.code == 0, done.err
+    assert "speedup=1.02 (measured" in json.loads(done.out)["budget"]
+    assert run("plan", minilm, "--speedup", 1.02).code == 2
+
+
+def test_going_block_by_block_needs_data(run, dense, tmp_path):
+    done = run("compress", dense, tmp_path / "out", "--rank", 8, "--sequential")
+    assert done.code == 2
+    assert "give data=" in done.err
