@@ -451,6 +451,14 @@ def test_a_quantization_config_takes_patterns(tmp_path):
     assert [model.get_submodule(name).rank for name in factorized(model)] == [4, 6]
 
 
+def test_a_quantization_config_takes_a_size(tmp_path):
+    built(FAMILIES["bert"]).save_pretrained(tmp_path)
+    dense = sum(p.numel() for p in built(FAMILIES["bert"]).parameters()) * 4
+    config = LowRankConfig(max_bytes=int(0.95 * dense))
+    model = transformers.AutoModel.from_pretrained(tmp_path, quantization_config=config)
+    assert sum(p.numel() for p in model.parameters()) * 4 <= 0.95 * dense
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -49,7 +49,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """What to do with a dense checkpoint, or what was done to a compressed one.
 
     Args:
-        rank, keep, energy, error: The budget, exactly one of them, as in `lowrank.compress`.
+        rank, keep, energy, error, max_bytes: The budget, exactly one of them, as in `lowrank.compress`.
         targets, ignore, allocation, round_to, tolerance, seed: As in `lowrank.compress`.
         plan: The plan that was carried out, as `Plan.to_dict` gives it; then no budget is needed.
         tensors: The digests that `lowrank.save` leaves in ``config.json`` for `lowrank.load`. Not kept: the
@@ -78,18 +78,19 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         plan: dict[str, Any] | None = None,
         quant_method: str = METHOD,
         tensors: Mapping[str, str] | None = None,
+        max_bytes: int | None = None,
     ) -> None:
         self.quant_method = quant_method
         self.plan = plan
         if plan is not None:
-            if any(value is not None for value in (rank, keep, energy, error)):
+            if any(value is not None for value in (rank, keep, energy, error, max_bytes)):
                 raise BudgetError(
                     "LowRankConfig: give either a plan that was carried out or a budget, not both."
                 )
             Plan.from_dict(plan)  # a damaged or newer plan is refused here
             return
-        Budget.of(rank=rank, keep=keep, energy=energy, error=error)
-        self.rank, self.keep, self.energy, self.error = rank, keep, energy, error
+        Budget.of(rank=rank, keep=keep, energy=energy, error=error, max_bytes=max_bytes)
+        self.rank, self.keep, self.energy, self.error, self.max_bytes = rank, keep, energy, error, max_bytes
         self.targets, self.ignore = targets, ignore
         self.allocation, self.round_to = allocation, round_to
         self.tolerance, self.seed = tolerance, seed
@@ -97,7 +98,8 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
     @property
     def budget(self) -> Budget:
         """The budget of a config that asks for compression."""
-        return Budget.of(rank=self.rank, keep=self.keep, energy=self.energy, error=self.error)
+        given = {kind: getattr(self, kind) for kind in ("rank", "keep", "energy", "error", "max_bytes")}
+        return Budget.of(**given)
 
     def request(self) -> dict[str, Any]:
         """Return the keyword arguments for `lowrank.compress`."""
