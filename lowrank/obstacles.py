@@ -82,6 +82,12 @@ def _finder(model: nn.Module) -> Callable[[str, nn.Module], str | None]:
         if len(owners[_place(weight)]) > 1:
             other = next(n for n in owners[_place(weight)] if n != f"{name}.weight")
             return f"shares its weight with {other} (tied)"
+        bias = module.bias
+        if (
+            isinstance(bias, nn.Parameter) and len(owners[_place(bias)]) > 1
+        ):  # it could be corrected for one only
+            other = next(n for n in owners[_place(bias)] if n != f"{name}.bias")
+            return f"shares its bias with {other} (tied)"
         if weight.dtype not in FLOATING:
             return f"has a weight of {weight.dtype}, not floating point; it may be quantized already"
         if weight.numel() == 0:

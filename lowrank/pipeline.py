@@ -85,8 +85,8 @@ def compress(
         share: ``"inputs"`` lets layers that read the same input (queries, keys and values; gate and up
             projections) share their first factor, where that is predicted to lose less at the same size;
             with a ``rank``, wherever they get the same one. Which layers these are is seen in calibration.
-        sequential: Go through the model block by block on ``data``, and let each layer make up for what
-            the layers before it have lost. Costs some ten forward passes more, and no gradients.
+        sequential: Go through the model block by block on ``data``, and let each block make up for what
+            was lost before it. Costs some six forward passes more, and no gradients.
         spill: A folder on a disk, for the hidden states of all data that this needs; by default they
             stay in memory, twice tokens × hidden size.
         tolerance: Largest relative excess over each layer's optimal error, proven or measured.
@@ -268,8 +268,8 @@ def apply(
         plan: Ranks by layer, from `plan`, perhaps edited. Layers that are factorized already must
             have the rank that it names.
         stats: The statistics that the plan was made with; needed unless its metric is ``"weight"``.
-        sequential: Go through the model block by block, and fit each layer to what it reads in the
-            compressed model; see `lowrank.anchoring` for the mathematics.
+        sequential: Go through the model block by block, and let each make up for what was lost before it;
+            see `lowrank.anchoring` for the mathematics.
         data: What to do that on, as for `lowrank.calibrate`; only with ``sequential``.
         tokenizer: A tokenizer of transformers, for data that are strings.
         spill: A folder on a disk for the hidden states, as in `compress`.

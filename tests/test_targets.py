@@ -141,6 +141,15 @@ def test_a_tied_weight_stays_dense_on_both_sides():
     assert blocked(model, "decoder") == "shares its weight with embedding.weight (tied)"
     assert blocked(model, "twin") == "shares its weight with first.weight (tied)"
     assert blocked(model, "first") == "shares its weight with twin.weight (tied)"
+
+
+def test_a_tied_bias_stays_with_dense_layers():
+    """Under a calibrated metric it takes up the mean of one layer's error, and the other's is another."""
+    model = nn.ModuleDict({"first": nn.Linear(16, 16), "second": nn.Linear(16, 16), "own": nn.Linear(16, 16)})
+    model["second"].bias = model["first"].bias
+    assert blocked(model, "first") == "shares its bias with second.bias (tied)"
+    assert blocked(model, "second") == "shares its bias with first.bias (tied)"
+    assert targeted(model) == {"own"}
     assert targeted(model) == {"last"}
 
 
