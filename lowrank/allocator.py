@@ -28,9 +28,9 @@ class Curve:
 
 
 def uniform(curves: Sequence[Curve], budget: float) -> list[int]:
-    """Keep the same fraction of every layer; less than the budget's where small layers need more."""
+    """Keep the same fraction of every curve; less than the budget's where small ones need more."""
     keep = min(1.0, budget / sum(float(curve.costs[-1]) for curve in curves))
-    for fraction in np.linspace(keep, 0, 1000):  # at once, unless small layers take more than their share
+    for fraction in np.linspace(keep, 0, 1000):  # at once, unless small ones take more than their share
         choices = [_largest_within(curve, fraction * curve.costs[-1]) for curve in curves]
         if sum(float(curve.costs[choice]) for curve, choice in zip(curves, choices, strict=True)) <= budget:
             return choices
@@ -46,12 +46,12 @@ def allocate(curves: Sequence[Curve], budget: float) -> list[int]:
     """Choose one point of every curve so that the costs fit the budget and the losses are small.
 
     Args:
-        curves: One per layer.
+        curves: What there is to choose from.
         budget: Largest sum of costs, at least the sum of the cheapest choices.
 
     Returns:
         The index of the choice on each curve. Where every segment fits exactly it is the optimum of
-        the Lagrangian; what the last segments leave over is filled by the best gain per parameter.
+        the Lagrangian; what the last segments leave over is filled by the best gain per cost.
 
     Source: Shoham & Gersho 1988, "Efficient bit allocation for an arbitrary set of quantizers".
     """
@@ -77,7 +77,7 @@ def allocate(curves: Sequence[Curve], budget: float) -> list[int]:
 
 
 def hull_segments(curve: Curve) -> list[tuple[float, int, int]]:
-    """Return ``(gain per parameter, start, stop)`` along the lower convex hull, steepest first."""
+    """Return ``(gain per cost, start, stop)`` along the lower convex hull, steepest first."""
     hull: list[int] = []
     for point in range(len(curve.costs)):
         while len(hull) > 1 and _slope(curve, hull[-2], hull[-1]) <= _slope(curve, hull[-1], point):
@@ -92,7 +92,7 @@ def _slope(curve: Curve, start: int, stop: int) -> float:
 
 
 def _best_step(curve: Curve, choice: int, left: float) -> tuple[float, int]:
-    """Return the best gain per parameter within ``left``, and the choice that it leads to."""
+    """Return the best gain per cost within ``left``, and the choice that it leads to."""
     extra = curve.costs[choice + 1 :] - curve.costs[choice]
     extra = extra[extra <= left]
     if not len(extra):

@@ -16,6 +16,9 @@ from lowrank.errors import DataError, LowRankError
 LONGEST = 512
 """Tokens that a sentence is cut to, unless the tokenizer or the caller says less."""
 
+HELD_OUT = 4
+"""Every how manieth batch is kept back, to see how what the others gave fares on it."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -53,6 +56,11 @@ class Batch:
     def on(self, device: torch.device | str | None) -> Batch:
         """Return the batch with its tensors on ``device``."""
         return as_batch(moved(self.given, device), self.index)
+
+    @property
+    def held_out(self) -> bool:
+        """Whether this batch is one of those that are kept back."""
+        return self.index % HELD_OUT == HELD_OUT - 1
 
     @property
     def tokens(self) -> int:

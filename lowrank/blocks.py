@@ -1,7 +1,7 @@
 """Find the stack of repeated blocks in a model: what a deep network is made of, whatever its names.
 
-The stack is the container of at least two modules of one class that holds the most parameters of
-linear layers: the encoder layers of BERT, the decoder layers of Llama, the residual blocks of a plain
+The stack is the container of at least two modules of one class that holds the most
+parameters: the encoder layers of BERT, the decoder layers of Llama, the residual blocks of a plain
 `torch.nn.Sequential`.
 """
 
@@ -39,7 +39,7 @@ def hidden_state(output: Any) -> Tensor | None:
     return first if isinstance(first, Tensor) else None
 
 
-class _Reached(BaseException):
+class Reached(BaseException):
     """Ends a forward pass; no model catches what is not an `Exception`."""
 
 
@@ -63,13 +63,13 @@ def output_of(name: str, block: nn.Module, forward: Callable[[], Any]) -> Tensor
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         outputs.append(output)
-        raise _Reached
+        raise Reached
 
     handles = [block.register_forward_pre_hook(before), block.register_forward_hook(after)]
     try:
         with torch.no_grad():
             forward()
-    except _Reached:
+    except Reached:
         pass
     finally:
         for handle in handles:

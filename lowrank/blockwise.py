@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lowrank.distillation import Lesson
-from lowrank.distributed import agreed, rank
+from lowrank.distributed import agreed, process_number
 from lowrank.errors import LowRankError
 from lowrank.modes import training_only
 from lowrank.runs import Best, Course, Pace, Run, last_snapshot, mean_distance
@@ -90,7 +90,7 @@ class BlockRuns:
             run.best.restore()
 
     def _keep(self) -> None:
-        if self._folder is None or rank() > 0:
+        if self._folder is None or process_number() > 0:
             return
         Snapshot(
             self._pace.steps_done,

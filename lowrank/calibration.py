@@ -28,9 +28,6 @@ from lowrank.trials import TrialRun, make_trials
 WIDEST = 8192
 """Features up to which the products of all pairs are kept (0.5 GB in float64); beyond, each with itself."""
 
-HELD_OUT = 4
-"""Every how manieth batch is looked at last, to see how trial factorizations fare on it."""
-
 HELD_OUT_TOKENS = 16_384
 """Tokens up to which batches wait for that in memory."""
 
@@ -57,7 +54,7 @@ def collect(
     with bar, training_only(model), torch.set_grad_enabled(differentiate):
         with collector.listening():
             for batch in stream:
-                if batch.index % HELD_OUT == HELD_OUT - 1 and held_tokens + batch.tokens <= HELD_OUT_TOKENS:
+                if batch.held_out and held_tokens + batch.tokens <= HELD_OUT_TOKENS:
                     held.append(batch)  # its turn comes when the others are known
                     held_tokens += batch.tokens
                     continue

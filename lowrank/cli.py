@@ -6,6 +6,7 @@ traceback. Progress bars appear on terminals only, and never with ``-q``.
 
 from __future__ import annotations
 
+import inspect as inspect_module  # a command below has the short name
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -151,8 +152,10 @@ def compress(
 
     budget: dict[str, Any] = {"rank": rank, "keep": keep, "energy": energy, "error": error}
     budget |= {"max_bytes": max_bytes, "speedup": speedup}
-    if plan_file is not None and any(value is not None for value in budget.values()):
-        raise BudgetError("Give either --plan or a budget, not both.")
+    choice: dict[str, Any] = {"targets": targets, "ignore": ignore, "allocation": allocation}
+    choice |= {"metric": metric, "add_bias": add_bias, "round_to": round_to, "share": share}
+    if plan_file is not None:
+        _check_plan_says_all(budget | choice)
     check_folder(out, overwrite)
     model = _load(source, quiet)
     samples = _samples(model, source, data, windows)
@@ -163,12 +166,21 @@ def compress(
     if plan_file is not None:
         pipeline.apply(model, Plan.load(plan_file), **how)
     else:
-        choice: dict[str, Any] = {"targets": targets, "ignore": ignore, "allocation": allocation}
-        choice |= {"metric": metric, "add_bias": add_bias, "round_to": round_to, "share": share}
         pipeline.compress(model, **budget, **choice, **how, inputs=_first(samples))
     save(model, out, overwrite=overwrite)
     _copy_tokenizer(source, out)
     _show(report(model), as_json, quiet)
+
+
+def _check_plan_says_all(options: dict[str, Any]) -> None:
+    """Refuse options beside ``--plan`` that would be dropped without a word."""
+    defaults = inspect_module.signature(pipeline.compress).parameters
+    given = [name for name, value in options.items() if value != defaults[name].default]
+    if given:
+        names = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise BudgetError(
+            f"Give either --plan or a budget, not both: the plan says it all. Leave out {names}."
+        )
 
 
 @app.command()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lowrank.menus import Menu
+from lowrank.menus import Costs, Menu
 from lowrank.planning import Plan
-from lowrank.ranks import Costs
 
 
 def byte_costs(model: nn.Module, draft: Plan, max_bytes: int) -> Costs:

@@ -125,7 +125,7 @@ def decide(
         )
     if request.budget.kind == "speedup" and timing.inputs is None:
         raise BudgetError("speedup is measured on inputs: pass inputs=, a batch as the model will get it.")
-    groups = _groups_of(model, drafted, request, stats)
+    groups = _groups_of(model, drafted, request, stats, predict)
     measured = spectra_of(model, drafted, stats, progress) if predict else {}
     loss_per_square = held_out_ratio = None
     if stats is not None and drafted.metric == stats.best_metric():  # the one that was tried
@@ -154,8 +154,10 @@ def decide(
     return _say_what_is_coarse(decided, stats)
 
 
-def _groups_of(model: nn.Module, drafted: Plan, request: Request, stats: Stats | None) -> list[Group]:
-    """Find the targeted layers that read the same tensor, and measure joint factors for them.
+def _groups_of(
+    model: nn.Module, drafted: Plan, request: Request, stats: Stats | None, predict: bool
+) -> list[Group]:
+    """Find the targeted layers that read the same tensor; with ``predict`` measure joint factors for them.
 
     Raises:
         BudgetError: If there are no statistics to tell, or the budget is a latency.
@@ -178,14 +180,18 @@ def _groups_of(model: nn.Module, drafted: Plan, request: Request, stats: Stats |
     groups = []
     for layers in readers.values():
         if len(layers) > 1:
-            joint = {}
-            for some in _candidates(layers):
+            joint: dict[tuple[str, ...], tuple[Spectrum, ...]] = {}
+            for some in _candidates(layers) if predict else [layers]:
+                names = tuple(layer.name for layer in some)
+                if not predict:
+                    joint[names] = ()
+                    continue
                 weights = [weight_of(model.get_submodule(layer.name)) for layer in some]
                 try:
                     spectra = joint_spectra(weights, *joint_metric(some, weights, drafted.metric, stats))
                 except WeightError as error:
                     raise WeightError(f"{some[0].name} or a layer beside it: {error}") from error
-                joint[tuple(layer.name for layer in some)] = spectra
+                joint[names] = spectra
             groups.append(Group(tuple(layer.name for layer in layers), joint))
     return groups
 

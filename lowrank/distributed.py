@@ -24,7 +24,7 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def rank() -> int:
+def process_number() -> int:
     """Return the number of this process, from 0."""
     return dist.get_rank() if processes() > 1 else 0
 
@@ -53,9 +53,9 @@ def check_whole(model: nn.Module) -> None:
         )
 
 
-def share(items: Sequence[Item]) -> Sequence[Item]:
+def own_part(items: Sequence[Item]) -> Sequence[Item]:
     """Return this process's part: every item belongs to exactly one process."""
-    return items[rank() :: processes()]
+    return items[process_number() :: processes()]
 
 
 def agreed(value: float, device: torch.device) -> float:

@@ -16,6 +16,7 @@ from lowrank.fingerprints import fingerprint_of_layer
 from lowrank.linalg import Metric, Stacked, joint_spectra, truncated_svd
 from lowrank.linalg.metric import Side
 from lowrank.linalg.svd import small_side_gram
+from lowrank.menus import importance
 from lowrank.nn import LowRankLinear, kind_of
 from lowrank.planning import LayerPlan, Plan
 from lowrank.statistics import Stats
@@ -71,8 +72,7 @@ def joint_metric(
 ) -> tuple[Side, Stacked]:
     """Return the metric under which layers that read the same input are decomposed together.
 
-    The squared error of each counts as it does for the allocator: in units of the loss, or else
-    relative to its norm, times its parameters.
+    The squared error of each counts as it does for the allocator (`lowrank.menus.importance`).
 
     Args:
         layers: Their entries in the plan.
@@ -83,11 +83,10 @@ def joint_metric(
     each = [stats.metric(layer.name, metric, layer.has_bias) for layer in layers]
     scales = []
     for layer, weight, own in zip(layers, weights, each, strict=True):
-        if metric == "loss":
-            scales.append(stats.loss_per_square(layer.name))
-        else:
-            total = float(small_side_gram(weight.detach().to(torch.float64), own).trace())
-            scales.append(layer.dense_parameters / total if total > 0 else 0.0)
+        total = float(small_side_gram(weight.detach().to(torch.float64), own).trace())
+        scales.append(
+            importance(layer, total, stats.loss_per_square(layer.name) if metric == "loss" else None)
+        )
     sizes = tuple(len(weight) for weight in weights)
     return each[0].inputs, Stacked(tuple(own.outputs for own in each), sizes, tuple(scales))
 

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.errors import BudgetError, LowRankError
-from lowrank.menus import Menu
+from lowrank.menus import Costs, Menu
 from lowrank.planning import LayerPlan, Plan
-from lowrank.ranks import Costs
 
 POINTS = 9
 """Ranks timed per shape, evenly spaced up to the break-even; between them it is interpolated."""

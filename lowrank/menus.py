@@ -6,7 +6,7 @@ way to divide them is a partition, with one menu per part; which partition is be
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -16,16 +16,14 @@ from lowrank.allocator import Curve, allocate, hull_segments
 from lowrank.linalg import Spectrum
 from lowrank.planning import LayerPlan
 
-SHARING = ", sharing down"
-"""Added to the reason of a layer that shares its ``down``."""
-
 
 class Group(NamedTuple):
     """Layers that read the same input.
 
     Args:
         names: All of them, in the model's order.
-        joint: By the names of those that share ``down``, the whole group among them, the error of each.
+        joint: By the names of those that share ``down``, the whole group among them, the error of each;
+            nothing where errors decide nothing.
     """
 
     names: tuple[str, ...]
@@ -44,7 +42,7 @@ class Menu(Curve):
     layers: tuple[LayerPlan, ...]
     ranks: np.ndarray[Any, Any]
 
-    def carried_out(self, point: int) -> list[LayerPlan]:
+    def layers_at(self, point: int) -> list[LayerPlan]:
         """Return the layers as they are at ``point``."""
         if point < len(self.ranks):
             return sharing(self.layers, int(self.ranks[point]), "chosen by the allocator")
@@ -60,7 +58,6 @@ class Menu(Curve):
 def sharing(layers: Sequence[LayerPlan], rank: int, reason: str) -> list[LayerPlan]:
     """Give ``layers`` a rank and, if they are several, one ``down``, which the first of them owns."""
     owner = layers[0].name
-    reason += SHARING if len(layers) > 1 else ""
     return [
         replace(layer, rank=rank, reason=reason, down_of=owner if number else None)
         for number, layer in enumerate(layers)
@@ -78,6 +75,40 @@ def _joint_cost(layers: Sequence[LayerPlan]) -> int:
     return layers[0].in_features + sum(layer.out_features for layer in layers)
 
 
+@dataclass(frozen=True)
+class Costs:
+    """What layers cost in a unit other than parameters.
+
+    Args:
+        limit: What the whole model may cost.
+        fixed: What everything but the targeted weights costs.
+        price: Returns a menu with its costs in this unit.
+        say: Puts a cost into words.
+    """
+
+    limit: float
+    fixed: float
+    price: Callable[[Menu], Menu]
+    say: Callable[[float], str]
+
+
+def importance(layer: LayerPlan, squared_norm: float, loss_per_square: float | None) -> float:
+    """Return how much a squared error of ``layer`` counts beside those of other layers.
+
+    Under the metric ``"loss"`` that is the factor to the loss. Else each weight counts as if scaled to
+    unit mean square: absolute errors would follow the arbitrary scale of a layer, and relative ones
+    alone would count a small layer like a large one.
+
+    Args:
+        layer: The layer.
+        squared_norm: Of its weight under the metric.
+        loss_per_square: The factor to the loss, if there is one.
+    """
+    if loss_per_square is not None:
+        return loss_per_square
+    return layer.dense_parameters / squared_norm if squared_norm > 0 else 0.0
+
+
 def menu_of(
     layers: Sequence[LayerPlan], spectra: Sequence[Spectrum], scales: Sequence[float], round_to: int
 ) -> Menu:
@@ -90,8 +121,9 @@ def menu_of(
         round_to: Ranks are multiples of this.
     """
     ranks = np.arange(round_to, largest_shared_rank(layers) + 1, round_to)
-    parts = zip(spectra, scales, strict=True)
-    losses = sum((each.tail.numpy()[ranks] * scale for each, scale in parts), start=np.zeros(len(ranks)))
+    losses = np.zeros(len(ranks))
+    for each, scale in zip(spectra, scales, strict=True):
+        losses += each.tail.numpy()[ranks] * each.scale**2 * scale
     dense = sum(layer.dense_parameters for layer in layers)
     return Menu(
         costs=np.append(ranks * _joint_cost(layers), dense),

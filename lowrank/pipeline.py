@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def compress(
             weights alone, which costs far more accuracy.
         tokenizer: A tokenizer of transformers, for data that are strings.
         loss: As for `lowrank.calibrate`.
-        stats: Statistics from `lowrank.calibrate`, in place of ``data``.
+        stats: Statistics from `lowrank.calibrate`, in place of ``data``; with ``sequential``, beside them.
         metric: What the error measures: ``"weight"``, ``"diagonal"``, ``"inputs"`` or ``"loss"``;
             ``"auto"`` takes the last that the statistics allow, and ``"weight"`` without any.
         add_bias: Whether a factorized layer may get a bias where the dense one has none. It takes up
@@ -84,7 +85,7 @@ def compress(
         round_to: Ranks that are chosen, not given, are multiples of this.
         share: ``"inputs"`` lets layers that read the same input (queries, keys and values; gate and up
             projections) share their first factor, where that is predicted to lose less at the same size;
-            with a ``rank``, wherever they get the same one. Which layers these are is seen in calibration.
+            with a ``rank``, where all that read an input get the same one. Calibration sees which they are.
         sequential: Go through the model block by block on ``data``, and let each block make up for what
             was lost before it. Costs some six forward passes more, and no gradients.
         spill: A folder on a disk, for the hidden states of all data that this needs; by default they
@@ -297,9 +298,11 @@ def apply(
         if data is None:
             surgery.apply(model, plan, stats, seed=seed, progress=progress)
         else:
+            there = Path(spill) if spill is not None else None
             stream = _stream(model, data, tokenizer)
-            apply_anchored(
-                model, plan, stats, stream, seed=seed, spill=Path(spill) if spill else None, progress=progress
+            fitted = apply_anchored(model, plan, stats, stream, seed=seed, spill=there, progress=progress)
+            plan = plan.with_layers(
+                {name: replace(plan[name], reason=f"{plan[name].reason}; fitted anew") for name in fitted}
             )
     except LowRankError:
         raise  # nothing has changed

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import numbers
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -188,12 +188,16 @@ class LayerPlan:
 
     def dense(self, reason: str) -> LayerPlan:
         """Return this layer left as it is, for ``reason``."""
+        return replace(self.edited(None, reason), targeted=self.targeted, added_bias=False)
+
+    def edited(self, rank: int | None, reason: str) -> LayerPlan:
+        """Return this layer with another rank, which nothing is known of yet, and a factor of its own."""
         return replace(
             self,
-            rank=None,
-            relative_error=None,
+            rank=rank,
             reason=reason,
-            added_bias=False,
+            targeted=True,
+            relative_error=None,
             loss_increase=None,
             held_out_error=None,
             down_of=None,
@@ -312,7 +316,7 @@ class Plan:
     def with_rank(self, pattern: str, rank: int | None) -> Plan:
         """Return the plan with every matching layer set to ``rank``; `apply` checks that they can be.
 
-        An edited layer shares no factor any more; layers that shared one go on without it.
+        An edited layer shares no factor any more; layers that shared one with it go on without it.
 
         Args:
             pattern: Unix-style pattern on layer names.
@@ -333,18 +337,21 @@ class Plan:
         if not chosen:
             raise no_match(pattern, list(self._index), "layers of the plan")
         reason = "left dense by hand" if rank is None else "set by hand"
-        edited = [replace(layer.dense(reason), rank=rank, targeted=True) for layer in chosen]
-        return self.with_layers({layer.name: layer for layer in edited})._with_owners()
+        edited = {layer.name: layer.edited(rank, reason) for layer in chosen}
+        return self._parted_from(edited.keys()).with_layers(edited)
 
-    def _with_owners(self) -> Plan:
-        """Return the plan with a new owner, the first user, for each shared ``down`` that has lost it."""
-        layers = {}
-        for name, (owner, *_) in self.shared.items():
-            first, *others = (layer for layer in self.factorized if layer.down_of == name)
-            if owner.name == name and owner.rank == first.rank:
-                continue
-            layers[first.name] = replace(first, down_of=None)
-            layers.update({layer.name: replace(layer, down_of=first.name) for layer in others})
+    def _parted_from(self, names: Collection[str]) -> Plan:
+        """Return the plan with the layers that share a ``down`` with one of ``names`` going on without that.
+
+        Their joint factor is another one then, whose errors are not known.
+        """
+        layers: dict[str, LayerPlan] = {}
+        for users in self.shared.values():
+            left = [layer for layer in users if layer.name not in names]
+            if left and len(left) < len(users):
+                for layer in left:
+                    owner = None if layer is left[0] else left[0].name
+                    layers[layer.name] = replace(layer.edited(layer.rank, layer.reason), down_of=owner)
         return self.with_layers(layers)
 
     def diff(self, other: Plan) -> list[Change]:
@@ -427,7 +434,7 @@ class Plan:
                 "dense" if layer.rank is None else str(layer.rank),
                 f"{layer.kept_fraction:.0%}",
                 "" if layer.relative_error is None else f"{layer.relative_error:.4f}",
-                layer.reason,
+                layer.reason + (f"; down of {layer.down_of}" if layer.down_of is not None else ""),
             )
             for layer in self.layers
         ]

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 from lowrank.allocator import allocate, uniform
 from lowrank.errors import BudgetError, RankError, TargetError
 from lowrank.linalg import Spectrum
-from lowrank.menus import SHARING, Group, Menu, best_partitions, menu_of, partitions, sharing
+from lowrank.menus import Costs, Group, Menu, best_partitions, importance, menu_of, partitions, sharing
 from lowrank.patterns import is_wildcard, matches, no_match
 from lowrank.planning import Budget, LayerPlan, Plan
 
@@ -70,7 +70,7 @@ def select(
         layers = _sharing_at_rank(_by_rank(draft, budget.value, named), groups)
     elif budget.kind in ("energy", "error"):
         layers = _by_error(draft, budget, spectra, round_to, tolerance)
-        layers = _sharing_within_error(layers, budget, groups, round_to, tolerance)
+        layers = _sharing_within_error(draft, layers, budget, groups, round_to, tolerance)
     else:
         menus = _menus(draft, spectra, round_to, loss_per_square, costs, groups)
         if costs is None:
@@ -215,20 +215,26 @@ def _sharing_at_rank(layers: list[LayerPlan], groups: Sequence[Group]) -> list[L
 
 
 def _sharing_within_error(
-    layers: list[LayerPlan], budget: Budget, groups: Sequence[Group], round_to: int, tolerance: float
+    draft: Plan,
+    layers: list[LayerPlan],
+    budget: Budget,
+    groups: Sequence[Group],
+    round_to: int,
+    tolerance: float,
 ) -> list[LayerPlan]:
     """Let the layers of a group share ``down`` where keeping the bound then takes fewer parameters."""
     found = {layer.name: layer for layer in layers}
+    bound = _error_bound(budget) / (1 + tolerance)
     for group in groups:
+        taken: set[str] = set()
         for names, joint in sorted(group.joint.items(), key=lambda item: -len(item[0])):
-            members = [found[name] for name in names]
-            bound = _error_bound(budget) / (1 + tolerance)
             needed = max(spectrum.smallest_rank(bound) for spectrum in joint)
             rank = -(-needed // round_to) * round_to
-            small = sharing([layer.dense("") for layer in members], rank, f"{budget} needs rank {needed}")
-            free = not any(SHARING in layer.reason for layer in members)
-            if free and sum(x.parameters for x in small) < sum(x.parameters for x in members):
+            small = sharing([draft[name] for name in names], rank, f"{budget} needs rank {needed}")
+            fewer = sum(x.parameters for x in small) < sum(found[name].parameters for name in names)
+            if fewer and taken.isdisjoint(names):
                 found.update({layer.name: layer for layer in small})
+                taken.update(names)
     return list(found.values())
 
 
@@ -241,7 +247,7 @@ def _joint_spectra(layers: Sequence[LayerPlan], groups: Sequence[Group]) -> dict
     found = {}
     for names in map(tuple, users.values()):
         joint = next(group.joint[names] for group in groups if names in group.joint)
-        found.update(dict(zip(names, joint, strict=True)))
+        found.update(dict(zip(names, joint, strict=bool(joint))))  # not known where no error was asked for
     return found
 
 
@@ -259,7 +265,8 @@ def _menus(
     groups: Sequence[Group],
 ) -> list[list[tuple[Menu, ...]]]:
     """List what layers can become, priced: for each layer or group the ways to divide it, as menus."""
-    scales = {x.name: _loss_scale(x, spectra[x.name], loss_per_square) for x in draft.targeted}
+    weighs = loss_per_square or {}
+    scales = {x.name: importance(x, spectra[x.name].squared_norm, weighs.get(x.name)) for x in draft.targeted}
     known = {(x.name,): (spectra[x.name],) for x in draft.targeted}
     menus: dict[tuple[str, ...], Menu] = {}
     for names, errors in itertools.chain(known.items(), *(group.joint.items() for group in groups)):
@@ -269,16 +276,6 @@ def _menus(
     grouped = {name for group in groups for name in group.names}
     alone = [(x.name,) for x in draft.targeted if x.name not in grouped]
     return [list(partitions(names, menus)) for names in [*alone, *(group.names for group in groups)]]
-
-
-def _loss_scale(layer: LayerPlan, spectrum: Spectrum, loss_per_square: Mapping[str, float] | None) -> float:
-    """Return the factor that makes squared errors, in units of the spectrum's scale, comparable."""
-    if loss_per_square is not None:
-        return loss_per_square[layer.name] * spectrum.scale**2
-    # Squared error with each weight scaled to unit mean square. Absolute errors would follow the
-    # arbitrary scale of a layer, and relative ones alone would count a small layer like a large one.
-    total = float(spectrum.tail[0])
-    return layer.dense_parameters / total if total > 0 else 0.0
 
 
 def _by_keep(
@@ -319,21 +316,4 @@ def _least(menus: Sequence[Sequence[tuple[Menu, ...]]]) -> float:
 def _within(menus: Sequence[Sequence[tuple[Menu, ...]]], limit: float, allocation: str) -> list[LayerPlan]:
     parts = best_partitions(menus, limit)
     points = uniform(parts, limit) if allocation == "uniform" else allocate(parts, limit)
-    return [layer for menu, point in zip(parts, points, strict=True) for layer in menu.carried_out(point)]
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What layers cost in a unit other than parameters.
-
-    Args:
-        limit: What the whole model may cost.
-        fixed: What everything but the targeted weights costs.
-        price: Returns a menu with its costs in this unit.
-        say: Puts a cost into words.
-    """
-
-    limit: float
-    fixed: float
-    price: Callable[[Menu], Menu]
-    say: Callable[[float], str]
+    return [layer for menu, point in zip(parts, points, strict=True) for layer in menu.layers_at(point)]

@@ -75,8 +75,8 @@ def recover(
         max_length: Longest string in tokens; by default what the tokenizer allows, at most 512.
         seed: Seed of the order of batches; the global random state is not touched.
         snapshots: A folder that keeps where the run stands, written whenever the held-out batches are
-            looked at, and on an interrupt. The same call made again goes on from there. One process
-            writes, all read.
+            looked at, and on an interrupt; block by block, after each block only. The same call made again
+            goes on from there. One process writes, all read.
         progress: Show a progress bar with the loss on a terminal.
 
     Returns:

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowrank.batches import Batch
-from lowrank.distributed import agreed, average_gradients, check_alike, processes, rank, share, total
+from lowrank.distributed import (
+    agreed,
+    average_gradients,
+    check_alike,
+    own_part,
+    process_number,
+    processes,
+    total,
+)
 from lowrank.errors import CheckpointError
 from lowrank.snapshots import Snapshot
 
@@ -60,7 +68,7 @@ def last_snapshot(
 @torch.no_grad()
 def mean_distance(distance: Distance, held: Sequence[Batch], device: torch.device) -> float:
     """Return the mean distance over the held-out batches, the same in every process."""
-    return total(sum(float(distance(batch)) for batch in share(held)), device) / len(held)
+    return total(sum(float(distance(batch)) for batch in own_part(held)), device) / len(held)
 
 
 @dataclass
@@ -156,8 +164,10 @@ class Run:
 
     def _train(self, title: str) -> None:
         order = shuffled(self._course.train, self._course.seed)
-        order = itertools.islice(order, self._pace.steps_done * processes() + rank(), None, processes())
-        hidden = None if self._course.progress and rank() == 0 else True  # None: on terminals only
+        order = itertools.islice(
+            order, self._pace.steps_done * processes() + process_number(), None, processes()
+        )
+        hidden = None if self._course.progress and process_number() == 0 else True  # None: on terminals only
         with tqdm(total=1000, desc=title, disable=hidden, bar_format="{l_bar}{bar}| {postfix}") as bar:
             while (done := agreed(self._pace.progress(), self._device)) < 1:
                 loss = self._step(next(order), done)
@@ -200,7 +210,7 @@ class Run:
 
         Only process 0 writes, and it waits for no other, so that one that fails does not hold it up.
         """
-        if self._folder is None or not self._pace.steps_done or rank() > 0:
+        if self._folder is None or not self._pace.steps_done or process_number() > 0:
             return
         if not all(bool(parameter.isfinite().all()) for parameter in self._parameters):
             return  # training has diverged

@@ -1,14 +1,22 @@
 """Sequential calibration: against ridge regression on all tokens at once, and on models end to end."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import lowrank
-from lowrank import DataError, LowRankError, apply, calibrate, compress, plan
+from lowrank import DataError, LowRankError, PlanError, apply, calibrate, compress, plan
 from lowrank.anchoring import RIDGES
 from lowrank.nn import LowRankLinear
 
@@ -32,6 +40,8 @@ class Block(nn.Module):
             x = x.clone()
             x += y
             return x
+        if self.how == "normalized":
+            return x + self.norm(y)
         return y  # no stream
 
 
@@ -215,6 +225,7 @@ def test_an_interrupt_leaves_a_model_that_works(monkeypatch):
         calls.append(arguments)
         if len(calls) == 2:
             raise KeyboardInterrupt
+        return []
 
     monkeypatch.setattr("lowrank.anchoring._refit", interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -236,13 +247,49 @@ def test_bad_requests_change_nothing():
     with pytest.raises(DataError, match="no batch"):
         apply(model, decided, stats, sequential=True, data=[])
     with pytest.raises(DataError, match="Batch 1: BertModel refuses it"):
-        apply(model, decided, stats, sequential=True, data=[*data[:1], {"nonsense": torch.ones(1)}])
+        apply(model, decided, stats, sequential=True, data=[data[0], {"nonsense": torch.ones(1)}, *data])
     with pytest.raises(LowRankError, match="either data or stats"):
         compress(model, keep=0.5, stats=stats, data=data)
     with pytest.raises(LowRankError, match="a stack of repeated blocks, and Sequential has none"):
         compress(nn.Sequential(nn.Linear(32, 32)), rank=4, data=[torch.randn(8, 32)], sequential=True)
+    with pytest.raises(DataError, match="needs 4 batches or more"):
+        apply(model, decided, stats, sequential=True, data=data[:3])
+    with pytest.raises(LowRankError, match="hidden states cannot be kept there"):
+        apply(model, decided, stats, sequential=True, data=data, spill="/nowhere/at/all")
+    other = Model("normalized")
+    with pytest.raises(LowRankError, match="this model scales or normalizes it first"):
+        compress(other, keep=0.5, data=rows(), sequential=True, round_to=1)
+    for untouched in (model, other):
+        assert not any(isinstance(module, LowRankLinear) for module in untouched.modules())
     assert torch.equal(hidden(model), before)
+    apply(model, dataclasses.replace(decided, layers=decided.factorized[:1]), stats)
+    with pytest.raises(LowRankError, match="needs the dense model"):
+        apply(model, decided, stats, sequential=True, data=data)
+
+
+def test_a_factor_across_blocks_is_refused():
+    """The decoder's cross-attention reads one tensor, the encoder's output, in every block."""
+    torch.manual_seed(0)
+    size = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_heads": 4, "num_layers": 2, "vocab_size": 100}
+    model = T5ForConditionalGeneration(T5Config(**size, decoder_start_token_id=0)).eval()
+    data = [dict(batch, decoder_input_ids=batch["input_ids"]) for batch in ids()]
+    with pytest.raises(PlanError, match="which is in another block"):
+        compress(model, rank=4, data=data, share="inputs", sequential=True)
     assert not any(isinstance(module, LowRankLinear) for module in model.modules())
+    with torch.no_grad():
+        wanted = model(**data[0]).logits
+        compress(model, keep=0.5, data=data, sequential=True)
+        assert model(**data[0]).logits.isfinite().all() and not torch.equal(model(**data[0]).logits, wanted)
+
+
+def test_what_was_fitted_is_told():
+    small = compress(bert(), keep=0.5, data=ids(), sequential=True)
+    decided = lowrank.Plan.from_dict(small.config.quantization_config.plan)
+    for layer in decided.factorized:
+        fitted = "fitted anew" in layer.reason
+        assert fitted == (layer.relative_error is None)
+        assert not fitted or layer.name.endswith("output.dense")
+    assert any("fitted anew" in layer.reason for layer in decided)
 
 
 def test_the_candidates_hold_the_factor_as_it_was():

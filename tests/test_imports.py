@@ -86,7 +86,7 @@ LAYERS = [
     {"patterns", "tensorfile", "folders", "linalg", "allocator"},
     {"batches", "blocks", "textfiles", "fingerprints", "modes", "distributed"},
     {"planning", "statistics", "objectives", "snapshots"},
-    {"nn", "reads", "distillation", "menus"},
+    {"nn", "reads", "distillation", "menus", "sums", "streams"},
     {"obstacles", "runs"},
     {"factoring", "trials", "blockwise"},
     {"targets", "calibration", "ranks", "surgery", "recovery", "evaluation"},  # the stages

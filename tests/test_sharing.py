@@ -184,6 +184,39 @@ def test_a_plan_can_be_edited_by_hand(model):
     assert report(small).parameters == sum(p.numel() for p in small.parameters())
     assert hidden(small).isfinite().all()
     apply(copy.deepcopy(model), decided.with_rank(users[-1].name, None), stats)
+    alone = decided
+    for user in users:
+        alone = alone.with_rank(user.name, None)
+    assert alone[owner.name].down_of is None and owner.name not in alone.shared
+    same = decided.with_rank(owner.name, owner.rank)  # by hand, even to the same rank: a factor of its own
+    assert owner.name not in same.shared
+    assert all(same[user.name].relative_error is None for user in users)
+
+
+def test_added_biases_stay_with_shared_factors():
+    """The bound on the error is one of the centred metric, which needs them."""
+    model = llama()
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.weight.data = layer.self_attn.q_proj.weight.data[:16].clone()
+    stats = calibrate(model, ids())
+    decided = plan(model, error=0.6, stats=stats, metric="inputs", round_to=1, add_bias=True, share="inputs")
+    assert decided.shared and all(layer.added_bias for layer in decided.factorized)
+    small = apply(copy.deepcopy(model), decided, stats)
+    for layer in decided.factorized:
+        module, dense = small.get_submodule(layer.name), model.get_submodule(layer.name)
+        side = stats.metric(layer.name, "inputs", centred=True).inputs
+        lost = side.times_root((dense.weight - module.dense_weight()).detach().double()).norm()
+        assert float(lost / side.times_root(dense.weight.detach().double()).norm()) <= 0.6
+    assert decided.with_rank("*", 3).factorized[0].added_bias
+
+
+def test_a_weight_of_zeros_can_share():
+    model = bert()
+    model.encoder.layer[0].attention.self.key.weight.data.zero_()
+    stats = calibrate(model, ids())
+    for metric in ("inputs", "loss"):
+        decided = plan(model, keep=0.4, stats=stats, metric=metric, round_to=1, share="inputs")
+        assert hidden(apply(copy.deepcopy(model), decided, stats)).isfinite().all()
 
 
 def test_applying_again_changes_nothing(model):

@@ -39,7 +39,8 @@ def joint_spectra(weights: Sequence[Tensor], inputs: Side, outputs: Stacked) -> 
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
     if matrix.shape[0] <= matrix.shape[1]:
         squares = [values * part.square().sum(0) for part in outputs.split(vectors)]  # σⱼ²‖Uⱼ‖², its rows
-        captured = [each / s for each, s in zip(squares, outputs.scales, strict=True)]
+        scales = zip(squares, outputs.scales, strict=True)
+        captured = [each / s if s > 0 else torch.zeros_like(each) for each, s in scales]  # 0: nothing is lost
     else:
         captured = []
         for side, part in zip(outputs.sides, outputs.split(matrix), strict=True):

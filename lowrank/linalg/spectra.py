@@ -18,7 +18,7 @@ class Spectrum:
 
     Args:
         tail: Shape ``(min(out, in) + 1,)``, float64: ``tail[k] = Σ_{i>k} σ_i²``, the squared error
-            that remains at rank ``k``, in units of ``scale²``.
+            that remains at rank ``k``, in units of ``scale²``. Of joint factors, the part of one weight.
         scale: The power of two that a weight was divided by lest its squares overflow; mostly 1.
         rounding: Relative error that storing the factors in half precision adds, else 0. Predictions
             include it; ``tail`` does not.
@@ -36,6 +36,11 @@ class Spectrum:
     def squared_error(self, rank: int) -> float:
         """Return ``‖W − LR‖²`` at ``rank``, in the metric's units."""
         return float(self._rounded[rank]) * self.scale**2
+
+    @property
+    def squared_norm(self) -> float:
+        """``‖W‖²`` in the metric's units."""
+        return float(self.tail[0]) * self.scale**2
 
     def smallest_rank(self, relative_error: float) -> int:
         """Return the smallest rank, at least 1, whose relative error is at most ``relative_error``.
