@@ -79,6 +79,11 @@ def apply_anchored(
             "sequential=True needs the dense model to compare with; this one has factorized layers. Start "
             "from the dense checkpoint."
         )
+    if any(layer.name in blocks for layer in plan.factorized):
+        raise LowRankError(
+            "sequential=True needs blocks of several layers, and these are linear layers themselves. "
+            "Leave it out."
+        )
     inside = {x.name: name for x in plan.factorized for name in blocks if x.name.startswith(f"{name}.")}
     _check_shared(plan, inside)
     fitted: set[str] = set()
@@ -91,8 +96,8 @@ def apply_anchored(
                 f"are {len(streams)}. Give more data, or the same in smaller batches."
             )
         with torch.no_grad(), eval_mode(model):
-            for each in streams:
-                each.enter(model, list(blocks.values()))
+            for number, each in enumerate(streams):
+                each.enter(model, list(blocks.values()), to_the_end=number == 0)
             _check_sums(blocks, inside, streams[0])
         outside = [layer.name for layer in plan.factorized if layer.name not in inside]
         if outside:
@@ -172,11 +177,21 @@ def _refit(
             there.run(lambda each=each: each.call_dense(dense, number))  # type: ignore[misc]
             here.run(lambda each=each: each.call_small(small, number))  # type: ignore[misc]
             for name in stage:
-                if name in there.outputs and name in here.inputs:
+                if _alike(name, there, here):
                     fit = fits.setdefault(name, _Fit(small.get_submodule(name)))  # type: ignore[arg-type]
                     fit.add(name, there, here, each.batch)
         done += [name for name, fit in fits.items() if fit.finish()]
     return done
+
+
+def _alike(name: str, dense: Listener, small: Listener) -> bool:
+    """Tell whether both streams have the same rows at a layer; an expert may get other tokens in each."""
+    if name not in dense.outputs or name not in small.outputs:
+        return False
+    same = dense.outputs[name].shape == small.outputs[name].shape
+    return same and getattr(dense.addends.get(name), "shape", None) == getattr(
+        small.addends.get(name), "shape", None
+    )
 
 
 def _stages(

@@ -84,7 +84,7 @@ class Batch:
     def real(self, values: Tensor) -> Tensor:
         """Return the rows ``(tokens, features)`` of ``values (…, features)`` that belong to real tokens."""
         rows = values.reshape(-1, values.shape[-1])
-        if self.mask is not None and len(rows) == self.mask.numel() and values.ndim != 2:
+        if self.mask is not None and len(rows) == self.mask.numel():
             return rows[self.mask.reshape(-1)]
         return rows
 

@@ -17,7 +17,7 @@ from lowrank import surgery
 from lowrank._transformers import plugin
 from lowrank.batches import Batch, batches
 from lowrank.costs import byte_costs
-from lowrank.errors import BudgetError, LowRankError, WeightError
+from lowrank.errors import BudgetError, WeightError
 from lowrank.evaluation import evaluating
 from lowrank.factoring import check_layer_of, joint_metric, metric_of, weight_of
 from lowrank.latency import LatencyTable, latency_costs, seconds_of
@@ -51,7 +51,7 @@ class Request:
 
     def __post_init__(self) -> None:
         if self.share not in (None, "inputs"):
-            raise LowRankError(
+            raise BudgetError(
                 f'share={self.share!r}: give "inputs", to let layers that read the same input share a factor.'
             )
 

@@ -45,6 +45,13 @@ def distance(
     total = _of_outputs(outputs, targets, batch)
     names = hidden.keys() & target_hidden.keys()
     if names and hidden_weight:
+        if hidden.keys() != target_hidden.keys() or any(
+            hidden[n].shape != target_hidden[n].shape for n in names
+        ):
+            raise DataError(
+                f"The teacher has {len(target_hidden)} blocks and the compressed model {len(hidden)}, or "
+                "their hidden states differ in shape. Give the dense model that it was made from."
+            )
         parts = [relative_squares(batch.real(hidden[n]), batch.real(target_hidden[n])) for n in sorted(names)]
         total = total + hidden_weight * torch.stack(parts).mean()
     return total

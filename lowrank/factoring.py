@@ -29,20 +29,21 @@ def check_stats(model: nn.Module, plan: Plan, stats: Stats | None) -> None:
         PlanError: If the metric needs statistics and there are none.
         StatsError: If they are of another model, or lack a layer.
     """
-    if plan.metric == "weight" and not plan.shared:
+    dense = {x.name for x in plan.factorized if not isinstance(model.get_submodule(x.name), LowRankLinear)}
+    shared = [layers for layers in plan.shared.values() if dense.issuperset(x.name for x in layers)]
+    if plan.metric == "weight" and not shared:
         return
     if stats is None:
         raise PlanError(
-            f"The plan's metric is {plan.metric!r}{', with shared factors' if plan.shared else ''}, which "
+            f"The plan's metric is {plan.metric!r}{', with shared factors' if shared else ''}, which "
             "needs statistics: pass stats=calibrate(model, data)."
         )
     for layer in plan.factorized:
-        module = model.get_submodule(layer.name)
-        if not isinstance(module, LowRankLinear):  # done already
-            check_layer_of(module, layer.name, stats)
+        if layer.name in dense:
+            check_layer_of(model.get_submodule(layer.name), layer.name, stats)
             stats.metric(layer.name, plan.metric, layer.has_bias)
-    for layers in plan.shared.values():
-        if len({stats.sources[layer.name] for layer in layers}) > 1:
+    for layers in shared:
+        if len({stats.sources.get(layer.name, layer.name) for layer in layers}) > 1:
             raise StatsError(
                 f"{layers[-1].name}: cannot share down with {layers[0].name}: by the statistics they do not "
                 "read the same input."

@@ -19,11 +19,12 @@ from lowrank.anchoring import apply_anchored
 from lowrank.batches import Batch, batches
 from lowrank.calibration import collect
 from lowrank.deciding import Request, Timing, decide, drafted, spectra_of
-from lowrank.errors import DataError, LowRankError
+from lowrank.errors import BudgetError, DataError, LowRankError
 from lowrank.latency import LatencyTable
 from lowrank.linalg import Spectrum
 from lowrank.obstacles import check_model
 from lowrank.planning import Budget, Plan
+from lowrank.ranks import nothing_changes
 from lowrank.statistics import Stats
 
 
@@ -116,6 +117,9 @@ def compress(
     layers = drafted(model, request, stats)  # before the work of calibrating: a bad request fails here
     if sequential and data is None:
         raise DataError("sequential=True goes through data once more: give data=.")
+    _check_spill(sequential, spill)
+    if not layers.targeted:
+        raise BudgetError(nothing_changes(layers, budget, {}))
     if sequential and isinstance(data, Iterator):
         data = list(data)  # to be gone through twice
     if data is not None and stats is not None and not sequential:
@@ -139,6 +143,23 @@ def compress(
         seed=seed,
         progress=progress,
     )
+
+
+def _enough_batches(data: Iterable[Any]) -> int:
+    """Return the strings per batch that make eight batches of few strings, and else 32."""
+    few = isinstance(data, Sequence) and isinstance(data[0] if data else None, str)
+    return max(1, min(32, len(data) // 8)) if few and isinstance(data, Sequence) else 32
+
+
+def _check_spill(sequential: bool, spill: str | Path | None) -> None:
+    if spill is None:
+        return
+    if not sequential:
+        raise DataError(
+            "spill= is for the hidden states that sequential=True keeps; without it, leave it out."
+        )
+    if not Path(spill).is_dir():
+        raise DataError(f"spill={str(spill)!r}: there is no such folder.")
 
 
 def calibrate(
@@ -291,6 +312,7 @@ def apply(
         raise DataError(
             "sequential=True goes with data=, such as those of the calibration; data= goes with nothing else."
         )
+    _check_spill(sequential, spill)
     hf = plugin()
     if hf is not None:
         hf.check_unquantized(check_model(model))
@@ -299,7 +321,7 @@ def apply(
             surgery.apply(model, plan, stats, seed=seed, progress=progress)
         else:
             there = Path(spill) if spill is not None else None
-            stream = _stream(model, data, tokenizer)
+            stream = _stream(model, data, tokenizer, batch_size=_enough_batches(data))
             fitted = apply_anchored(model, plan, stats, stream, seed=seed, spill=there, progress=progress)
             plan = plan.with_layers(
                 {name: replace(plan[name], reason=f"{plan[name].reason}; fitted anew") for name in fitted}

@@ -82,7 +82,7 @@ def select(
     plan = replace(draft, budget=str(budget), allocation=allocation, round_to=round_to, tolerance=tolerance)
     plan = plan.with_layers(chosen)
     if not any(layer.rank for layer in chosen.values()):
-        raise BudgetError(_nothing_changes(plan, budget, spectra))
+        raise BudgetError(nothing_changes(plan, budget, spectra))
     return plan
 
 
@@ -105,7 +105,8 @@ def _with_error(
     )
 
 
-def _nothing_changes(plan: Plan, budget: Budget, spectra: Mapping[str, Spectrum]) -> str:
+def nothing_changes(plan: Plan, budget: Budget, spectra: Mapping[str, Spectrum]) -> str:
+    """Say why no layer of ``plan`` has a rank, and what to do."""
     lines = [f"With {budget}, no layer of {plan.model} would change."]
     reasons = dict.fromkeys((layer.reason, layer.targeted) for layer in plan)
     for reason, targeted in list(reasons)[:4]:

@@ -17,6 +17,8 @@ from lowrank.batches import Batch
 from lowrank.blocks import Reached, hidden_state
 from lowrank.errors import DataError, LowRankError
 
+_ONCE = "once each, in the order in which they are stored. Leave it out."
+
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -37,14 +39,14 @@ class Streams:
         self._there: list[_Call] = []  # what the dense model calls each block with, beside the hidden states
         self._here: list[_Call] = []  # the same of the compressed model
 
-    def enter(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        """Run the dense model up to the last block, and keep what the blocks are called with.
+    def enter(self, model: nn.Module, blocks: Sequence[nn.Module], to_the_end: bool = False) -> None:
+        """Run the dense model up to the last block, or to the end, and keep what the blocks are called with.
 
         Raises:
-            LowRankError: If the blocks are not called once each with hidden states, and return such.
+            LowRankError: If the blocks are not called once each, in order, with what the last one returned.
             DataError: If the model refuses the batch, or the hidden states are not finite.
         """
-        hidden, self._there = self._calls(model, blocks)
+        hidden, self._there = self._calls(model, blocks, to_the_end)
         if not bool(hidden.isfinite().all()):
             raise DataError(f"Batch {self.batch.index}: what enters the first block is not finite.")
         self._device, self._here = hidden.device, self._there
@@ -55,20 +57,34 @@ class Streams:
         hidden, self._here = self._calls(model, blocks)
         self.small = self._kept(hidden, "small")
 
-    def _calls(self, model: nn.Module, blocks: Sequence[nn.Module]) -> tuple[Tensor, list[_Call]]:
+    def _calls(
+        self, model: nn.Module, blocks: Sequence[nn.Module], to_the_end: bool = False
+    ) -> tuple[Tensor, list[_Call]]:
         """Return the hidden states before the first block, and the other arguments of each."""
         calls: list[_Call] = []
+        entered: list[Tensor] = []
+        returned: list[Tensor] = []
 
         def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = _hidden_of(args, kwargs)
+            if len(calls) >= len(blocks) or block is not blocks[len(calls)]:
+                raise LowRankError(f"sequential=True needs blocks that are called {_ONCE}")
+            if returned and not torch.equal(hidden, returned.pop()):
+                raise LowRankError(
+                    "sequential=True needs blocks that read what the block before has returned; before block "
+                    f"{len(calls)} the model does something else with it. Leave it out."
+                )
+            if not calls:
+                entered.append(hidden.clone())  # which a block may change in place
             calls.append((args, kwargs))
-            if block is blocks[-1]:
+            if block is blocks[-1] and not to_the_end:
                 raise Reached
 
         def after(_: nn.Module, args: Any, output: Any) -> None:
-            _output_of(output)
+            returned[:] = [_output_of(output)]
 
         handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
-        handles.append(blocks[0].register_forward_hook(after))
+        handles += [block.register_forward_hook(after) for block in blocks]
         try:
             self.batch.call(model)
         except Reached:
@@ -77,11 +93,8 @@ class Streams:
             for handle in handles:
                 handle.remove()
         if len(calls) != len(blocks):
-            raise LowRankError(
-                f"sequential=True needs blocks that are called once each, in order; {len(blocks)} blocks "
-                f"were called {len(calls)} times. Leave it out."
-            )
-        return _hidden_of(*calls[0]), [(_plain(args[1:]), _plain(kwargs)) for args, kwargs in calls]
+            raise LowRankError(f"sequential=True needs blocks that are called {_ONCE}")
+        return entered[0], [(_plain(args[1:]), _plain(kwargs)) for args, kwargs in calls]
 
     def call_dense(self, block: nn.Module, number: int) -> Any:
         """Call the dense form of a block on the dense stream, as the model does."""
@@ -121,7 +134,7 @@ def _hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     if not isinstance(hidden, Tensor):
         raise LowRankError(
             "sequential=True needs blocks whose first argument is a tensor of hidden states; "
-            f"this one is {type(hidden).__name__}. Leave it out."
+            "these get them otherwise. Leave it out."
         )
     return hidden
 

@@ -88,7 +88,8 @@ class Listener(TorchFunctionMode):
         self.adds = True
         for name, output in self.outputs.items():
             if output.data_ptr() == first.data_ptr() and output.numel() == first.numel():
-                self.addends.setdefault(name, other.clone())  # which may be changed in place
+                addend = other.clone()  # which may be changed in place
+                self.addends.setdefault(name, addend.reshape(output.shape))
                 self._end_if_complete()
 
 

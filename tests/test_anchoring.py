@@ -254,9 +254,11 @@ def test_bad_requests_change_nothing():
         compress(nn.Sequential(nn.Linear(32, 32)), rank=4, data=[torch.randn(8, 32)], sequential=True)
     with pytest.raises(DataError, match="needs 4 batches or more"):
         apply(model, decided, stats, sequential=True, data=data[:3])
-    with pytest.raises(LowRankError, match="hidden states cannot be kept there"):
+    with pytest.raises(LowRankError, match="there is no such folder"):
         apply(model, decided, stats, sequential=True, data=data, spill="/nowhere/at/all")
     other = Model("normalized")
+    with pytest.raises(DataError, match="without it, leave it out"):
+        apply(model, decided, stats, spill="/tmp")
     with pytest.raises(LowRankError, match="this model scales or normalizes it first"):
         compress(other, keep=0.5, data=rows(), sequential=True, round_to=1)
     for untouched in (model, other):
@@ -280,6 +282,91 @@ def test_a_factor_across_blocks_is_refused():
         wanted = model(**data[0]).logits
         compress(model, keep=0.5, data=data, sequential=True)
         assert model(**data[0]).logits.isfinite().all() and not torch.equal(model(**data[0]).logits, wanted)
+
+
+class Outside(Model):
+    """The stream runs outside of the blocks."""
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return self.end(x)
+
+
+class Twice(Model):
+    """The stack is gone through twice."""
+
+    def forward(self, x):
+        return self.end(self.blocks(self.blocks(x) / 2))
+
+
+class Linears(nn.Module):
+    """The blocks are linear layers themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(12, 12) for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return x
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Outside("none"), "before block 1 the model does something else with it"),
+        (Twice, "called once each, in the order"),
+        (Linears, "these are linear layers themselves"),
+    ],
+    ids=["stream-outside", "twice", "linear-layers"],
+)
+def test_stacks_that_cannot_be_followed_are_refused_untouched(build, message):
+    model = build()
+    with pytest.raises(LowRankError, match=message):
+        compress(model, keep=0.5, data=rows(), loss=None, sequential=True, round_to=1)
+    assert not any(isinstance(module, LowRankLinear) for module in model.modules())
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+
+
+class Routed(nn.Module):
+    """A mixture of experts: which tokens reach an expert depends on the hidden states."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(12, 12) for _ in range(2))
+        self.out = nn.Linear(12, 12)
+
+    def forward(self, x):
+        flat = x.reshape(-1, 12)
+        routed = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            chosen = (flat.sum(-1) > 0) == bool(number)
+            routed[chosen] += expert(flat[chosen])
+        return x + self.out(routed).view(x.shape)
+
+
+def test_experts_stay_and_flattened_tokens_are_masked():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(100, 12), nn.Sequential(Routed(), Routed())).eval()
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, input_ids, attention_mask=None):
+            return self.inner(input_ids)
+
+    data = [dict(batch, attention_mask=torch.ones(4, 16, dtype=torch.long)) for batch in ids()]
+    for batch in data:
+        batch["attention_mask"][:, 9:] = 0
+    stats = calibrate(Net(), data, loss=None)
+    assert stats.moments("inner.1.0.out").weight == 8 * 4 * 9
+    small = compress(Net(), keep=0.6, data=data, loss=None, sequential=True, round_to=1)
+    with torch.no_grad():
+        assert small(**data[0]).isfinite().all()
 
 
 def test_what_was_fitted_is_told():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import lowrank
 from lowrank import CheckpointError, DataError, LowRankError, compress, recover
 from lowrank.batches import as_batch
 from lowrank.distillation import Lesson
@@ -146,6 +147,20 @@ def test_the_schedule_rises_and_falls_to_zero():
 def test_a_teacher_of_another_shape_is_refused(small, data):
     with pytest.raises(DataError, match="dense model that it was made from"):
         recover(small, nn.Sequential(nn.Linear(64, 5)), data, steps=1, hidden_weight=0)
+
+
+@pytest.mark.parametrize(("width", "depth"), [(64, 3), (32, 5)], ids=["wider", "deeper"])
+def test_a_teacher_with_other_blocks_is_refused(width, depth):
+    transformers = pytest.importorskip("transformers")
+
+    def masked(width, depth):
+        size = {"intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 50}
+        config = transformers.BertConfig(hidden_size=width, num_hidden_layers=depth, **size)
+        return transformers.BertForMaskedLM(config)
+
+    model = lowrank.compress(masked(32, 3), rank=4)
+    with pytest.raises(DataError, match=f"teacher has {depth} blocks and the compressed model 3"):
+        recover(model, masked(width, depth), [{"input_ids": torch.ones(2, 8, dtype=torch.long)}] * 8, steps=1)
 
 
 BAD = {

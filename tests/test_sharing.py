@@ -286,3 +286,45 @@ def test_partitions_compete_by_their_hulls():
     )
     assert ["query", "key"] in shared_names(decided)
     assert allocate([], 1.0) == []
+
+
+def test_a_model_that_shares_in_part_can_be_compressed_further():
+    model, data = bert(), ids()
+    compress(model, rank=4, data=data, share="inputs", targets=["encoder.layer.0.*"])
+    first = report(model).parameters
+    compress(copy.deepcopy(model), rank=4)  # without data
+    compress(model, rank=4, data=data)
+    assert report(model).parameters < first
+    with pytest.raises(BudgetError, match="is factorized already"):
+        compress(model, rank=4, data=data)
+
+
+def test_lora_on_a_shared_factor_reaches_every_layer_and_merges():
+    peft = pytest.importorskip("peft")
+    small = compress(bert(), rank=4, data=ids(), share="inputs")
+    adapted = peft.get_peft_model(
+        small, peft.LoraConfig(target_modules=["down", "up"], init_lora_weights=False)
+    )
+    adapted.eval()
+    before = hidden(adapted)
+    torch.testing.assert_close(hidden(adapted.merge_and_unload()), before, rtol=1e-4, atol=1e-5)
+
+
+def test_symbolic_tracing_sees_plain_products():
+    from lowrank.nn.shared import SharedDown
+
+    down = SharedDown(8, 4, bias=False)
+    down.readers = 2
+    traced = torch.fx.symbolic_trace(torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(8, 8), down))
+    x = torch.randn(3, 8)
+    assert traced(x).shape == (3, 4)
+
+    class Reading(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down = down
+
+        def forward(self, x):
+            return SharedDown.forward(self.down, x)
+
+    assert torch.equal(torch.fx.symbolic_trace(Reading())(x), down(x))

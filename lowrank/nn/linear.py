@@ -61,7 +61,7 @@ class LowRankLinear(nn.Module):
         self.relative_error: float | None = None
         self.added_bias = False
         down = SharedDown if shared else nn.Linear
-        self.down: nn.Linear = down(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.down = down(in_features, rank, bias=False, device=device, dtype=dtype)  # type: ignore[misc]
         self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
         self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
 
@@ -122,8 +122,14 @@ class LowRankLinear(nn.Module):
         """
         assert isinstance(owner.down, SharedDown)
         del self.down
-        self.__dict__["down"] = owner.down
+        self.__dict__["_owner"] = owner
         owner.down.readers += 1
+
+    @property
+    def down(self) -> nn.Linear:
+        """The first factor; another layer's, as that layer has it now, after `use_down_of`."""
+        own = self._modules.get("down")
+        return own if own is not None else self.__dict__["_owner"].down  # type: ignore[return-value]
 
     @property
     def owns_down(self) -> bool:

@@ -49,8 +49,8 @@ class SharedDown(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(…, in)`` to ``(…, rank)``."""
-        unknown = torch.compiler.is_compiling() or input.is_inference() or self.weight.is_inference()
-        if self.readers < 2 or unknown:
+        traced = torch.compiler.is_compiling() or isinstance(input, torch.fx.Proxy)
+        if self.readers < 2 or traced or input.is_inference() or self.weight.is_inference():
             return super().forward(input)
         kept = _results.by_module.pop(self, None)
         state = self._state(input)
