@@ -7,6 +7,7 @@ model that comes back is never worse on them than the one that was given.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,8 @@ def recover(
     Source: Hinton et al. 2015 (arXiv:1503.02531); the optimizer: Loshchilov & Hutter 2019 (AdamW).
     """
     _check(model, teacher, minutes, steps)
+    if not isinstance(learning_rate, (int, float)) or not 0 < learning_rate < math.inf:
+        raise LowRankError(f"learning_rate={learning_rate!r}: give a positive number, such as 3e-4.")
     student, teacher = unwrapped(model), unwrapped(teacher)
     device = next(p.device for p in student.parameters())
     stream = batches(
@@ -180,7 +183,10 @@ def _check(model: nn.Module, teacher: nn.Module, minutes: float | None, steps: i
         )
     if (minutes is None) == (steps is None):
         raise LowRankError(f"Give either minutes or steps; got minutes={minutes!r} and steps={steps!r}.")
-    if (minutes if minutes is not None else steps) <= 0:  # type: ignore[operator]
+    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool)):
+        raise LowRankError(f"steps={steps!r}: give a whole number of batches.")
+    duration = minutes if minutes is not None else steps
+    if not isinstance(duration, (int, float)) or not 0 < duration < math.inf:
         raise LowRankError(f"minutes={minutes!r}, steps={steps!r}: the duration must be positive.")
 
 

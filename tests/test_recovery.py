@@ -167,6 +167,9 @@ BAD = {
     "no-duration": ({}, LowRankError, "minutes or steps"),
     "two-durations": ({"minutes": 1, "steps": 1}, LowRankError, "minutes or steps"),
     "negative": ({"steps": -1}, LowRankError, "positive"),
+    "no-number": ({"minutes": float("nan")}, LowRankError, "positive"),
+    "text": ({"steps": "3"}, LowRankError, "whole number"),
+    "rate": ({"steps": 1, "learning_rate": -1}, LowRankError, "learning_rate=-1"),
 }
 
 
