@@ -16,7 +16,6 @@ from transformers import (
 
 import lowrank
 from lowrank import BudgetError, LowRankError, PlanError, StatsError, apply, calibrate, compress, plan, report
-from lowrank.allocator import allocate
 from lowrank.nn import LowRankLinear
 from lowrank.planning import Plan
 
@@ -285,7 +284,6 @@ def test_partitions_compete_by_their_hulls():
         model, keep=0.5, stats=calibrate(model, ids()), metric="inputs", round_to=1, share="inputs"
     )
     assert ["query", "key"] in shared_names(decided)
-    assert allocate([], 1.0) == []
 
 
 def test_a_model_that_shares_in_part_can_be_compressed_further():
