@@ -827,7 +827,8 @@ def test_layers_on_disk_are_loaded_without_being_read_into_memory(saved, tmp_pat
     places = {"embeddings": "cpu", "encoder.layer.0": "disk", "encoder.layer.1": "cpu", "pooler": "cpu"}
     model = transformers.BertModel.from_pretrained(saved, device_map=places, offload_folder=tmp_path / "off")
     assert all(parameter.is_meta for parameter in model.encoder.layer[0].parameters())
-    assert_same_outputs(model, transformers.BertModel.from_pretrained(saved))
+    with torch.backends.mkldnn.flags(enabled=False):  # the same kernels with hooks on the factors as without
+        assert_same_outputs(model, transformers.BertModel.from_pretrained(saved))
 
 
 def mixtral() -> nn.Module:

@@ -2,6 +2,7 @@
 
 from lowrank.linalg.joint import joint_spectra
 from lowrank.linalg.metric import Diagonal, Gram, Identity, Metric, PulledBack, Stacked
+from lowrank.linalg.products import linear, product
 from lowrank.linalg.spectra import Spectrum, spectrum
 from lowrank.linalg.svd import Factors, choose_solver, truncated_svd
 
@@ -16,6 +17,8 @@ __all__ = [
     "Stacked",
     "choose_solver",
     "joint_spectra",
+    "linear",
+    "product",
     "spectrum",
     "truncated_svd",
 ]

@@ -25,6 +25,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lowrank.linalg.products import product
+
 
 class Outputs(Protocol):
     """What a factorization asks of the outputs' metric ``G = H Hᵀ``."""
@@ -111,15 +113,15 @@ class Gram(Side):
 
     def times(self, matrix: Tensor) -> Tensor:
         """Return ``M C``."""
-        return matrix @ self.matrix.to(matrix)
+        return product(matrix, self.matrix.to(matrix))
 
     def times_root(self, matrix: Tensor) -> Tensor:
         """Return ``M S``."""
-        return matrix @ self.root.to(matrix)
+        return product(matrix, self.root.to(matrix))
 
     def root_times(self, matrix: Tensor) -> Tensor:
         """Return ``S M``."""
-        return self.root.to(matrix) @ matrix
+        return product(self.root.to(matrix), matrix)
 
     @cached_property
     def root(self) -> Tensor:
@@ -226,6 +228,6 @@ def gram(matrix: Tensor, block: int = 192) -> Tensor:
     result = matrix.new_empty(rows, rows)
     for start in range(0, rows, block):
         stop = min(start + block, rows)
-        torch.mm(matrix[start:stop], matrix[:stop].T, out=result[start:stop, :stop])
+        result[start:stop, :stop] = product(matrix[start:stop], matrix[:stop].T)
         result[:start, start:stop] = result[start:stop, :start].T
     return result

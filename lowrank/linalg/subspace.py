@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lowrank.linalg.products import product
+
 GROWTH = 6.0
 """How far a filter must lift the wanted eigenvalues over the unwanted, as a natural logarithm.
 
@@ -68,18 +70,18 @@ def leading_eigenspace(matrix: Tensor, rank: int, tolerance: float, seed: int) -
     generator = torch.Generator(matrix.device).manual_seed(seed)
     shape = len(matrix), oversampled(len(matrix), rank)
     block = torch.randn(shape, generator=generator, device=matrix.device, dtype=matrix.dtype)
-    block = _nearly_orthonormal(matrix @ block)
+    block = _nearly_orthonormal(product(matrix, block))
     trace = float(matrix.diagonal().sum(dtype=torch.float64))
     best = Eigenspace(block[:, :rank], 0.0, float("inf"))
     products, growth, goal = 1, 0.0, GROWTH
     while products < MAX_PRODUCTS:
-        image = matrix @ block
+        image = product(matrix, block)
         if growth >= goal:
             best = _certify(matrix, block, image, rank)
             if trace - best.captured <= (1 + tolerance) * (trace - best.bound):
                 break
             goal += MORE_GROWTH
-        ritz = torch.linalg.eigvalsh(block.T @ image).tolist()
+        ritz = torch.linalg.eigvalsh(product(block.T, image)).tolist()
         if not ritz[0] > 0:
             break  # numerically rank-deficient: work for the exact solver
         degree, gained = _choose_degree(ritz[0], ritz[-rank], ritz[-1], goal - growth, matrix.dtype)
@@ -112,7 +114,7 @@ def _orthonormal(block: Tensor) -> Tensor:
 
 def _nearly_orthonormal(block: Tensor) -> Tensor:
     """Orthonormalize to a few digits, by a Cholesky factorization, which suffices to choose a filter."""
-    triangle, failed = torch.linalg.cholesky_ex(block.T @ block, upper=True)
+    triangle, failed = torch.linalg.cholesky_ex(product(block.T, block), upper=True)
     ends = triangle.diagonal().aminmax()
     if failed or not ends.min > 0.03 * ends.max:  # the squares in the product lose twice the digits
         return _orthonormal(block)
@@ -124,7 +126,7 @@ def _filter(matrix: Tensor, block: Tensor, image: Tensor, cut: float, degree: in
     half = cut / 2
     previous, current = block, image / half - block
     for _ in range(degree - 1):
-        following = torch.addmm(previous, matrix, current, beta=-1, alpha=2 / half)
+        following = product(matrix, current).mul_(2 / half).sub_(previous)
         previous, current = current, following.sub_(current, alpha=2)
     return current
 
@@ -141,8 +143,8 @@ def _certify(matrix: Tensor, block: Tensor, image: Tensor, rank: int) -> Eigensp
 
     it also yields ``BᵀS⁻¹B``, without ever forming ``B``.
     """
-    values, vectors = torch.linalg.eigh(block.T @ image)
-    block = block @ vectors  # (n, width), Ritz vectors, the wanted ones last
+    values, vectors = torch.linalg.eigh(product(block.T, image))
+    block = product(block, vectors)  # (n, width), Ritz vectors, the wanted ones last
     basis = block[:, -rank:].flip(1)
     captured = float(values[-rank:].sum(dtype=torch.float64))
     shift = float(values[-rank])  # τ
@@ -167,23 +169,21 @@ def _quadratic_inverse(matrix: Tensor, block: Tensor, added: Tensor, shift: floa
     """
     half = len(matrix) // 2
     upper, lower, scaled = block[:half], block[half:], block * added
-    first = torch.addmm(matrix[:half, :half], scaled[:half], upper.T, beta=-1)
+    first = product(scaled[:half], upper.T).sub_(matrix[:half, :half])
     first.diagonal().add_(shift)
     triangle, failed = torch.linalg.cholesky_ex(first, upper=True)
     if failed:
         return None
-    across = torch.addmm(matrix[half:, :half], scaled[half:], upper.T, beta=-1)
+    across = product(scaled[half:], upper.T).sub_(matrix[half:, :half])
     across = _solve_right(across, triangle)
-    second = torch.addmm(matrix[half:, half:], scaled[half:], lower.T, beta=-1).addmm_(
-        across, across.T, alpha=-1
-    )
+    second = product(scaled[half:], lower.T).sub_(matrix[half:, half:]).sub_(product(across, across.T))
     second.diagonal().add_(shift)
     solved = _solve_right(upper.T, triangle)
     triangle, failed = torch.linalg.cholesky_ex(second, upper=True)
     if failed:
         return None
-    rest = _solve_right(torch.addmm(lower.T, solved, across.T, alpha=-1), triangle)
-    return (solved @ solved.T).addmm_(rest, rest.T)
+    rest = _solve_right(lower.T - product(solved, across.T), triangle)
+    return product(solved, solved.T) + product(rest, rest.T)
 
 
 def _solve_right(matrix: Tensor, triangle: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lowrank.errors import LowRankError, RankError, WeightError
 from lowrank.linalg.metric import Metric, gram
+from lowrank.linalg.products import product
 from lowrank.linalg.subspace import leading_eigenspace
 
 SOLVERS = ("auto", "exact", "randomized")
@@ -187,7 +188,7 @@ def small_side_gram(matrix: Tensor, metric: Metric) -> Tensor:
         return gram(matrix if rows <= columns else matrix.T)
     if rows <= columns:
         entered = metric.outputs.enter(matrix)  # Hᵀ W
-        squares = metric.inputs.times(entered) @ entered.T
+        squares = product(metric.inputs.times(entered), entered.T)
     else:
         half = metric.inputs.times_root(metric.outputs.pull_back(matrix))  # Wᵀ G W S
         squares = metric.inputs.times_root(half.T)
@@ -222,7 +223,9 @@ def _randomized(matrix: Tensor, rank: int, metric: Metric, tolerance: float, see
     tail, smallest_tail = total - space.captured, total - space.bound
     if tail > (1 + excess) * smallest_tail or tail < _RESOLVED[matrix.dtype] * total:
         return None
-    captured = (space.basis * (squares @ space.basis)).sum(0) if not metric.plain else squares.new_empty(0)
+    captured = (
+        (space.basis * product(squares, space.basis)).sum(0) if not metric.plain else squares.new_empty(0)
+    )
     left, right = _factors(matrix, space.basis, captured, metric)
     return left, right, math.sqrt(tail / total)
 
@@ -235,18 +238,18 @@ def _factors(matrix: Tensor, vectors: Tensor, squares: Tensor, metric: Metric) -
     rows, columns = matrix.shape
     if metric.plain:
         wide = rows <= columns
-        return (vectors, vectors.T @ matrix) if wide else (matrix @ vectors, vectors.T)
+        return (vectors, product(vectors.T, matrix)) if wide else (product(matrix, vectors), vectors.T)
     squares = squares.to(matrix)
     kept = (
         squares > torch.finfo(matrix.dtype).eps * rows * squares[0]
     )  # beyond the rank of B, nothing is left
     inverse = kept / torch.where(kept, squares, 1.0)
     if rows <= columns:
-        right = vectors.T @ metric.outputs.enter(matrix)  # Uᵀ Hᵀ W
-        left = matrix @ metric.inputs.times(right).T  # W C Wᵀ H U
+        right = product(vectors.T, metric.outputs.enter(matrix))  # Uᵀ Hᵀ W
+        left = product(matrix, metric.inputs.times(right).T)  # W C Wᵀ H U
     else:
         basis = metric.inputs.root_times(vectors)  # S V
-        left, right = matrix @ basis, basis.T @ metric.outputs.pull_back(matrix)
+        left, right = product(matrix, basis), product(basis.T, metric.outputs.pull_back(matrix))
     return _evened(left, inverse[:, None] * right)
 
 
@@ -269,4 +272,4 @@ def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 def _measure(matrix: Tensor, left: Tensor, right: Tensor) -> float:
     norm = float(torch.linalg.matrix_norm(matrix))
-    return float(torch.linalg.matrix_norm(matrix - left @ right)) / norm if norm else 0.0
+    return float(torch.linalg.matrix_norm(matrix - product(left, right))) / norm if norm else 0.0

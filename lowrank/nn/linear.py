@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from lowrank.errors import RankError, WeightError
-from lowrank.linalg import truncated_svd
+from lowrank.linalg import linear, truncated_svd
 from lowrank.nn.dense import kind_of
 from lowrank.nn.shared import SharedDown
 
@@ -143,7 +144,7 @@ class LowRankLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(…, in)`` to ``(…, out)``."""
-        return self.up(self.down(input))
+        return _apply(self.up, _apply(self.down, input))
 
     def dense_weight(self) -> Tensor:
         """Multiply the factors back into a weight ``(out, in)``."""
@@ -155,3 +156,23 @@ class LowRankLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"rank={self.rank}, bias={self.bias is not None}{'' if self.owns_down else ', shared down'}"
         )
+
+
+def _apply(factor: nn.Linear, input: Tensor) -> Tensor:
+    """Return ``factor(input)``, without the cost of calling a module where nobody could tell.
+
+    Calling the two factors as modules takes 2 % of the time of a 768→768 layer on 1,024 tokens, and more
+    of a smaller one. Whoever hooks, wraps, replaces or traces a factor still sees it called.
+    """
+    watched = (
+        type(factor) is not nn.Linear
+        or type(input) is not Tensor
+        or factor._forward_pre_hooks
+        or factor._forward_hooks
+        or factor._backward_pre_hooks
+        or factor._backward_hooks
+        or "forward" in factor.__dict__
+        or torch.compiler.is_compiling()
+        or _has_any_global_hook()  # type: ignore[no-untyped-call]
+    )
+    return factor(input) if watched else linear(input, factor.weight, factor.bias)

@@ -1,0 +1,106 @@
+"""Matrix products in float32 on a CPU, by whichever of PyTorch's two libraries is faster.
+
+PyTorch hands float32 products to MKL, which on processors not made by Intel leaves out AVX-512.
+oneDNN, which PyTorch ships too and its compiler calls for the same purpose, does not: twice as fast
+on the AMD EPYC that the figures in `benchmarks/results` are from, with the same rounding error. Its
+operator knows neither derivatives (here they are), nor batching, nor tracing: whatever transforms,
+traces or watches PyTorch's own operators gets these.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional
+from torch import Tensor
+from torch.autograd import forward_ad
+
+FEWEST_ROWS = 16
+"""From how many rows on oneDNN is faster; it takes longer to start."""
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return ``x Wᵀ + b``, as `torch.nn.functional.linear`; ``x (…, in)``, ``W (out, in)``, ``b (out,)``."""
+    if not _faster_by_onednn(input, weight, bias):
+        return torch.nn.functional.linear(input, weight, bias)
+    if torch.is_grad_enabled() and _needs_gradient(input, weight, bias):
+        return _Differentiable.apply(input, weight, bias)  # type: ignore[no-any-return,no-untyped-call]
+    return _by_onednn(input, weight, bias)
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Return ``left @ right`` for two matrices, ``(m, k)`` and ``(k, n)``."""
+    return linear(left, right.T)
+
+
+class _Differentiable(torch.autograd.Function):
+    """The product with its derivatives, which are products too; so there are derivatives of any order."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        return _by_onednn(input, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        input, weight = ctx.saved_tensors
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        return (
+            linear(gradient, weight.T) if needs_input else None,
+            product(rows.T, input.reshape(-1, input.shape[-1])) if needs_weight else None,
+            rows.sum(0) if needs_bias else None,
+        )
+
+
+def _by_onednn(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+    return result
+
+
+def _faster_by_onednn(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return bool(
+        _AVAILABLE
+        and input.dtype == weight.dtype == torch.float32
+        and input.device.type == weight.device.type == "cpu"
+        and type(input) is Tensor
+        and not _observed()
+        and not torch.is_autocast_enabled("cpu")
+        and input.numel() >= FEWEST_ROWS * input.shape[-1] > 0
+        and weight.numel() > 0
+        and _packed(input)
+        and _packed(weight)
+        and torch.backends.mkldnn.enabled
+    )
+
+
+def _packed(tensor: Tensor) -> bool:
+    """Return whether the tensor lies without gaps, by rows or by columns; on others oneDNN is very slow."""
+    return tensor.is_contiguous() or (tensor.ndim == 2 and tensor.T.is_contiguous())
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _observed() -> bool:
+    """Return whether something other than plain eager execution will see the operators."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def _available() -> bool:
+    """Return whether the operator is there and this processor has what makes it faster."""
+    capable = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return capable and torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+_AVAILABLE = _available()
