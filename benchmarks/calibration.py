@@ -184,6 +184,11 @@ def smollm(data: Path, minutes: float, cache: Path | None) -> Figures:
             small = compressed(dense, keep, stats, method, add_bias=method == "loss, global")
             figures.append({"keep": keep, "method": method, **measure(small)})
             print(figures[-1], flush=True)
+        decided = lowrank.plan(dense, keep=keep, stats=stats, add_bias=True)
+        sample = [{"input_ids": pair} for pair in ids[:96].split(4)]
+        small = lowrank.apply(copy.deepcopy(dense), decided, stats, sequential=True, data=sample)
+        figures.append({"keep": keep, "method": "sequential", **measure(small)})
+        print(figures[-1], flush=True)
         if minutes:
             start = time.perf_counter()
             lowrank.recover(
