@@ -22,8 +22,8 @@ from lowrank.errors import (
     WeightError,
 )
 from lowrank.latency import LatencyTable
-from lowrank.nn import LowRankLinear
-from lowrank.pipeline import apply, calibrate, compress, decompress, plan, spectra
+from lowrank.nn import LowRankLinear, QuantizedEmbedding, QuantizedLinear
+from lowrank.pipeline import apply, calibrate, compress, decompress, plan, quantize, spectra
 from lowrank.planning import LayerPlan, Plan
 from lowrank.plot import plot_ranks, plot_spectra
 from lowrank.recovery import recover
@@ -46,6 +46,8 @@ __all__ = [
     "LowRankLinear",
     "Plan",
     "PlanError",
+    "QuantizedEmbedding",
+    "QuantizedLinear",
     "RankError",
     "Stats",
     "StatsError",
@@ -60,6 +62,7 @@ __all__ = [
     "plan",
     "plot_ranks",
     "plot_spectra",
+    "quantize",
     "recover",
     "report",
     "save",

@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowrank._transformers import load_plugin, plugin
-from lowrank.errors import CheckpointError, LowRankError, PlanError
+from lowrank.errors import CheckpointError, LowRankError, PlanError, WeightError
 from lowrank.folders import STRUCTURE, TENSORS, staged
+from lowrank.linalg import Scheme
 from lowrank.obstacles import check_model
 from lowrank.planning import LayerPlan, Plan
 from lowrank.surgery import check_structure, restructure
@@ -131,6 +132,24 @@ def stored_shapes(layer: LayerPlan) -> dict[str, tuple[int, ...]]:
     }
     if layer.down_of is None:  # else it is stored with its owner
         shapes[f"{layer.name}.down.weight"] = (rank, layer.in_features)
+    return shapes
+
+
+def plan_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all tensors of factorized and coded layers, but for biases, by tensor name."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in plan.factorized:
+        shapes.update(stored_shapes(layer))
+    for code in plan.codes:
+        try:
+            scheme = Scheme(code.scheme, code.group_size)
+            scheme.check(code.rows, code.columns)
+        except WeightError as error:
+            raise CheckpointError(f"{code.name}: the plan codes it in an unknown way: {error}") from error
+        codes, scale = scheme.shapes(code.rows, code.columns)
+        shapes |= {f"{code.name}.weight": (0,), f"{code.name}.codes": codes, f"{code.name}.scale": scale}
+        shapes |= {f"{code.name}.smooth": (code.columns,)} if code.smooth else {}
+        shapes |= {f"{code.name}.center": (code.columns,)} if code.centred else {}
     return shapes
 
 
@@ -268,12 +287,11 @@ def _expected_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]
     for layer in plan.factorized:
         if f"{layer.name}.up.weight" in shapes:
             continue  # factorized already
-        shapes.update(stored_shapes(layer))
         if f"{layer.name}.bias" in shapes:
             shapes[f"{layer.name}.up.bias"] = shapes.pop(f"{layer.name}.bias")
         elif layer.added_bias:
             shapes[f"{layer.name}.up.bias"] = (layer.out_features,)
-    return shapes
+    return shapes | plan_shapes(plan)
 
 
 def checked(file: Path, name: str, tensor: Tensor, digest: str) -> Tensor:

@@ -5,14 +5,14 @@ Drafting a plan asks for the reasons; applying one checks against them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lowrank.errors import LowRankError
 from lowrank.linalg.svd import FLOATING
-from lowrank.nn import LowRankLinear, kind_of
+from lowrank.nn import Coded, LowRankLinear, QuantizedLinear, kind_of
 from lowrank.reads import layers_read
 
 
@@ -39,7 +39,7 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, LowRankLinear):
             inside = name + "."
             yield name, module
-        elif isinstance(module, nn.Linear) or kind_of(module) is not None:
+        elif isinstance(module, (nn.Linear, QuantizedLinear)) or kind_of(module) is not None:
             yield name, module
 
 
@@ -48,8 +48,24 @@ def find_obstacles(model: nn.Module) -> dict[str, str]:
 
     A reason reads on from "it …": ``"is used twice, also as encoder.b"``.
     """
+    return _found(model, linear_layers(model))
+
+
+def embeddings(model: nn.Module) -> Iterator[tuple[str, nn.Embedding]]:
+    """Yield every embedding table under each of its names."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Embedding):
+            yield name, module
+
+
+def find_embedding_obstacles(model: nn.Module) -> dict[str, str]:
+    """Return ``{table name: reason}`` for every embedding that cannot be coded, as `find_obstacles`."""
+    return _found(model, embeddings(model))
+
+
+def _found(model: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> dict[str, str]:
     obstacle = _finder(model)
-    found = {name: obstacle(name, module) for name, module in linear_layers(model)}
+    found = {name: obstacle(name, module) for name, module in modules}
     return {name: reason for name, reason in found.items() if reason}
 
 
@@ -69,12 +85,14 @@ def _finder(model: nn.Module) -> Callable[[str, nn.Module], str | None]:
     def obstacle(name: str, module: nn.Module) -> str | None:
         if isinstance(module, LowRankLinear):
             return f"is factorized already, at rank {module.rank}; decompress(model) undoes that"
+        if isinstance(module, Coded):
+            return f"is quantized already ({module.scheme.name}); decompress(model) undoes that"
         if len(names[id(module)]) > 1:
             other = next(n for n in names[id(module)] if n != name)
             return f"is used twice, also as {other}"
         if id(module) in readers:
             return f"has its weight read by value in {readers[id(module)]}"
-        if kind_of(module) is None:
+        if kind_of(module) is None and type(module) is not nn.Embedding:
             return f"is a {type(module).__name__}, which may compute something else than nn.Linear"
         weight = module.weight
         if not isinstance(weight, nn.Parameter) or type(weight.data) is not Tensor:
@@ -82,7 +100,7 @@ def _finder(model: nn.Module) -> Callable[[str, nn.Module], str | None]:
         if len(owners[_place(weight)]) > 1:
             other = next(n for n in owners[_place(weight)] if n != f"{name}.weight")
             return f"shares its weight with {other} (tied)"
-        bias = module.bias
+        bias = getattr(module, "bias", None)
         if (
             isinstance(bias, nn.Parameter) and len(owners[_place(bias)]) > 1
         ):  # it could be corrected for one only

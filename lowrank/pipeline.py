@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank import surgery
+from lowrank import quantizing, surgery
 from lowrank._transformers import plugin
 from lowrank.anchoring import apply_anchored
 from lowrank.batches import Batch, batches
@@ -21,7 +22,7 @@ from lowrank.calibration import collect
 from lowrank.deciding import Request, Timing, decide, drafted, spectra_of
 from lowrank.errors import BudgetError, DataError, LowRankError
 from lowrank.latency import LatencyTable
-from lowrank.linalg import Spectrum
+from lowrank.linalg import Scheme, Spectrum
 from lowrank.obstacles import check_model
 from lowrank.planning import Budget, Plan
 from lowrank.ranks import nothing_changes
@@ -50,6 +51,7 @@ def compress(
     allocation: str = "global",
     round_to: int = 8,
     share: str | None = None,
+    quantize: str | None = None,
     sequential: bool = False,
     spill: str | Path | None = None,
     tolerance: float = 1e-3,
@@ -87,6 +89,8 @@ def compress(
         share: ``"inputs"`` lets layers that read the same input (queries, keys and values; gate and up
             projections) share their first factor, where that is predicted to lose less at the same size;
             with a ``rank``, where all that read an input get the same one. Calibration sees which they are.
+        quantize: ``"int8"`` or ``"int4"`` stores factors, dense layers and embeddings as integers afterwards,
+            as `lowrank.quantize` does, which takes more options.
         sequential: Go through the model block by block on ``data``, and let each block make up for what
             was lost before it. Costs some six forward passes more, and no gradients.
         spill: A folder on a disk, for the hidden states of all data that this needs; by default they
@@ -114,6 +118,8 @@ def compress(
     """
     budget = Budget.of(rank=rank, keep=keep, energy=energy, error=error, max_bytes=max_bytes, speedup=speedup)
     request = Request(budget, metric, add_bias, targets, ignore, allocation, round_to, tolerance, share)
+    if quantize is not None:
+        request = replace(request, round_to=_whole_groups(Scheme(quantize), budget, round_to))
     layers = drafted(model, request, stats)  # before the work of calibrating: a bad request fails here
     if sequential and data is None:
         raise DataError("sequential=True goes through data once more: give data=.")
@@ -132,7 +138,7 @@ def compress(
     predict = budget.kind != "rank"  # a given rank decides nothing by its error: spare the spectra
     timing = Timing(inputs, latencies)
     decided = decide(model, layers, request, stats, predict, progress, timing)
-    return apply(
+    apply(
         model,
         decided,
         stats,
@@ -143,6 +149,89 @@ def compress(
         seed=seed,
         progress=progress,
     )
+    if quantize is not None:
+        _code(model, Scheme(quantize), None, ignore, stats, seed, progress)
+    return model
+
+
+def _whole_groups(scheme: Scheme, budget: Budget, round_to: int) -> int:
+    """Return the step of ranks that ``scheme`` can code; refuses budgets that would not count the codes."""
+    if budget.kind in ("max_bytes", "speedup"):
+        raise BudgetError(
+            f"{budget.kind}= counts floating-point weights. Compress to keep= or rank=, and quantize= those."
+        )
+    if scheme.group_size is None:
+        return round_to
+    ranks = budget.value.values() if isinstance(budget.value, Mapping) else [budget.value]
+    for rank in ranks if budget.kind == "rank" else ():
+        scheme.check(rank, rank)
+    return math.lcm(round_to, scheme.group_size)
+
+
+def quantize(
+    model: nn.Module,
+    scheme: str = "int8",
+    *,
+    group_size: int | None = None,
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] | None = None,
+    stats: Stats | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> nn.Module:
+    """Code the weights of linear layers, factors and embeddings as integers, in place.
+
+    Args:
+        model: Any module, compressed or not. Call it again with other ``targets`` to mix schemes.
+        scheme: ``"int8"``: one scale per row; linear layers multiply integers by integers. ``"int4"``: one
+            scale per group of a row, 4.5 bits per weight; linear layers multiply by the decoded weight, so
+            it makes a model small and not fast.
+        group_size: Elements that share a scale under ``"int4"``; 32 by default.
+        targets: Unix-style patterns of linear layers and embeddings, as `report` and ``named_modules`` call
+            them; a factorized layer stands for both of its factors. By default all but the heads.
+        ignore: Patterns to leave alone.
+        stats: Statistics of the dense model, from `calibrate`: layers then scale and shift their inputs
+            so that integers lose less.
+        seed: Of the rotation between factors; the global random state is not touched.
+        progress: Show a progress bar on a terminal.
+
+    Returns:
+        The same model. Weights that are tied, used twice or read by value stay as they are, as do factors
+        that serve several layers.
+
+    Raises:
+        WeightError: If the scheme is unknown, a weight is not finite, or does not divide into groups.
+        TargetError: If a pattern matches nothing, or names what cannot be coded.
+        LowRankError: If nothing is left to code. The model is then as before.
+
+    Example:
+        >>> model = nn.Sequential(nn.Embedding(10, 64), nn.Linear(64, 64))
+        >>> quantize(model)
+        Sequential(
+          (0): QuantizedEmbedding(10, 64, int8)
+          (1): QuantizedLinear(in_features=64, out_features=64, int8, bias=True)
+        )
+    """
+    return _code(model, Scheme(scheme, group_size), targets, ignore, stats, seed, progress)
+
+
+def _code(
+    model: nn.Module,
+    scheme: Scheme,
+    targets: Sequence[str] | None,
+    ignore: Sequence[str] | None,
+    stats: Stats | None,
+    seed: int,
+    progress: bool,
+) -> nn.Module:
+    hf = plugin()
+    if hf is not None:
+        hf.check_unquantized(check_model(model))
+    codes = quantizing.weights_to_code(model, scheme, targets, ignore, stats)
+    quantizing.encode_weights(model, codes, stats, seed=seed, progress=progress)
+    if hf is not None:
+        hf.record(model)
+    return model
 
 
 def _enough_batches(data: Iterable[Any]) -> int:
@@ -326,6 +415,7 @@ def apply(
             plan = plan.with_layers(
                 {name: replace(plan[name], reason=f"{plan[name].reason}; fitted anew") for name in fitted}
             )
+        quantizing.encode_weights(model, plan.codes, stats, seed=seed, progress=progress)
     except LowRankError:
         raise  # nothing has changed
     except BaseException:  # an interrupt: what is done is done, and can be saved

@@ -205,6 +205,32 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class CodedWeight:
+    """A weight that is stored as integers, after whatever was factorized.
+
+    Args:
+        name: Module name: of a dense layer, of one factor (``"….query.down"``), or of an embedding.
+        kind: ``"linear"``, ``"conv1d"`` or ``"embedding"``.
+        rows, columns: Shape of the weight, ``(out, in)`` of a linear layer.
+        bias: Whether the module has a bias.
+        scheme: ``"int8"`` or ``"int4"``.
+        group_size: Elements that share a scale; ``None`` for whole rows.
+        smooth: Whether the layer scales its inputs before they meet the codes.
+        centred: Whether it takes their mean from them.
+    """
+
+    name: str
+    kind: str
+    rows: int
+    columns: int
+    bias: bool
+    scheme: str
+    group_size: int | None = None
+    smooth: bool = False
+    centred: bool = False
+
+
+@dataclass(frozen=True)
 class Change:
     """One difference between two plans; a side without the layer is ``None``."""
 
@@ -228,6 +254,7 @@ class Plan:
         allocation: ``"global"`` or ``"uniform"``, how `keep` was spread over the layers.
         round_to: Chosen ranks are multiples of this.
         tolerance: Largest relative excess over each layer's optimal error that `apply` may have.
+        codes: The weights that are stored as integers; they are coded after the layers are factorized.
     """
 
     model: str
@@ -237,10 +264,12 @@ class Plan:
     allocation: str = "global"
     round_to: int = 8
     tolerance: float = 1e-3
+    codes: tuple[CodedWeight, ...] = ()
     _index: dict[str, LayerPlan] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "codes", tuple(self.codes))
         object.__setattr__(self, "_index", {layer.name: layer for layer in self.layers})
         if len(self._index) != len(self.layers):
             names = [layer.name for layer in self.layers]
@@ -311,7 +340,8 @@ class Plan:
             planned = self._index.get(layer.name)
             if planned is not None and planned.rank == layer.rank:
                 layers[layer.name] = replace(planned, relative_error=layer.relative_error)
-        return replace(self, model=found.model, layers=found.with_layers(layers).layers)
+        layers_now = found.with_layers(layers).layers
+        return replace(self, model=found.model, layers=layers_now, codes=found.codes)
 
     def with_rank(self, pattern: str, rank: int | None) -> Plan:
         """Return the plan with every matching layer set to ``rank``; `apply` checks that they can be.
@@ -364,7 +394,7 @@ class Plan:
         """Return the plan as dicts, lists, strings and numbers, with its format number first."""
         data = asdict(self)
         del data["_index"]
-        return {"format": PLAN_FORMAT, **data, "layers": list(data["layers"])}
+        return {"format": PLAN_FORMAT, **data, "layers": list(data["layers"]), "codes": list(data["codes"])}
 
     @classmethod
     def from_dict(cls, data: object) -> Plan:
@@ -382,7 +412,9 @@ class Plan:
             )
         if not isinstance(data.get("layers"), (list, tuple)):
             raise PlanError('The plan has no list of "layers".')
-        values = {key: value for key, value in data.items() if key not in ("format", "layers")}
+        if not isinstance(data.get("codes", []), (list, tuple)):
+            raise PlanError('The plan\'s "codes" are no list.')
+        values = {key: value for key, value in data.items() if key not in ("format", "layers", "codes")}
         if values.get("metric", "weight") not in METRICS:
             raise PlanError(
                 f"The plan has errors under the metric {values['metric']!r}, which is unknown here; "
@@ -391,7 +423,8 @@ class Plan:
         layers = tuple(_layer_from_dict(layer) for layer in data["layers"])
         if "model" not in values:
             raise PlanError('The plan does not say which "model" it is for.')
-        return cls(**_typed(cls, values, "The plan"), layers=layers)
+        codes = tuple(_code_from_dict(code) for code in data.get("codes", []))
+        return cls(**_typed(cls, values, "The plan"), layers=layers, codes=codes)
 
     def to_json(self) -> str:
         """Return the plan as JSON."""
@@ -449,6 +482,8 @@ class Plan:
             footer += f" Errors are of the metric {self.metric!r}."
         if self.loss_increase is not None:
             footer += f" Predicted increase of the loss: {self.loss_increase:.4g}."
+        for scheme in sorted({code.scheme for code in self.codes}):
+            footer += f" {sum(code.scheme == scheme for code in self.codes)} weights as {scheme}."
         return format_table(("layer", "out×in", "rank", "kept", "error", "reason"), rows) + "\n\n" + footer
 
 
@@ -473,7 +508,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 def _typed(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
     """Check JSON ``values`` against the fields of a dataclass; the file may come from a stranger."""
-    types = {f.name: f.type for f in fields(cls) if f.init and f.name != "layers"}
+    types = {f.name: f.type for f in fields(cls) if f.init and f.name not in ("layers", "codes")}
     for key, value in values.items():
         if key not in types:
             raise PlanError(f'{where} has an unknown field "{key}".')
@@ -495,3 +530,17 @@ def _layer_from_dict(data: object) -> LayerPlan:
     if values["in_features"] < 1 or values["out_features"] < 1:
         raise PlanError(f"{data['name']}: in_features and out_features must be positive.")
     return LayerPlan(**values)
+
+
+def _code_from_dict(data: object) -> CodedWeight:
+    if not isinstance(data, dict) or not isinstance(data.get("name"), str):
+        raise PlanError('The plan has a coded weight without a "name".')
+    values = _typed(CodedWeight, data, data["name"])
+    missing = (
+        {field.name for field in fields(CodedWeight)} - {"group_size", "smooth", "centred"} - values.keys()
+    )
+    if missing:
+        raise PlanError(f"{data['name']}: the plan lacks {', '.join(sorted(missing))}.")
+    if values["rows"] < 1 or values["columns"] < 1:
+        raise PlanError(f"{data['name']}: rows and columns must be positive.")
+    return CodedWeight(**values)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lowrank._transformers import plugin
 from lowrank.checkpoint import stored_tensors
 from lowrank.errors import LowRankError
 from lowrank.evaluation import loss_increase
-from lowrank.nn import LowRankLinear
+from lowrank.nn import Coded, LowRankLinear, QuantizedLinear
 from lowrank.obstacles import check_model
 from lowrank.planning import LayerPlan, Plan
 from lowrank.targets import draft
@@ -32,8 +33,9 @@ class LayerReport:
         relative_error: ``‖W − LR‖ / ‖W‖`` under the metric that the layer was factorized with; ``None``
             for a dense layer, or if not known.
         parameters_before, parameters: Counts; also the multiply-accumulates (MACs) per token.
-        bytes_before, bytes: In the weight's dtype.
+        bytes_before, bytes: In the dtype that the layer computes in, and as it is stored.
         added_parameters: Of a bias that the dense layer did not have.
+        scheme: How the weight or both factors are coded, ``"int8"`` or ``"int4"``; ``None`` if they are not.
     """
 
     name: str
@@ -45,6 +47,7 @@ class LayerReport:
     bytes_before: int
     bytes: int
     added_parameters: int = 0
+    scheme: str | None = None
 
     @property
     def macs_before(self) -> int:
@@ -55,6 +58,26 @@ class LayerReport:
     def macs(self) -> int:
         """Multiply-accumulates per token as the layer is now."""
         return self.parameters
+
+
+@dataclass(frozen=True)
+class CodedReport:
+    """One weight that is stored as integers: of a layer, a factor or an embedding.
+
+    Attributes:
+        name: Module name.
+        scheme: ``"int8"`` or ``"int4"``.
+        elements: Of the weight.
+        bytes_before, bytes: In the dtype that the layer computes in, and of codes and scales.
+        runs_on: What computes with it at inference, as `QuantizedLinear.runs_on`; ``"lookup"`` for a table.
+    """
+
+    name: str
+    scheme: str
+    elements: int
+    bytes_before: int
+    bytes: int
+    runs_on: str
 
 
 @dataclass(frozen=True)
@@ -70,6 +93,7 @@ class Report:
             predicted size with dense layers.
         loss_increase_predicted: Of the objective per term, by the plan; ``None`` if it has none.
         loss_increase_measured: The same as measured on data; ``None`` without data.
+        coded: Every weight that is stored as integers.
     """
 
     model: str
@@ -80,6 +104,7 @@ class Report:
     checkpoint_bytes: int
     loss_increase_predicted: float | None = None
     loss_increase_measured: float | None = None
+    coded: tuple[CodedReport, ...] = ()
 
     @property
     def factorized(self) -> tuple[LayerReport, ...]:
@@ -115,6 +140,13 @@ class Report:
             f"  checkpoint      {format_bytes(self.checkpoint_bytes)}, "
             f"dense {format_bytes(self.checkpoint_bytes_before)}",
         ]
+        for kind in sorted({(code.scheme, code.runs_on) for code in self.coded}):
+            those = [code for code in self.coded if (code.scheme, code.runs_on) == kind]
+            now, before = sum(code.bytes for code in those), sum(code.bytes_before for code in those)
+            lines.append(
+                f"  {kind[0]}            {len(those)} weights in {format_bytes(now)}, "
+                f"{format_bytes(before)} before ({kind[1]})"
+            )
         parts = {"predicted": self.loss_increase_predicted, "measured": self.loss_increase_measured}
         known = [f"{word} {value:.4g}" for word, value in parts.items() if value is not None]
         if known:
@@ -162,28 +194,50 @@ def report(
         tensors, _ = stored_tensors(model)
     if plan is None and hf is not None:
         plan = hf.recorded(model)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    coded = tuple(_describe_code(n, m) for n, m in model.named_modules() if isinstance(m, Coded))
+    tables = [code for code in coded if code.runs_on == "lookup"]
+    parameters = sum(p.numel() for p in model.parameters()) + sum(code.elements for code in coded)
     added = sum(x.added_parameters for x in layers)
-    added_bytes = sum(x.added_parameters * (x.bytes // x.parameters) for x in layers)
+    added_bytes = sum(x.added_parameters * (x.bytes_before // x.parameters_before) for x in layers)
     size = safetensors_bytes(tensors)
     return Report(
         model=type(model).__name__,
         layers=layers,
         parameters_before=parameters - added + sum(x.parameters_before - x.parameters for x in layers),
         parameters=parameters,
-        checkpoint_bytes_before=size - added_bytes + sum(x.bytes_before - x.bytes for x in layers),
+        checkpoint_bytes_before=size
+        - added_bytes
+        + sum(x.bytes_before - x.bytes for x in layers)
+        + sum(x.bytes_before - x.bytes for x in tables),
         checkpoint_bytes=size,
         loss_increase_predicted=plan.loss_increase if plan is not None else None,
         loss_increase_measured=(
             loss_increase(model, dense, data, tokenizer) if dense is not None and data is not None else None
         ),
+        coded=coded,
+    )
+
+
+def _describe_code(name: str, module: Coded) -> CodedReport:
+    runs_on = module.runs_on() if isinstance(module, QuantizedLinear) else "lookup"
+    elements = math.prod(module.shape)
+    return CodedReport(
+        name,
+        module.scheme.name,
+        elements,
+        elements * module.weight.element_size(),
+        module.stored_bytes,
+        runs_on,
     )
 
 
 def _describe(model: nn.Module, layer: LayerPlan) -> LayerReport:
     module = model.get_submodule(layer.name)
-    weight = module.up.weight if isinstance(module, LowRankLinear) else module.weight
-    width = weight.element_size()  # type: ignore[operator]
+    width = module.weight.element_size()  # type: ignore[operator,union-attr]
+    parts: list[nn.Module] = [module]
+    if isinstance(module, LowRankLinear):
+        parts = [module.up, module.down] if module.owns_down else [module.up]
+    schemes = {part.scheme.name if isinstance(part, Coded) else None for part in parts}
     return LayerReport(
         name=layer.name,
         shape=(layer.out_features, layer.in_features),
@@ -192,16 +246,24 @@ def _describe(model: nn.Module, layer: LayerPlan) -> LayerReport:
         parameters_before=layer.dense_parameters,
         parameters=layer.parameters,
         bytes_before=layer.dense_parameters * width,
-        bytes=layer.parameters * width,
+        bytes=sum(_stored_bytes(part) for part in parts),
         added_parameters=layer.out_features if layer.added_bias else 0,
+        scheme=schemes.pop() if len(schemes) == 1 else None,
     )
+
+
+def _stored_bytes(module: nn.Module) -> int:
+    if isinstance(module, Coded):
+        return module.stored_bytes
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.numel() * weight.element_size()
 
 
 def _row(layer: LayerReport) -> tuple[str, ...]:
     return (
         layer.name,
         f"{layer.shape[0]}×{layer.shape[1]}",
-        "dense" if layer.rank is None else str(layer.rank),
+        ("dense" if layer.rank is None else str(layer.rank)) + (f" {layer.scheme}" if layer.scheme else ""),
         "" if layer.relative_error is None else f"{layer.relative_error:.4f}",
         f"{layer.parameters:,}",
         f"{layer.parameters_before:,}",

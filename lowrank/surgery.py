@@ -18,11 +18,12 @@ from tqdm import tqdm
 
 from lowrank.errors import LowRankError, PlanError, WeightError
 from lowrank.factoring import check_stats, factorized, jointly_factorized
+from lowrank.linalg import Scheme
 from lowrank.linalg.svd import check_options, checked_weight
 from lowrank.menus import largest_shared_rank
-from lowrank.nn import LowRankLinear, kind_named, kind_of
+from lowrank.nn import Coded, LowRankLinear, QuantizedEmbedding, QuantizedLinear, kind_named, kind_of
 from lowrank.obstacles import check_model, find_obstacles
-from lowrank.planning import LayerPlan, Plan
+from lowrank.planning import CodedWeight, LayerPlan, Plan
 from lowrank.statistics import Stats
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -70,7 +71,7 @@ def _factorize(
         assert stats is not None  # checked
         new = jointly_factorized(dense, layers, plan, stats, seed)
     for layer, old, small in zip(layers, dense, new, strict=True):
-        replace_module(model, layer.name, _adopt(small, old))
+        replace_module(model, layer.name, adopt(small, old))
 
 
 def _together(plan: Plan, todo: Sequence[LayerPlan]) -> Iterator[tuple[LayerPlan, ...]]:
@@ -131,8 +132,29 @@ def restructure(model: nn.Module, plan: Plan) -> nn.Module:
         )
         if layer.down_of is not None:
             new.use_down_of(model.get_submodule(layer.down_of))  # type: ignore[arg-type]
-        replace_module(model, layer.name, _adopt(new, dense))
+        replace_module(model, layer.name, adopt(new, dense))
+    for code in plan.codes:
+        old = model.get_submodule(code.name)
+        if not isinstance(old, Coded):
+            replace_module(model, code.name, adopt(_without_data(code, old), old))
     return model
+
+
+def _without_data(code: CodedWeight, old: nn.Module) -> Coded:
+    """Make the module that ``code`` describes, on the meta device; a bias stays."""
+    scheme = Scheme(code.scheme, code.group_size)
+    dtype: torch.dtype = old.weight.dtype  # type: ignore[assignment,union-attr]
+    if code.kind == "embedding":
+        padding: int | None = old.padding_idx  # type: ignore[assignment]
+        return QuantizedEmbedding(
+            code.rows, code.columns, scheme, padding_idx=padding, device="meta", dtype=dtype
+        )
+    flags = {"smooth": code.smooth, "centred": code.centred}
+    sizes = code.columns, code.rows
+    new = QuantizedLinear(*sizes, False, scheme, kind=code.kind, **flags, device="meta", dtype=dtype)
+    bias: nn.Parameter | None = old.bias  # type: ignore[assignment]
+    new.register_parameter("bias", bias)
+    return new
 
 
 def check_structure(model: nn.Module, plan: Plan) -> None:
@@ -144,9 +166,59 @@ def check_structure(model: nn.Module, plan: Plan) -> None:
     _validate(model, plan, loading=True)
 
 
+def _check_codes(model: nn.Module, plan: Plan, loading: bool) -> None:
+    """Check that every coded weight of ``plan`` is a layer, table or factor of that shape."""
+    modules = dict(model.named_modules())
+    for code in plan.codes:
+        try:
+            Scheme(code.scheme, code.group_size).check(code.rows, code.columns)
+        except WeightError as error:
+            raise PlanError(f"{code.name}: {error}") from error
+        found = _shape_after(modules, plan, code.name)
+        if found != (code.kind, code.rows, code.columns, code.bias):
+            raise PlanError(
+                f"{code.name}: the plan has a coded {code.kind} of shape ({code.rows}, {code.columns}) "
+                f"there, which does not fit {type(model).__name__}."
+            )
+        module = modules.get(code.name)
+        if not loading and module is not None and not isinstance(module, Coded):
+            try:
+                checked_weight(module.weight)  # type: ignore[arg-type]
+            except WeightError as error:
+                raise WeightError(f"{code.name}: {error}") from error
+
+
+def _shape_after(
+    modules: Mapping[str, nn.Module], plan: Plan, name: str
+) -> tuple[str, int, int, bool] | None:
+    """Return kind, shape and bias of what will be called ``name`` once the layers are factorized."""
+    parent, _, part = name.rpartition(".")
+    if part in ("down", "up") and parent in plan and plan[parent].rank is not None:
+        layer = plan[parent]
+        rank = layer.rank or 0
+        if part == "down":
+            return ("linear", rank, layer.in_features, False) if layer.down_of is None else None
+        return "linear", layer.out_features, rank, layer.has_bias
+    module = modules.get(name)
+    if isinstance(module, (nn.Embedding, QuantizedEmbedding)):
+        return "embedding", module.num_embeddings, module.embedding_dim, False
+    if isinstance(module, QuantizedLinear):
+        return module.kind, module.out_features, module.in_features, module.bias is not None
+    kind = kind_of(module) if module is not None else None
+    if module is None or kind is None or (name in plan and plan[name].rank is not None):
+        return None
+    rows, columns = kind.weight(module).shape
+    return kind.name, rows, columns, module.bias is not None
+
+
 def decompress(model: nn.Module) -> nn.Module:
     """Replace factorized layers by dense ones; see `lowrank.decompress`."""
     check_model(model)
+    if isinstance(model, Coded):
+        raise LowRankError(
+            f"The model is itself a {type(model).__name__}, and no module can replace itself. "
+            "Its dense weight is model.dense_weight()."
+        )
     if isinstance(model, LowRankLinear):
         raise LowRankError(
             "The model is itself a LowRankLinear, and no module can replace itself. "
@@ -159,8 +231,23 @@ def decompress(model: nn.Module) -> nn.Module:
     for name, module in layers.items():
         with torch.no_grad():
             weight = module.dense_weight()
-        replace_module(model, name, _adopt(kinds[name].layer(weight, module.bias), module))
+        replace_module(model, name, adopt(kinds[name].layer(weight, module.dense_bias()), module))
+    for name, coded in [(n, module) for n, module in model.named_modules() if isinstance(module, Coded)]:
+        replace_module(model, name, adopt(_decoded(coded), coded))
     return model
+
+
+def _decoded(coded: Coded) -> nn.Module:
+    """Make the layer or table that ``coded`` stands for."""
+    weight = coded.dense_weight()
+    if isinstance(coded, QuantizedLinear):
+        bias, shift = coded.bias, coded.shift()
+        if bias is not None and shift is not None:
+            bias = nn.Parameter((bias.detach().float() - shift).to(bias.dtype), bias.requires_grad)
+        return kind_named(coded.kind).layer(weight, bias)
+    assert isinstance(coded, QuantizedEmbedding)
+    sizes = coded.num_embeddings, coded.embedding_dim
+    return nn.Embedding(*sizes, padding_idx=coded.padding_idx, _weight=weight, _freeze=False)
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -181,7 +268,7 @@ _HOOKS = (
 )
 
 
-def _adopt(new: _Module, old: nn.Module) -> _Module:
+def adopt(new: _Module, old: nn.Module) -> _Module:
     """Carry over what the user set on the old layer: training mode, frozen weights, hooks."""
     trainable = all(p.requires_grad for n, p in old.named_parameters() if n.endswith("weight"))
     for name, parameter in new.named_parameters():
@@ -224,6 +311,7 @@ def _validate(model: nn.Module, plan: Plan, loading: bool = False) -> list[Layer
         todo.append(layer)
     for name, layers in shared.items():
         _check_shared(name, layers, modules, loading)
+    _check_codes(model, plan, loading)
     return todo
 
 

@@ -6,16 +6,16 @@ by value elsewhere, or if it is no plain floating-point linear layer. Naming suc
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
 
 from lowrank.errors import TargetError
-from lowrank.nn import LowRankLinear, kind_of
+from lowrank.nn import Coded, LowRankLinear, QuantizedLinear, kind_of
 from lowrank.obstacles import find_obstacles, linear_layers
 from lowrank.patterns import matches, no_match
-from lowrank.planning import LayerPlan, Plan
+from lowrank.planning import CodedWeight, LayerPlan, Plan
 
 HEADS = frozenset(
     {
@@ -57,7 +57,7 @@ def draft(
             "Use LowRankLinear.from_linear(layer, rank), or pass the module that holds the layer."
         )
     layers = dict(linear_layers(model))
-    for pattern in [*_patterns("targets", targets), *_patterns("ignore", ignore)]:
+    for pattern in [*check_patterns("targets", targets), *check_patterns("ignore", ignore)]:
         if not any(matches(name, pattern) for name in layers):
             raise no_match(pattern, list(layers), f"linear layers of {type(model).__name__}")
     blocked = find_obstacles(model)
@@ -71,11 +71,22 @@ def draft(
                 f"{name}: this layer cannot be factorized: it {reason}. "
                 "Take it out of targets; it stays as it is."
             )
-        parts = [part for part in name.split(".") if part in HEADS]
-        parts += [heads[name]] if heads is not None and name in heads else []
-        reason = reason or _not_wanted(name, targets, ignore or (), parts)
+        head = heads.get(name) if heads is not None else None
+        reason = reason or not_wanted(name, targets, ignore or (), head)
         plans.append(replace(plan, reason=reason or "", targeted=reason is None))
-    return Plan(model=type(model).__name__, layers=tuple(plans))
+    return Plan(model=type(model).__name__, layers=tuple(plans), codes=tuple(_coded(model)))
+
+
+def _coded(model: nn.Module) -> Iterator[CodedWeight]:
+    """Yield what is stored as integers already."""
+    for name, module in model.named_modules():
+        if isinstance(module, Coded):
+            linear = isinstance(module, QuantizedLinear)
+            kind = module.kind if isinstance(module, QuantizedLinear) else "embedding"
+            scheme = module.scheme
+            bias = linear and module.bias is not None
+            flags = [linear and getattr(module, part) is not None for part in ("smooth", "center")]
+            yield CodedWeight(name, kind, *module.shape, bias, scheme.name, scheme.group_size, *flags)
 
 
 def _describe(name: str, module: nn.Module, owners: Mapping[int, str]) -> LayerPlan:
@@ -91,6 +102,9 @@ def _describe(name: str, module: nn.Module, owners: Mapping[int, str]) -> LayerP
             added_bias=module.added_bias,
             down_of=None if module.owns_down else owners.get(id(module.down)),
         )
+    if isinstance(module, QuantizedLinear):
+        sizes = module.in_features, module.out_features
+        return LayerPlan(name, module.kind, *sizes, module.bias is not None)
     kind = kind_of(module)
     bias = module.bias is not None
     if kind is None:  # a subclass of nn.Linear
@@ -99,7 +113,8 @@ def _describe(name: str, module: nn.Module, owners: Mapping[int, str]) -> LayerP
     return LayerPlan(name, kind.name, columns, rows, bias)
 
 
-def _patterns(argument: str, patterns: Sequence[str] | None) -> Sequence[str]:
+def check_patterns(argument: str, patterns: Sequence[str] | None) -> Sequence[str]:
+    """Return the patterns, none for ``None``; raises `TargetError` if they are no list of strings."""
     if patterns is None:
         return ()
     listed = isinstance(patterns, Sequence) and not isinstance(patterns, str)
@@ -110,14 +125,23 @@ def _patterns(argument: str, patterns: Sequence[str] | None) -> Sequence[str]:
     return patterns
 
 
-def _not_wanted(
-    name: str, targets: Sequence[str] | None, ignore: Sequence[str], heads: Sequence[str]
+def not_wanted(
+    name: str, targets: Sequence[str] | None, ignore: Sequence[str], head: str | None = None
 ) -> str | None:
+    """Return why the user's patterns leave the layer alone; ``None`` if they do not.
+
+    Args:
+        name: Its name.
+        targets: As for `draft`.
+        ignore: As for `draft`.
+        head: The head that it belongs to, if `HEADS` does not tell.
+    """
     if any(matches(name, pattern) for pattern in ignore):
         return "ignored"
     wanted = [pattern for pattern in targets or ["*"] if matches(name, pattern)]
     if not wanted:
         return "not among the targets"
+    heads = [part for part in name.split(".") if part in HEADS] + ([head] if head is not None else [])
     if heads and not any(head in pattern for head in heads for pattern in wanted):
         return f"part of a head ({heads[0]})"
     return None

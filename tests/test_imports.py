@@ -90,7 +90,7 @@ LAYERS = [
     {"obstacles", "runs"},
     {"factoring", "trials", "blockwise"},
     {"targets", "calibration", "ranks", "surgery", "recovery", "evaluation"},  # the stages
-    {"anchoring"},
+    {"anchoring", "quantizing"},
     {"_transformers", "plot", "costs", "latency"},
     {"deciding"},
     {"checkpoint", "pipeline", "benchmarking"},

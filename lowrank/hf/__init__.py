@@ -31,15 +31,15 @@ from transformers.quantizers import HfQuantizer, auto, register_quantization_con
 from transformers.utils.loading_report import LoadStateDictInfo
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lowrank.checkpoint import checked, digest_of, stored_shapes, stored_tensors
+from lowrank.checkpoint import checked, digest_of, plan_shapes, stored_tensors
 from lowrank.errors import BudgetError, CheckpointError, LowRankError, PlanError
 from lowrank.folders import TENSORS
-from lowrank.nn import LowRankLinear
+from lowrank.nn import Coded, LowRankLinear
 from lowrank.pipeline import compress
 from lowrank.planning import Budget, Plan
 from lowrank.surgery import restructure
 from lowrank.targets import draft
-from lowrank.tensorfile import Stored, read_header
+from lowrank.tensorfile import DTYPE_NAMES, Stored, read_header
 
 METHOD = "lowrank"
 
@@ -150,7 +150,7 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         except PlanError as error:
             raise CheckpointError(f"config.json does not fit the architecture: {error}") from error
         for module in model.modules():
-            if isinstance(module, LowRankLinear):  # some models initialise whatever is called Linear
+            if isinstance(module, (LowRankLinear, Coded)):  # some models initialise whatever is called Linear
                 module._is_hf_initialized = True  # type: ignore[assignment]
 
     def update_weight_conversions(
@@ -195,7 +195,7 @@ def record(model: nn.Module, plan: Plan | None = None) -> None:
     """
     for part in _pretrained_models(model):
         found = draft(part)
-        if found.factorized:
+        if found.factorized or found.codes:
             known = plan if plan is not None else recorded(part)
             done = known.carried_out(found) if known is not None else found
             if _method(part) == "gguf" and hasattr(part, "hf_quantizer"):
@@ -253,25 +253,27 @@ def _check_shapes(file: str, shapes: Mapping[str, tuple[int, ...]], plan: Plan) 
 
     A sharded checkpoint has each tensor in one of its files, and some models store other names.
     """
+    expected = plan_shapes(plan)
+    coded = {code.name for code in plan.codes}
     for layer in plan:
         marker = f"{layer.name}.weight"  # without elements where the layer is factorized
-        if layer.rank is None and shapes.get(marker) == (0,):
+        if layer.rank is None and layer.name not in coded and shapes.get(marker) == (0,):
             raise CheckpointError(
                 f"{file}: the tensor {marker} belongs to a factorized layer, but by config.json the layer "
                 "is dense. One of the two files has been changed."
             )
         if layer.rank is None:
             continue
-        known = {*stored_shapes(layer), f"{layer.name}.up.bias"}
+        known = {*expected, f"{layer.name}.up.bias"}
         strange = next((n for n in shapes if n.startswith(f"{layer.name}.") and n not in known), None)
         if strange is not None:
             raise CheckpointError(f"{file}: the tensor {strange} is no part of a factorized layer.")
-        for name, expected in stored_shapes(layer).items():
-            if shapes.get(name, expected) != expected:
-                raise CheckpointError(
-                    f"{file}: the tensor {name} has shape {shapes[name]}, but by config.json it must have "
-                    f"{expected}. One of the two files has been changed."
-                )
+    for name, shape in expected.items():
+        if shapes.get(name, shape) != shape:
+            raise CheckpointError(
+                f"{file}: the tensor {name} has shape {shapes[name]}, but by config.json it must have "
+                f"{shape}. One of the two files has been changed."
+            )
 
 
 def _check_tensors(
@@ -284,6 +286,7 @@ def _check_tensors(
     stored = {name: (file, tensor) for file, header in headers.items() for name, tensor in header.items()}
     expected = model.state_dict()
     strays: dict[str, str] = {}  # name in the model -> name in the file
+    found: set[str] = set()
     for name, target in _targets(stored, conversions, model.base_model_prefix, expected).items():
         file, tensor = stored[name]
         if target not in expected:
@@ -293,6 +296,17 @@ def _check_tensors(
                 f"{file}: the tensor {name} is stored as {tensor.dtype}, but the model needs "
                 "floating-point numbers there. The file has been changed; copy it again."
             )
+        elif _is_code(model, target) and tensor.dtype != DTYPE_NAMES[expected[target].dtype]:
+            raise CheckpointError(
+                f"{file}: the tensor {name} is stored as {tensor.dtype}, but codes and scales must be "
+                f"{DTYPE_NAMES[expected[target].dtype]}. The file has been changed; copy it again."
+            )
+        found.add(target)
+    for name in sorted(name for name in expected if _is_code(model, name) and name not in found):
+        raise CheckpointError(
+            f"{model.config.name_or_path}: the checkpoint lacks the tensor {name}. It is damaged: "
+            "copy it again."
+        )
     if _is_saved_class(model):
         for stray in sorted(_unexpected(model, set(strays))):
             name = strays[stray]
@@ -300,6 +314,12 @@ def _check_tensors(
                 f"{stored[name][0]}: has the tensor {name}, which {type(model).__name__} does not know. "
                 "The file has been changed; copy it again."
             )
+
+
+def _is_code(model: nn.Module, name: str) -> bool:
+    """Tell whether the tensor is the codes or the scales of a coded weight."""
+    layer, _, part = name.rpartition(".")
+    return part in ("codes", "scale", "smooth", "center") and isinstance(model.get_submodule(layer), Coded)
 
 
 def _targets(
@@ -354,12 +374,19 @@ def _localized(plan: Plan, model: PreTrainedModel) -> Plan:
         name = translated(layer.name)
         if name is not None:
             layers.append(replace(layer, name=name, down_of=translated(layer.down_of)))
+    codes = []
+    for code in plan.codes:
+        parent, _, part = code.name.rpartition(".")
+        factor = part in ("down", "up") and parent in plan
+        name = translated(parent if factor else code.name)
+        if name is not None:
+            codes.append(replace(code, name=f"{name}.{part}" if factor else name))
     if plan.factorized and not any(layer.rank for layer in layers):
         raise CheckpointError(
             f"config.json: none of the {len(plan.factorized)} factorized layers of {plan.model} "
             f"(such as {plan.factorized[0].name}) is in {type(model).__name__}."
         )
-    return replace(plan, layers=tuple(layers))
+    return replace(plan, layers=tuple(layers), codes=tuple(codes))
 
 
 def _check_loaded(model: PreTrainedModel) -> None:
@@ -382,7 +409,12 @@ def _check_loaded(model: PreTrainedModel) -> None:
 def _check_finite(model: PreTrainedModel) -> None:
     """Refuse factors with NaN or infinity; what is offloaded stays where it is, unread."""
     for layer, module in model.named_modules():
-        for name, factor in module.named_parameters() if isinstance(module, LowRankLinear) else ():
+        own: dict[str, Tensor] = {}
+        if isinstance(module, LowRankLinear):
+            own = dict(module.named_parameters())
+        elif isinstance(module, Coded):
+            own = {n: b for n, b in module.named_buffers() if b.is_floating_point()}
+        for name, factor in own.items():
             if not factor.is_meta and not torch.isfinite(factor).all():
                 raise CheckpointError(
                     f"{model.config.name_or_path}: the tensor {layer}.{name} has NaN or infinite elements in "

@@ -1,5 +1,6 @@
 """The mathematics: pure functions of tensors that know nothing of modules or plans."""
 
+from lowrank.linalg.codes import Scheme, decode, encode
 from lowrank.linalg.joint import joint_spectra
 from lowrank.linalg.metric import Diagonal, Gram, Identity, Metric, PulledBack, Stacked
 from lowrank.linalg.products import linear, product
@@ -13,9 +14,12 @@ __all__ = [
     "Identity",
     "Metric",
     "PulledBack",
+    "Scheme",
     "Spectrum",
     "Stacked",
     "choose_solver",
+    "decode",
+    "encode",
     "joint_spectra",
     "linear",
     "product",

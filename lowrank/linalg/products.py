@@ -66,7 +66,7 @@ def _faster_by_onednn(input: Tensor, weight: Tensor, bias: Tensor | None) -> boo
         and input.dtype == weight.dtype == torch.float32
         and input.device.type == weight.device.type == "cpu"
         and type(input) is Tensor
-        and not _observed()
+        and not observed()
         and not torch.is_autocast_enabled("cpu")
         and input.numel() >= FEWEST_ROWS * input.shape[-1] > 0
         and weight.numel() > 0
@@ -85,7 +85,7 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _observed() -> bool:
+def observed() -> bool:
     """Return whether something other than plain eager execution will see the operators."""
     return (
         torch.compiler.is_compiling()

@@ -9,6 +9,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from lowrank.errors import RankError, WeightError
 from lowrank.linalg import linear, truncated_svd
 from lowrank.nn.dense import kind_of
+from lowrank.nn.quantized import Coded, QuantizedLinear
 from lowrank.nn.shared import SharedDown
 
 
@@ -148,7 +149,21 @@ class LowRankLinear(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """Multiply the factors back into a weight ``(out, in)``."""
-        return self.up.weight @ self.down.weight
+        return _weight_of(self.up) @ _weight_of(self.down)
+
+    def dense_bias(self) -> nn.Parameter | None:
+        """Return the bias that goes with `dense_weight`: ``up``'s own, unless coded factors shift inputs."""
+        shifts = [
+            part.shift() if isinstance(part, QuantizedLinear) else None for part in (self.down, self.up)
+        ]
+        if self.bias is None or all(shift is None for shift in shifts):
+            return self.bias
+        bias = self.bias.detach().float()
+        if shifts[0] is not None:
+            bias = bias - _weight_of(self.up).float() @ shifts[0]
+        if shifts[1] is not None:
+            bias = bias - shifts[1]
+        return nn.Parameter(bias.to(self.bias.dtype), requires_grad=self.bias.requires_grad)
 
     def extra_repr(self) -> str:
         """Describe the layer as `torch.nn.Linear` does, with its rank."""
@@ -156,6 +171,11 @@ class LowRankLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"rank={self.rank}, bias={self.bias is not None}{'' if self.owns_down else ', shared down'}"
         )
+
+
+def _weight_of(factor: nn.Module) -> Tensor:
+    weight: Tensor = factor.dense_weight() if isinstance(factor, Coded) else factor.weight  # type: ignore[assignment]
+    return weight
 
 
 def _apply(factor: nn.Linear, input: Tensor) -> Tensor:

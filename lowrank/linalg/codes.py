@@ -1,0 +1,185 @@
+"""Integer codes for weights: ``W ≈ scale · codes``, symmetric, by rows or by groups within a row.
+
+``int8`` has one float32 scale per row. ``int4`` has one float16 scale per group of a row's neighbouring
+elements, two codes to a byte, and its scales are searched: at 4 bits the best one clips a few elements.
+The largest element of a group gets the code −8, whose sign the scale takes up, as in GGUF's Q4_0.
+
+With the inputs' second moment C, columns are rounded one after another and those still to come make up
+for the error, so that ``‖(W − scale · codes) C^½‖`` becomes small and not each element's own error. Source:
+GPTQ (Frantar et al. 2022, arXiv:2210.17323), after Optimal Brain Surgeon (Hassibi & Stork 1993).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowrank.errors import WeightError
+from lowrank.linalg.products import product
+from lowrank.linalg.svd import FLOATING
+
+GROUP_SIZE = 32
+"""Elements of a row that share a scale under ``int4``: 4.5 bits per weight, as in GGUF's Q4_0."""
+
+DAMPING = 0.01
+"""What is added to the diagonal of C before it is inverted, over its mean, as in GPTQ."""
+
+_RATIOS = tuple(1.06 - 0.03 * step for step in range(11))
+"""Scales to try under ``int4``, relative to the one that just represents the largest element."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a weight becomes integers.
+
+    Args:
+        name: ``"int8"`` or ``"int4"``.
+        group_size: Elements that share a scale; ``None`` for a whole row.
+    """
+
+    name: str
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in ("int8", "int4"):
+            raise WeightError(f"quantize={self.name!r}: known schemes are 'int8' and 'int4'.")
+        if self.name == "int8" and self.group_size is not None:
+            raise WeightError("int8 has one scale per row: leave out group_size, or use int4.")
+        if self.name == "int4":
+            size = GROUP_SIZE if self.group_size is None else self.group_size
+            if not isinstance(size, int) or isinstance(size, bool) or size < 2 or size % 2:
+                raise WeightError(f"group_size={size!r}: give an even number of elements, such as 32.")
+            object.__setattr__(self, "group_size", size)
+
+    def check(self, rows: int, columns: int) -> None:
+        """Raise `WeightError` if a weight ``(rows, columns)`` cannot be divided into groups."""
+        if self.group_size is not None and columns % self.group_size:
+            raise WeightError(
+                f"rows of {columns} elements are not whole groups of {self.group_size}. Use a group_size "
+                f"that divides {columns}, ranks that are its multiples (round_to={self.group_size}), or int8."
+            )
+
+    def shapes(self, rows: int, columns: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return the shapes of codes and scales as they are stored."""
+        if self.group_size is None:
+            return (rows, columns), (rows, 1)
+        return (rows, columns // 2), (rows, columns // self.group_size)
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """The dtypes of codes and scales as they are stored."""
+        return (torch.int8, torch.float32) if self.group_size is None else (torch.uint8, torch.float16)
+
+
+def encode(weight: Tensor, scheme: Scheme, moments: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return codes and scales of ``weight (rows, columns)``, as `Scheme.shapes` and ``dtypes`` say.
+
+    Args:
+        weight: Finite, floating point.
+        scheme: How to code it.
+        moments: ``C``, the second moment of what the weight multiplies, ``(columns, columns)``, of any
+            rank; without it every element is rounded on its own.
+
+    Raises:
+        WeightError: If the weight is not floating point, not finite, or does not divide into groups.
+    """
+    if weight.dtype not in FLOATING:
+        raise WeightError(f"the weight is {weight.dtype}, not floating point. Is it quantized already?")
+    weight = weight.detach().to(torch.float32).contiguous()  # kernels read codes as they lie
+    if not torch.isfinite(weight).all():
+        raise WeightError("the weight has NaN or infinite elements.")
+    scheme.check(*weight.shape)
+    feedback = _feedback(moments) if moments is not None else None
+    if scheme.group_size is None:
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, 1.0)  # a row of zeros
+        if feedback is not None:
+            return _rounded_in_turn(weight, feedback, len(feedback), lambda _: (scale, 127)).codes, scale
+        return (weight / scale).round_().to(torch.int8), scale
+    if feedback is not None:
+        found = _rounded_in_turn(
+            weight, feedback, scheme.group_size, lambda group: (_searched(group)[1][:, None], 7)
+        )
+        return _packed(found.codes), torch.cat(found.scales, 1)
+    codes, scale = _searched(weight.reshape(len(weight), -1, scheme.group_size))
+    return _packed(codes.flatten(1)), scale
+
+
+def decode(codes: Tensor, scale: Tensor, scheme: Scheme, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return ``scale · codes`` for any leading dimensions: ``(…, columns)``."""
+    if scheme.group_size is None:
+        return (codes.to(torch.float32) * scale).to(dtype)
+    groups = _unpacked(codes).reshape(*scale.shape, scheme.group_size).to(torch.float32)
+    return (groups * scale[..., None].to(torch.float32)).flatten(-2).to(dtype)
+
+
+class _Rounded(NamedTuple):
+    codes: Tensor  # (rows, columns), int8
+    scales: list[Tensor]  # of each group
+
+
+def _feedback(moments: Tensor) -> Tensor:
+    """Return the upper Cholesky factor of ``C⁻¹``, whose rows say how later columns make up for an error."""
+    moments = moments.to(torch.float64)
+    ridge = DAMPING * moments.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
+    moments = moments + torch.eye(len(moments), dtype=moments.dtype, device=moments.device) * ridge
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
+    return torch.linalg.cholesky(inverse, upper=True).to(torch.float32)
+
+
+def _rounded_in_turn(
+    weight: Tensor, feedback: Tensor, size: int, scale_of: Callable[[Tensor], tuple[Tensor, int]]
+) -> _Rounded:
+    """Round column after column; ``scale_of`` gives scale and largest code for each group of ``size``."""
+    rest, codes, scales = weight.clone(), torch.empty_like(weight, dtype=torch.int8), []
+    columns = weight.shape[1]
+    for start in range(0, columns, size):
+        scale, highest = scale_of(rest[:, start : start + size])
+        scales.append(scale)
+        exact, lowest = scale[:, 0].to(torch.float32), -highest - (highest == 7)
+        for first in range(start, min(start + size, columns), 64):
+            last = min(first + 64, start + size, columns)
+            errors = torch.empty_like(rest[:, first:last])
+            for column in range(first, last):
+                code = (rest[:, column] / exact).round_().clamp_(lowest, highest)
+                codes[:, column] = code.to(torch.int8)
+                error = (rest[:, column] - code * exact) / feedback[column, column]
+                rest[:, column:last] -= error[:, None] * feedback[column, column:last]
+                errors[:, column - first] = error
+            rest[:, last:] -= product(errors, feedback[first:last, last:])
+    return _Rounded(codes, scales)
+
+
+def _searched(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Return codes in −8 … 7 and the scales, of those tried, that lose the least in each group."""
+    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    smallest_scale = torch.finfo(torch.float16).tiny
+    best_codes = torch.zeros_like(groups, dtype=torch.int8)
+    best_scale = torch.ones_like(largest, dtype=torch.float16)
+    least = groups.square().sum(-1, keepdim=True)  # of a group whose scale float16 cannot hold: zeros
+    for ratio in _RATIOS:
+        scale = (largest * (-ratio / 8)).to(torch.float16)
+        usable = (scale.abs() >= smallest_scale) & torch.isfinite(scale)
+        exact = torch.where(usable, scale, 1.0).to(torch.float32)
+        codes = (groups / exact).round_().clamp_(-8, 7)
+        lost = (groups - codes * exact).square_().sum(-1, keepdim=True)
+        better = usable & (lost < least)
+        least = torch.where(better, lost, least)
+        best_scale = torch.where(better, scale, best_scale)
+        best_codes = torch.where(better, codes.to(torch.int8), best_codes)
+    return best_codes, best_scale[..., 0]
+
+
+def _packed(codes: Tensor) -> Tensor:
+    """Put two codes into a byte: the even columns into the low half."""
+    halves = (codes + 8).to(torch.uint8)
+    return halves[:, 0::2] | (halves[:, 1::2] << 4)
+
+
+def _unpacked(codes: Tensor) -> Tensor:
+    halves = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
+    return halves.to(torch.int8) - 8

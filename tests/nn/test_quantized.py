@@ -1,0 +1,204 @@
+"""Layers with integer weights: outputs, state, copies, dtypes, gradients, compilers."""
+
+import copy
+import io
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from lowrank.linalg import Scheme
+from lowrank.nn import QuantizedEmbedding, QuantizedLinear
+from lowrank.nn import quantized as module
+
+SCHEMES = [Scheme("int8"), Scheme("int4")]
+onednn = pytest.mark.skipif(not module._ONEDNN, reason="this processor has no int8 kernel")
+
+
+def gaussian(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=SCHEMES, ids=str)
+def layer(request):
+    return QuantizedLinear.from_weight(gaussian(48, 64), nn.Parameter(gaussian(48)), request.param).eval()
+
+
+def smoothed():
+    scale, center = (gaussian(64, seed=seed).abs().add(0.5).half() for seed in (1, 2))
+    weight, bias = gaussian(48, 64), gaussian(48)
+    corrected = nn.Parameter(bias + weight @ (center.float() / scale.float()))
+    made = QuantizedLinear.from_weight(weight, corrected, Scheme("int8"), smooth=scale, center=center)
+    x = gaussian(20, 64, seed=3) + center.float() / scale.float()  # the mean that is taken from it
+    return made, x, nn.functional.linear(x, weight, bias)
+
+
+def test_outputs_are_those_of_the_weight(layer):
+    x = gaussian(5, 7, 64)
+    expected = nn.functional.linear(x, gaussian(48, 64), gaussian(48))
+    with torch.no_grad():
+        y = layer(x)
+    assert y.shape == (5, 7, 48)
+    assert (y - expected).norm() < (0.015 if layer.scheme.name == "int8" else 0.1) * expected.norm()
+
+
+def test_scaled_and_shifted_inputs_give_the_same_function():
+    made, x, expected = smoothed()
+    with torch.no_grad():
+        y = made(x)
+        plain = nn.functional.linear(x, made.dense_weight(), made.bias - made.shift())
+    assert (y - expected).norm() < 0.02 * expected.norm()
+    assert (plain - expected).norm() < 0.02 * expected.norm()
+
+
+@onednn
+def test_each_row_has_its_own_scale():
+    layer = QuantizedLinear.from_weight(gaussian(48, 64), None, Scheme("int8"))
+    x = gaussian(4, 64) * torch.tensor([[1e-6], [1.0], [1e6], [0.0]])
+    with torch.no_grad():
+        together, alone = layer(x), torch.cat([layer(row[None]) for row in x])
+    torch.testing.assert_close(together, alone)
+    expected = x @ gaussian(48, 64).T
+    assert ((together - expected).norm(dim=1) <= 0.015 * expected.norm(dim=1)).all()
+
+
+@onednn
+def test_nan_and_infinity_are_not_hidden():
+    layer = QuantizedLinear.from_weight(gaussian(48, 64), None, Scheme("int8"))
+    x = gaussian(3, 64)
+    x[0, 3], x[1, 3] = float("nan"), float("inf")
+    with torch.no_grad():
+        y = layer(x)
+    assert not y[:2].isfinite().any()
+    assert y[2].isfinite().all()
+
+
+@onednn
+def test_codes_are_held_once_and_given_back_exactly():
+    layer = QuantizedLinear.from_weight(gaussian(48, 64), None, Scheme("int8"))
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    with torch.no_grad():
+        first = layer(gaussian(20, 64))
+    assert layer._buffers["codes"] is None  # in oneDNN's order only
+    after = layer.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    with torch.no_grad():
+        assert torch.equal(layer(gaussian(20, 64)), first)
+
+
+def test_copies_pickles_and_loads_give_the_same_bits(layer):
+    x = gaussian(20, 64)
+    with torch.no_grad():
+        first = layer(x)
+        assert torch.equal(copy.deepcopy(layer)(x), first)
+        buffer = io.BytesIO()
+        torch.save(layer, buffer)
+        buffer.seek(0)
+        assert torch.equal(torch.load(buffer, weights_only=False)(x), first)
+        other = QuantizedLinear(64, 48, True, layer.scheme)
+        other.load_state_dict(layer.state_dict())
+        assert torch.equal(other(x), first)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_another_dtype_is_what_the_layer_computes_in(layer, dtype):
+    codes, scale = layer.codes.clone(), layer.scale.clone()
+    layer.to(dtype)
+    assert torch.equal(layer.codes, codes)
+    assert torch.equal(layer.scale, scale)
+    assert layer.weight.dtype == layer.bias.dtype == dtype
+    x = gaussian(20, 64)
+    with torch.no_grad():
+        y = layer(x.to(dtype))
+    assert y.dtype == dtype
+    expected = nn.functional.linear(x, gaussian(48, 64), gaussian(48))
+    assert (y.float() - expected).norm() < 0.1 * expected.norm()
+
+
+def test_gradients_reach_input_and_bias(layer):
+    x = gaussian(20, 64).requires_grad_()
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad[0], layer.dense_weight().sum(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer.bias.grad, torch.full((48,), 20.0))
+
+
+def test_gradients_through_scaled_inputs():
+    made, *_ = smoothed()
+    x = gaussian(20, 64).requires_grad_()
+    made(x).sum().backward()
+    torch.testing.assert_close(x.grad[0], made.dense_weight().sum(0), rtol=1e-3, atol=1e-3)
+
+
+def test_export_gives_what_the_layer_computes(layer):
+    x = gaussian(20, 64)
+    with torch.no_grad():
+        exported = torch.export.export(layer, (x,)).module()(x)
+        expected = nn.functional.linear(x, layer.dense_weight(), layer.bias)
+        assert layer(x).allclose(expected, atol=0.2)
+    torch.testing.assert_close(exported, expected)
+
+
+def test_compiling_the_whole_layer(layer):
+    with torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(gaussian(20, 64))
+        expected = nn.functional.linear(gaussian(20, 64), layer.dense_weight(), layer.bias)
+    torch.testing.assert_close(compiled, expected)
+
+
+def test_no_rows_give_no_rows(layer):
+    with torch.no_grad():
+        assert layer(torch.empty(0, 64)).shape == (0, 48)
+
+
+@onednn
+def test_threads_may_be_the_first_to_call():
+    layer = QuantizedLinear.from_weight(gaussian(48, 64), None, Scheme("int8"))
+    found, errors = [], []
+
+    def call():
+        try:
+            with torch.no_grad():
+                found.append(layer(gaussian(20, 64)))
+        except Exception as error:  # told below
+            errors.append(error)
+
+    threads = [threading.Thread(target=call) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert all(torch.equal(y, found[0]) for y in found)
+
+
+def test_what_runs_is_told(layer):
+    kernel = "onednn int8" if module._ONEDNN else "dequantized"
+    assert layer.runs_on() == (kernel if layer.scheme.name == "int8" else "dequantized")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_an_embedding_looks_up_rows(scheme):
+    table = nn.Embedding(10, 64, padding_idx=0)
+    coded = QuantizedEmbedding.from_embedding(table, scheme)
+    ids = torch.tensor([[1, 2, 3], [9, 0, 1]])
+    assert (coded(ids) - table(ids)).norm() < 0.1 * table(ids).norm()
+    assert torch.equal(coded(ids), coded.dense_weight()[ids])
+    assert coded.half()(ids).dtype == torch.float16
+    assert coded.padding_idx == 0
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("rows", [1, 16, 40])
+def test_cuda_computes_what_the_cpu_does(rows):
+    for made in (smoothed()[0], QuantizedLinear.from_weight(gaussian(48, 64), None, Scheme("int8"))):
+        x = gaussian(rows, 64)
+        with torch.no_grad():
+            here = made(x)
+            made.cuda()
+            assert made.runs_on() == "cuda int8"
+            there = made(x.cuda())
+        assert there.device.type == "cuda"
+        assert (there.cpu() - here).norm() < 0.003 * here.norm()
+        assert made(x.cuda().half()).dtype == torch.float16

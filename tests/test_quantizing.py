@@ -1,0 +1,305 @@
+"""`quantize` and ``compress(quantize=)``: the whole way from a model to a checkpoint and back."""
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import lowrank
+from lowrank import LowRankError, Plan, QuantizedEmbedding, QuantizedLinear, compress, quantize, report
+from lowrank.errors import CheckpointError, PlanError, TargetError, WeightError
+from lowrank.nn import Coded
+
+IDS = torch.arange(96).reshape(4, 24) % 99
+
+
+def outputs(model, **inputs):
+    with torch.no_grad():
+        out = model(**(inputs or {"input_ids": IDS}))
+    return out.last_hidden_state if hasattr(out, "last_hidden_state") else out.logits
+
+
+def cosine(a, b):
+    return float(torch.cosine_similarity(a.flatten(0, -2), b.flatten(0, -2), dim=-1).mean())
+
+
+@pytest.fixture
+def stats(tiny_bert):
+    generator = torch.Generator().manual_seed(0)
+    data = [{"input_ids": torch.randint(99, (4, 24), generator=generator)} for _ in range(8)]
+    return lowrank.calibrate(tiny_bert, data)
+
+
+def coded(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, Coded)}
+
+
+def test_dense_layers_factors_and_embeddings_are_coded_alike(tiny_bert):
+    compress(tiny_bert, rank=16, targets=["*.query"])
+    before = outputs(tiny_bert)
+    quantize(tiny_bert)
+    names = coded(tiny_bert)
+    assert {"encoder.layer.0.attention.self.query.down", "encoder.layer.0.attention.self.query.up"} <= set(
+        names
+    )
+    assert isinstance(names["encoder.layer.0.attention.self.key"], QuantizedLinear)
+    assert isinstance(names["embeddings.word_embeddings"], QuantizedEmbedding)
+    assert "pooler.dense" not in names  # a head
+    assert cosine(outputs(tiny_bert), before) > 0.999
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_statistics_make_it_better(tiny_bert, stats, scheme):
+    small = compress(tiny_bert, rank=32, stats=stats)
+    before = outputs(small)
+    plain, calibrated = (
+        (outputs(quantize(copy.deepcopy(small), scheme, stats=known, targets=["encoder.*"])) - before).norm()
+        for known in (None, stats)
+    )
+    assert calibrated < 0.9 * plain
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("known", [False, True], ids=["plain", "calibrated"])
+def test_checkpoints_give_the_same_bits_and_the_reported_bytes(tiny_bert, stats, scheme, known, tmp_path):
+    small = compress(tiny_bert, rank=32, stats=stats if known else None, quantize=scheme)
+    expected = outputs(small)
+    folder = lowrank.save(small, tmp_path / "small")
+    assert (folder / "model.safetensors").stat().st_size == report(small).checkpoint_bytes
+    assert torch.equal(outputs(type(small).from_pretrained(folder).eval()), expected)
+    assert torch.equal(outputs(lowrank.load(folder).eval()), expected)
+    stored = load_file(folder / "model.safetensors")
+    name = "encoder.layer.0.output.dense.down.codes"
+    assert stored[name].dtype == (torch.int8 if scheme == "int8" else torch.uint8)
+
+
+def test_a_coded_model_in_half_precision_keeps_its_codes(tiny_bert, tmp_path):
+    small = compress(tiny_bert, rank=32, quantize="int8")
+    lowrank.save(small, tmp_path / "small")
+    half = type(small).from_pretrained(tmp_path / "small", dtype=torch.bfloat16).eval()
+    mine, theirs = coded(small), coded(half)
+    for name in mine:
+        assert torch.equal(mine[name].state_dict()["codes"], theirs[name].state_dict()["codes"])
+        assert torch.equal(mine[name].scale, theirs[name].scale)
+    assert outputs(half).dtype == torch.bfloat16
+    assert cosine(outputs(half).float(), outputs(small)) > 0.999
+
+
+def test_any_other_module_is_saved_and_loaded(mlp, tmp_path):
+    dense = copy.deepcopy(mlp)
+    x = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
+    small = quantize(compress(mlp, rank=16), targets=["0"])
+    with torch.no_grad():
+        expected = small(x)
+        folder = lowrank.save(small, tmp_path / "small")
+        assert torch.equal(lowrank.load(folder, model=dense)(x), expected)
+
+
+def test_a_plan_carries_the_codes_out_again(tiny_bert, stats):
+    dense = copy.deepcopy(tiny_bert)
+    small = compress(tiny_bert, rank=32, stats=stats, quantize="int8")
+    done = Plan.from_json(Plan.from_dict(small.config.quantization_config.plan).to_json())
+    assert "weights as int8" in str(done)
+    with pytest.raises(PlanError, match="pass stats=calibrate"):
+        lowrank.apply(copy.deepcopy(dense), done)
+    assert torch.equal(outputs(lowrank.apply(dense, done, stats)), outputs(small))
+
+
+def test_decompress_gives_dense_layers_with_the_same_outputs(tiny_bert, stats):
+    small = compress(tiny_bert, rank=32, stats=stats, quantize="int8")
+    expected = outputs(small)
+    lowrank.decompress(small)
+    assert coded(small) == {}
+    assert type(small.encoder.layer[0].attention.self.query) is nn.Linear
+    assert type(small.embeddings.word_embeddings) is nn.Embedding
+    assert cosine(outputs(small), expected) > 0.9995
+    assert not hasattr(small.config, "quantization_config")
+
+
+def test_training_goes_on_through_the_codes(tiny_bert):
+    from transformers import BertForSequenceClassification
+
+    model = BertForSequenceClassification(tiny_bert.config)
+    compress(model, rank=16, quantize="int8")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(20):
+        loss = model(input_ids=IDS, labels=torch.tensor([0, 1, 0, 1])).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_recovery_corrects_the_floating_point_parts(tiny_bert):
+    dense = copy.deepcopy(tiny_bert)
+    small = compress(tiny_bert, rank=16, quantize="int8")
+    codes = {name: module.state_dict()["codes"].clone() for name, module in coded(small).items()}
+    before = cosine(outputs(small), outputs(dense))
+    generator = torch.Generator().manual_seed(0)
+    data = [{"input_ids": torch.randint(99, (4, 24), generator=generator)} for _ in range(12)]
+    lowrank.recover(small, dense, data, steps=20)
+    assert cosine(outputs(small), outputs(dense)) > before
+    assert all(torch.equal(coded(small)[name].state_dict()["codes"], kept) for name, kept in codes.items())
+
+
+def test_the_report_counts_every_byte_and_names_the_kernel(tiny_bert):
+    dense_bytes = report(tiny_bert).checkpoint_bytes
+    quantize(compress(tiny_bert, rank=16))
+    told = report(tiny_bert)
+    assert told.checkpoint_bytes_before == pytest.approx(dense_bytes, rel=0.02)
+    assert {code.runs_on for code in told.coded} <= {"lookup", "onednn int8", "dequantized"}
+    layer = next(layer for layer in told.layers if layer.name == "encoder.layer.0.output.dense")
+    assert (layer.scheme, layer.bytes) == ("int8", 16 * (128 + 64) + 4 * (16 + 64))
+    assert "int8" in str(told)
+    assert json.loads(told.to_json())["coded"][0]["scheme"] == "int8"
+
+
+def test_tied_embeddings_stay_as_they_are(tiny_bert):
+    from transformers import BertForMaskedLM
+
+    model = BertForMaskedLM(tiny_bert.config).eval()
+    quantize(model)
+    assert "bert.embeddings.word_embeddings" not in coded(model)
+    assert "bert.embeddings.position_embeddings" in coded(model)
+    with pytest.raises(
+        TargetError, match=r"word_embeddings: this weight cannot be coded: it shares its weight"
+    ):
+        quantize(model, targets=["bert.embeddings.word_embeddings"])
+
+
+def test_gpt2_and_shared_factors(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 99, "n_positions": 32}
+    model = GPT2LMHeadModel(GPT2Config(**sizes)).eval()
+    before = outputs(model)
+    quantize(model)
+    assert coded(model)["transformer.h.0.attn.c_attn"].kind == "conv1d"
+    assert cosine(outputs(model), before) > 0.999
+    model.save_pretrained(tmp_path / "gpt2")
+    assert torch.equal(outputs(GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2").eval()), outputs(model))
+
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
+    )
+    llama = LlamaForCausalLM(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    data = [{"input_ids": torch.randint(99, (4, 24), generator=generator)} for _ in range(4)]
+    stats = lowrank.calibrate(llama, data)
+    compress(llama, rank=16, stats=stats, share="inputs")
+    before = outputs(llama)
+    quantize(llama, stats=stats)
+    assert "model.layers.0.self_attn.q_proj.down" not in coded(llama)  # it serves several layers
+    assert coded(llama)["model.layers.0.mlp.down_proj.down"].center is None  # no bias to take it up
+    assert cosine(outputs(llama), before) > 0.999
+    llama.save_pretrained(tmp_path / "llama")
+    assert torch.equal(outputs(LlamaForCausalLM.from_pretrained(tmp_path / "llama").eval()), outputs(llama))
+
+
+def test_a_base_model_goes_under_a_head(tiny_bert, tmp_path):
+    from transformers import BertForSequenceClassification
+
+    small = compress(tiny_bert, rank=32, quantize="int8")
+    small.save_pretrained(tmp_path / "small")
+    head = BertForSequenceClassification.from_pretrained(tmp_path / "small").eval()
+    assert torch.equal(outputs(head.bert), outputs(small))
+    head.save_pretrained(tmp_path / "head")
+    base = type(small).from_pretrained(tmp_path / "head").eval()
+    assert torch.equal(outputs(base), outputs(small))
+
+
+@pytest.mark.parametrize(
+    ("request_", "kind", "message"),
+    [
+        ({"scheme": "int3"}, WeightError, r"known schemes are 'int8' and 'int4'"),
+        ({"scheme": "int4", "group_size": 48}, WeightError, r"query: rows of 64 .* groups of 48"),
+        ({"targets": ["*.qury"]}, TargetError, r"qury"),
+        ({"targets": "encoder.*"}, TargetError, r"give a list of patterns"),
+        ({"ignore": ["*"]}, LowRankError, r"No weight of BertModel is left"),
+    ],
+)
+def test_bad_requests_leave_the_model_as_it_was(tiny_bert, request_, kind, message):
+    with pytest.raises(kind, match=message):
+        quantize(tiny_bert, **request_)
+    assert coded(tiny_bert) == {}
+
+
+def test_quantizing_twice_is_refused_and_mixing_is_not(tiny_bert):
+    quantize(tiny_bert, "int4", targets=["embeddings.*"])
+    quantize(tiny_bert, "int8")
+    schemes = {module.scheme.name for module in coded(tiny_bert).values()}
+    assert schemes == {"int4", "int8"}
+    with pytest.raises(LowRankError, match="coded already"):
+        quantize(tiny_bert, "int8")
+    with pytest.raises(TargetError, match=r"it is quantized already \(int8\)"):
+        quantize(tiny_bert, targets=["encoder.layer.0.attention.self.query"])
+    with pytest.raises(LowRankError):
+        compress(tiny_bert, keep=0.5)
+
+
+def test_nan_is_named_before_anything_changes(tiny_bert):
+    with torch.no_grad():
+        tiny_bert.encoder.layer[1].output.dense.weight[3, 4] = float("nan")
+    with pytest.raises(WeightError, match=r"encoder\.layer\.1\.output\.dense: .*NaN"):
+        quantize(tiny_bert)
+    assert coded(tiny_bert) == {}
+
+
+def test_budgets_in_bytes_do_not_count_codes_yet(tiny_bert):
+    with pytest.raises(lowrank.BudgetError, match="max_bytes= counts floating-point weights"):
+        compress(tiny_bert, max_bytes=100_000, quantize="int8")
+    with pytest.raises(WeightError, match=r"rows of 10 elements.*round_to=32"):
+        compress(tiny_bert, rank=10, quantize="int4")
+    assert lowrank.plan(tiny_bert, rank=10).factorized  # it is dense still
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t, n: t | {f"{n}.codes": t[f"{n}.codes"][:, :-1].contiguous()},
+            r"codes has shape .* must have",
+        ),
+        (lambda t, n: t | {f"{n}.scale": t[f"{n}.scale"][:-1].contiguous()}, r"scale has shape .* must have"),
+        (lambda t, n: t | {f"{n}.codes": t[f"{n}.codes"].float()}, r"codes is stored as F32.* must be I8"),
+        (lambda t, n: t | {f"{n}.scale": t[f"{n}.scale"] * float("nan")}, r"scale has NaN"),
+        (lambda t, n: {k: v for k, v in t.items() if k != f"{n}.codes"}, r"lacks the tensor .*codes"),
+        (lambda t, n: {k: v for k, v in t.items() if k != f"{n}.scale"}, r"lacks the tensor .*scale"),
+    ],
+)
+def test_a_checkpoint_whose_codes_and_scales_disagree(tiny_bert, tmp_path, change, message):
+    small = compress(tiny_bert, rank=32, quantize="int8")
+    small.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file(change(load_file(file), "encoder.layer.0.output.dense.up"), file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=message):
+        type(small).from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scheme": "int3"},
+        {"rows": 63},
+        {"columns": 0},
+        {"kind": "embedding"},
+        {"name": "encoder.nothing"},
+        {"group_size": 32},
+        {"surprise": 1},
+    ],
+    ids=str,
+)
+def test_a_config_with_damaged_codes_is_refused(tiny_bert, tmp_path, change):
+    small = compress(tiny_bert, rank=32, quantize="int8")
+    small.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    codes = config["quantization_config"]["plan"]["codes"]
+    next(code for code in codes if code["name"] == "encoder.layer.0.output.dense.up").update(change)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError):
+        type(small).from_pretrained(tmp_path)
