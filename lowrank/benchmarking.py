@@ -7,6 +7,7 @@ Memory is counted, not sampled: the bytes of the tensors alive during a forward 
 from __future__ import annotations
 
 import json
+import math
 import platform
 import statistics
 import time
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lowrank.errors import LowRankError
-from lowrank.nn import LowRankLinear, kind_of
+from lowrank.nn import LowRankLinear, QuantizedLinear, kind_of
 from lowrank.text import format_bytes, format_table
 
 
@@ -213,7 +214,8 @@ def _theory(dense: nn.Module, small: nn.Module) -> float:
     """Return the MACs of the replaced layers and all other matrices, dense over small."""
 
     def matrices(model: nn.Module) -> int:
-        return sum(m.weight.numel() for m in model.modules() if kind_of(m) is not None)  # type: ignore[misc,operator]
+        floating = sum(m.weight.numel() for m in model.modules() if kind_of(m) is not None)  # type: ignore[misc,operator]
+        return floating + sum(math.prod(m.shape) for m in model.modules() if isinstance(m, QuantizedLinear))
 
     replaced = sum(
         m.in_features * m.out_features - m.macs for m in small.modules() if isinstance(m, LowRankLinear)
@@ -245,10 +247,10 @@ class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        given = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if _has_storage(leaf)}
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and _storage(leaf) not in given | self._known:
+            if _has_storage(leaf) and _storage(leaf) not in given | self._known:
                 self._watch(leaf)
         return result
 
@@ -263,6 +265,11 @@ class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _free(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.live -= size
+
+
+def _has_storage(leaf: object) -> bool:
+    """Return whether ``leaf`` is a tensor that lies in a storage; oneDNN's packed weights do not."""
+    return isinstance(leaf, Tensor) and leaf.layout == torch.strided
 
 
 def _storage(tensor: Tensor) -> int:

@@ -54,6 +54,7 @@ RoundTo = Annotated[int, typer.Option(help="Chosen ranks are multiples of this."
 Share = Annotated[
     str | None, typer.Option(help="inputs: layers that read the same input may share a factor.")
 ]
+Quantize = Annotated[str | None, typer.Option(help="int8 or int4: store the weights as integers.")]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON to stdout, for programs.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no table.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
@@ -135,6 +136,7 @@ def compress(
     allocation: Allocation = "global",
     round_to: RoundTo = 8,
     share: Share = None,
+    quantize: Quantize = None,
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Carry out this plan instead.")] = None,
     sequential: Annotated[
         bool, typer.Option("--sequential", help="Fit layers to the compressed model's inputs, with --data.")
@@ -154,6 +156,7 @@ def compress(
     budget |= {"max_bytes": max_bytes, "speedup": speedup}
     choice: dict[str, Any] = {"targets": targets, "ignore": ignore, "allocation": allocation}
     choice |= {"metric": metric, "add_bias": add_bias, "round_to": round_to, "share": share}
+    choice |= {"quantize": quantize}
     if plan_file is not None:
         _check_plan_says_all(budget | choice)
     check_folder(out, overwrite)

@@ -247,3 +247,13 @@ def test_the_table_has_a_row_per_layer_and_one_for_the_model(pair):
     assert [line.split()[0] for line in lines[2:5]] == ["0", "2", "whole"]
     assert "4.80×" in lines[2]
     assert "threads" in lines[-1]
+
+
+def test_integer_weights_count_as_the_products_that_they_are(tiny_bert):
+    small = lowrank.compress(copy.deepcopy(tiny_bert), rank=16)
+    inputs = {"input_ids": torch.zeros(1, 8, dtype=torch.long)}
+    floating = lowrank.benchmark(tiny_bert, small, inputs, repeats=1, warmup=0).model.theoretical_speedup
+    coded = lowrank.benchmark(
+        tiny_bert, lowrank.quantize(small), inputs, repeats=1, warmup=0
+    ).model.theoretical_speedup
+    assert coded == floating

@@ -50,7 +50,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Args:
         rank, keep, energy, error, max_bytes: The budget, exactly one of them, as in `lowrank.compress`.
-        targets, ignore, allocation, round_to, tolerance, seed: As in `lowrank.compress`.
+        targets, ignore, allocation, round_to, tolerance, seed, quantize: As in `lowrank.compress`.
         plan: The plan that was carried out, as `Plan.to_dict` gives it; then no budget is needed.
         tensors: The digests that `lowrank.save` leaves in ``config.json`` for `lowrank.load`. Not kept: the
             config of a model in memory must not vouch for tensors that may change.
@@ -79,6 +79,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         quant_method: str = METHOD,
         tensors: Mapping[str, str] | None = None,
         max_bytes: int | None = None,
+        quantize: str | None = None,
     ) -> None:
         self.quant_method = quant_method
         self.plan = plan
@@ -93,7 +94,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.rank, self.keep, self.energy, self.error, self.max_bytes = rank, keep, energy, error, max_bytes
         self.targets, self.ignore = targets, ignore
         self.allocation, self.round_to = allocation, round_to
-        self.tolerance, self.seed = tolerance, seed
+        self.tolerance, self.seed, self.quantize = tolerance, seed, quantize
 
     @property
     def budget(self) -> Budget:

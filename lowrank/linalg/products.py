@@ -88,10 +88,15 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
 def observed() -> bool:
     """Return whether something other than plain eager execution will see the operators."""
     return (
+        transformed() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._len_torch_function_stack() > 0
+    )
+
+
+def transformed() -> bool:
+    """Return whether the operators are compiled, traced, batched or differentiated from outside."""
+    return (
         torch.compiler.is_compiling()
         or torch._C._is_tracing()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
         or forward_ad._current_level >= 0
         or torch._C._functorch.peek_interpreter_stack() is not None
     )

@@ -21,7 +21,10 @@ from torch import Tensor, nn
 
 from lowrank.errors import WeightError
 from lowrank.linalg import Scheme, decode, encode, linear
-from lowrank.linalg.products import observed
+from lowrank.linalg.products import transformed
+
+FEWEST_ON_CUDA = 2**32
+"""From how many multiply-accumulates on integers are faster on CUDA: quantizing inputs takes six kernels."""
 
 
 class Coded(nn.Module):
@@ -167,11 +170,11 @@ class QuantizedLinear(Coded):
         trains = torch.is_grad_enabled() and (
             input.requires_grad or (self.bias is not None and self.bias.requires_grad)
         )
-        if not trains and type(input) is Tensor and input.numel() and not observed():
+        if not trains and type(input) is Tensor and input.numel() and not transformed():
             on = self.runs_on()
             if on == "onednn int8":
                 return self._by_onednn(input)
-            if on == "cuda int8":
+            if on == "cuda int8" and input.numel() * self.out_features >= FEWEST_ON_CUDA:
                 return self._on_cuda(input)
         weight = decode(self._dense_codes(), self.scale, self.scheme, input.dtype)
         bias = self.bias.to(input.dtype) if self.bias is not None else None
