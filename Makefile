@@ -8,7 +8,7 @@ CHECKED := lowrank tests benchmarks
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all lint types docs bench bench-accuracy bench-calibration clean
+.PHONY: demo test test-all lint types docs bench bench-accuracy bench-calibration bench-quantize clean
 
 demo: $(VENV)/.demo  ## shrink a real BERT checkpoint, save it, load it in another process
 	$(PY) -m lowrank demo
@@ -41,6 +41,10 @@ bench-accuracy: $(VENV)/.dev  ## needs DATA=folder with stsb-dev.csv and wikitex
 bench-calibration: $(VENV)/.dev  ## about an hour; needs DATA=folder, see benchmarks/calibration.py
 	for part in minilm smollm2 sequential sst2; do \
 	  $(PY) benchmarks/calibration.py --data $(DATA) --part $$part --out benchmarks/results/calibration.json || exit 1; done
+
+bench-quantize: $(VENV)/.dev  ## half an hour; needs DATA=folder with stsb-train.csv and stsb-dev.csv
+	$(PY) benchmarks/quantize.py --part speed --out benchmarks/results/quantize.json
+	$(PY) benchmarks/quantize.py --part minilm --data $(DATA) --minutes 4 --out benchmarks/results/quantize.json
 
 clean:
 	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache

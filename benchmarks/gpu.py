@@ -68,7 +68,7 @@ def main() -> None:
         figures[name]["speedup"] = result.speedup
     result = benchmark(model, coded, {"input_ids": ids}, repeats=4 * options.repeats).model
     figures["int8"] = {"small_ms": 1e3 * result.seconds_small, "speedup_over_float32": result.speedup}
-    finish("cuda", figures, options.out)
+    finish("gpu", figures, options.out)
 
 
 if __name__ == "__main__":
