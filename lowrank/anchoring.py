@@ -131,7 +131,7 @@ def _folder_in(spill: Path) -> Iterator[Path]:
 
 
 def _part(plan: Plan, names: Sequence[str]) -> Plan:
-    return replace(plan, layers=tuple(plan[name] for name in names))
+    return replace(plan, layers=tuple(plan[name] for name in names), codes=())
 
 
 def _check_shared(plan: Plan, inside: Mapping[str, str]) -> None:

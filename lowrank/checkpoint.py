@@ -147,10 +147,21 @@ def plan_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
         except WeightError as error:
             raise CheckpointError(f"{code.name}: the plan codes it in an unknown way: {error}") from error
         codes, scale = scheme.shapes(code.rows, code.columns)
-        shapes |= {f"{code.name}.weight": (0,), f"{code.name}.codes": codes, f"{code.name}.scale": scale}
+        empty = (0, code.columns) if code.kind == "embedding" else (0,)
+        shapes |= {f"{code.name}.weight": empty, f"{code.name}.codes": codes, f"{code.name}.scale": scale}
         shapes |= {f"{code.name}.smooth": (code.columns,)} if code.smooth else {}
         shapes |= {f"{code.name}.center": (code.columns,)} if code.centred else {}
     return shapes
+
+
+def _code_dtypes(plan: Plan) -> dict[str, str]:
+    """Return the format's name for the dtype of each tensor of coded weights."""
+    found = {}
+    for code in plan.codes:
+        codes, scale = (DTYPE_NAMES[dtype] for dtype in Scheme(code.scheme, code.group_size).dtypes)
+        found |= {f"{code.name}.codes": codes, f"{code.name}.scale": scale}
+        found |= {f"{code.name}.smooth": "F16", f"{code.name}.center": "F16"}
+    return found
 
 
 def _write(model: nn.Module, folder: Path) -> None:
@@ -204,6 +215,11 @@ def _read(folder: Path, model: nn.Module) -> nn.Module:
             _check_names(file, set(stored.keys()), set(digests))
             shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in digests}
             _check_architecture(file, model, plan, shapes, aliases)
+            for name, expected in _code_dtypes(plan).items():
+                if name in digests and (found := stored.get_slice(name).get_dtype()) != expected:
+                    raise CheckpointError(
+                        f"{file}: the tensor {name} is {found}; codes need {expected} there."
+                    )
             tensors = {name: checked(file, name, stored.get_tensor(name), digests[name]) for name in digests}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: cannot be read: {error}.") from error

@@ -87,6 +87,8 @@ def _finder(model: nn.Module) -> Callable[[str, nn.Module], str | None]:
             return f"is factorized already, at rank {module.rank}; decompress(model) undoes that"
         if isinstance(module, Coded):
             return f"is quantized already ({module.scheme.name}); decompress(model) undoes that"
+        if isinstance(module, nn.Embedding) and module.max_norm is not None:
+            return "has a max_norm, so that reading changes it"
         if len(names[id(module)]) > 1:
             other = next(n for n in names[id(module)] if n != name)
             return f"is used twice, also as {other}"

@@ -27,6 +27,7 @@ from lowrank.obstacles import check_model
 from lowrank.planning import Budget, Plan
 from lowrank.ranks import nothing_changes
 from lowrank.statistics import Stats
+from lowrank.targets import draft
 
 
 def compress(
@@ -90,7 +91,7 @@ def compress(
             projections) share their first factor, where that is predicted to lose less at the same size;
             with a ``rank``, where all that read an input get the same one. Calibration sees which they are.
         quantize: ``"int8"`` or ``"int4"`` stores factors, dense layers and embeddings as integers afterwards,
-            as `lowrank.quantize` does, which takes more options.
+            whatever ``targets`` names; `lowrank.quantize` does the same with more options.
         sequential: Go through the model block by block on ``data``, and let each block make up for what
             was lost before it. Costs some six forward passes more, and no gradients.
         spill: A folder on a disk, for the hidden states of all data that this needs; by default they
@@ -138,6 +139,8 @@ def compress(
     predict = budget.kind != "rank"  # a given rank decides nothing by its error: spare the spectra
     timing = Timing(inputs, latencies)
     decided = decide(model, layers, request, stats, predict, progress, timing)
+    if quantize is not None:
+        decided = _coded(model, decided, Scheme(quantize), None, ignore, stats)
     apply(
         model,
         decided,
@@ -149,8 +152,6 @@ def compress(
         seed=seed,
         progress=progress,
     )
-    if quantize is not None:
-        _code(model, Scheme(quantize), None, ignore, stats, seed, progress)
     return model
 
 
@@ -212,26 +213,27 @@ def quantize(
           (1): QuantizedLinear(in_features=64, out_features=64, int8, bias=True)
         )
     """
-    return _code(model, Scheme(scheme, group_size), targets, ignore, stats, seed, progress)
+    found = draft(check_model(model))
+    hf = plugin()
+    done = hf.recorded(model) if hf is not None else None
+    known = done.carried_out(found) if done is not None else found
+    plan = _coded(model, known, Scheme(scheme, group_size), targets, ignore, stats)
+    return apply(model, plan, stats, seed=seed, progress=progress)
 
 
-def _code(
+def _coded(
     model: nn.Module,
+    plan: Plan,
     scheme: Scheme,
     targets: Sequence[str] | None,
     ignore: Sequence[str] | None,
     stats: Stats | None,
-    seed: int,
-    progress: bool,
-) -> nn.Module:
+) -> Plan:
     hf = plugin()
-    if hf is not None:
-        hf.check_unquantized(check_model(model))
-    codes = quantizing.weights_to_code(model, scheme, targets, ignore, stats)
-    quantizing.encode_weights(model, codes, stats, seed=seed, progress=progress)
-    if hf is not None:
-        hf.record(model)
-    return model
+    heads = hf.head_layers(model) if hf is not None else None
+    return quantizing.with_codes(
+        model, plan, scheme, targets=targets, ignore=ignore, stats=stats, heads=heads
+    )
 
 
 def _enough_batches(data: Iterable[Any]) -> int:
@@ -412,10 +414,10 @@ def apply(
             there = Path(spill) if spill is not None else None
             stream = _stream(model, data, tokenizer, batch_size=_enough_batches(data))
             fitted = apply_anchored(model, plan, stats, stream, seed=seed, spill=there, progress=progress)
+            surgery.encode(model, plan, stats, seed=seed, progress=progress)
             plan = plan.with_layers(
                 {name: replace(plan[name], reason=f"{plan[name].reason}; fitted anew") for name in fitted}
             )
-        quantizing.encode_weights(model, plan.codes, stats, seed=seed, progress=progress)
     except LowRankError:
         raise  # nothing has changed
     except BaseException:  # an interrupt: what is done is done, and can be saved

@@ -275,6 +275,10 @@ class Plan:
             names = [layer.name for layer in self.layers]
             twice = next(name for name in names if names.count(name) > 1)
             raise PlanError(f"{twice}: the plan lists this layer twice. Keep one of the entries.")
+        coded = [code.name for code in self.codes]
+        if len(set(coded)) != len(coded):
+            twice = next(name for name in coded if coded.count(name) > 1)
+            raise PlanError(f"{twice}: the plan codes this weight twice. Keep one of the entries.")
 
     def __getitem__(self, name: str) -> LayerPlan:
         try:

@@ -1,4 +1,4 @@
-"""The only file that replaces modules: `apply` a plan, or `decompress` a model.
+"""The only file that replaces modules: `apply` a plan, `encode` weights, or `decompress` a model.
 
 Everything is validated before anything is swapped. Then layer after layer is factorized
 (`lowrank.factoring`), swapped, and its dense weight freed, so that the extra memory is that of one
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lowrank.coding import check_codes, coded, rotate, scheme_of
 from lowrank.errors import LowRankError, PlanError, WeightError
 from lowrank.factoring import check_stats, factorized, jointly_factorized
-from lowrank.linalg import Scheme
 from lowrank.linalg.svd import check_options, checked_weight
 from lowrank.menus import largest_shared_rank
 from lowrank.nn import Coded, LowRankLinear, QuantizedEmbedding, QuantizedLinear, kind_named, kind_of
@@ -45,7 +45,29 @@ def apply(
         _factorize(model, layers, plan, stats, seed)  # whose dense weights are gone when it returns
         bar.update(len(layers))
     bar.close()
+    encode(model, plan, stats, seed=seed, progress=progress)
     return model
+
+
+def encode(
+    model: nn.Module, plan: Plan, stats: Stats | None = None, *, seed: int = 0, progress: bool = False
+) -> None:
+    """Put integers in place of the weights that ``plan`` codes, which `check_request` has accepted."""
+    todo = [code for code in plan.codes if not isinstance(model.get_submodule(code.name), Coded)]
+    todo.sort(key=lambda code: code.name.endswith(".up"))  # a down needs its up in floating point
+    names = {code.name for code in todo}
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankLinear) and {f"{name}.down", f"{name}.up"} <= names:
+            rotate(module, seed)
+    for code in tqdm(todo, desc="coding", unit="weight", disable=None if progress else True):
+        old = model.get_submodule(code.name)
+        new, mean = coded(model, code, stats)
+        replace_module(model, code.name, adopt(new, old))
+        if mean is not None:
+            holder = model.get_submodule(code.name.rpartition(".")[0])
+            taker = holder.bias if isinstance(holder, LowRankLinear) else new.bias
+            with torch.no_grad():
+                taker.add_(mean.to(taker.dtype))  # type: ignore[operator,union-attr,arg-type]
 
 
 def check_request(model: nn.Module, plan: Plan, stats: Stats | None, seed: int) -> list[LayerPlan]:
@@ -57,6 +79,7 @@ def check_request(model: nn.Module, plan: Plan, stats: Stats | None, seed: int) 
     todo = _validate(model, plan)
     if todo:
         check_stats(model, plan, stats)
+    check_codes(model, plan, stats, loading=False)
     return todo
 
 
@@ -112,6 +135,7 @@ def restructure(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         PlanError: As `apply`.
     """
+    check_codes(model, plan, None, loading=True)
     shared = plan.shared
     for layer in itertools.chain.from_iterable(_together(plan, _validate(model, plan, loading=True))):
         dense = model.get_submodule(layer.name)
@@ -142,7 +166,7 @@ def restructure(model: nn.Module, plan: Plan) -> nn.Module:
 
 def _without_data(code: CodedWeight, old: nn.Module) -> Coded:
     """Make the module that ``code`` describes, on the meta device; a bias stays."""
-    scheme = Scheme(code.scheme, code.group_size)
+    scheme = scheme_of(code)
     dtype: torch.dtype = old.weight.dtype  # type: ignore[assignment,union-attr]
     if code.kind == "embedding":
         padding: int | None = old.padding_idx  # type: ignore[assignment]
@@ -164,51 +188,7 @@ def check_structure(model: nn.Module, plan: Plan) -> None:
         PlanError: As `apply`.
     """
     _validate(model, plan, loading=True)
-
-
-def _check_codes(model: nn.Module, plan: Plan, loading: bool) -> None:
-    """Check that every coded weight of ``plan`` is a layer, table or factor of that shape."""
-    modules = dict(model.named_modules())
-    for code in plan.codes:
-        try:
-            Scheme(code.scheme, code.group_size).check(code.rows, code.columns)
-        except WeightError as error:
-            raise PlanError(f"{code.name}: {error}") from error
-        found = _shape_after(modules, plan, code.name)
-        if found != (code.kind, code.rows, code.columns, code.bias):
-            raise PlanError(
-                f"{code.name}: the plan has a coded {code.kind} of shape ({code.rows}, {code.columns}) "
-                f"there, which does not fit {type(model).__name__}."
-            )
-        module = modules.get(code.name)
-        if not loading and module is not None and not isinstance(module, Coded):
-            try:
-                checked_weight(module.weight)  # type: ignore[arg-type]
-            except WeightError as error:
-                raise WeightError(f"{code.name}: {error}") from error
-
-
-def _shape_after(
-    modules: Mapping[str, nn.Module], plan: Plan, name: str
-) -> tuple[str, int, int, bool] | None:
-    """Return kind, shape and bias of what will be called ``name`` once the layers are factorized."""
-    parent, _, part = name.rpartition(".")
-    if part in ("down", "up") and parent in plan and plan[parent].rank is not None:
-        layer = plan[parent]
-        rank = layer.rank or 0
-        if part == "down":
-            return ("linear", rank, layer.in_features, False) if layer.down_of is None else None
-        return "linear", layer.out_features, rank, layer.has_bias
-    module = modules.get(name)
-    if isinstance(module, (nn.Embedding, QuantizedEmbedding)):
-        return "embedding", module.num_embeddings, module.embedding_dim, False
-    if isinstance(module, QuantizedLinear):
-        return module.kind, module.out_features, module.in_features, module.bias is not None
-    kind = kind_of(module) if module is not None else None
-    if module is None or kind is None or (name in plan and plan[name].rank is not None):
-        return None
-    rows, columns = kind.weight(module).shape
-    return kind.name, rows, columns, module.bias is not None
+    check_codes(model, plan, None, loading=True)
 
 
 def decompress(model: nn.Module) -> nn.Module:
@@ -232,22 +212,22 @@ def decompress(model: nn.Module) -> nn.Module:
         with torch.no_grad():
             weight = module.dense_weight()
         replace_module(model, name, adopt(kinds[name].layer(weight, module.dense_bias()), module))
-    for name, coded in [(n, module) for n, module in model.named_modules() if isinstance(module, Coded)]:
-        replace_module(model, name, adopt(_decoded(coded), coded))
+    for name, code in [(n, m) for n, m in model.named_modules() if isinstance(m, Coded)]:
+        replace_module(model, name, adopt(_decoded(code), code))
     return model
 
 
-def _decoded(coded: Coded) -> nn.Module:
-    """Make the layer or table that ``coded`` stands for."""
-    weight = coded.dense_weight()
-    if isinstance(coded, QuantizedLinear):
-        bias, shift = coded.bias, coded.shift()
+def _decoded(module: Coded) -> nn.Module:
+    """Make the layer or table that ``module`` stands for."""
+    weight = module.dense_weight()
+    if isinstance(module, QuantizedLinear):
+        bias, shift = module.bias, module.shift()
         if bias is not None and shift is not None:
             bias = nn.Parameter((bias.detach().float() - shift).to(bias.dtype), bias.requires_grad)
-        return kind_named(coded.kind).layer(weight, bias)
-    assert isinstance(coded, QuantizedEmbedding)
-    sizes = coded.num_embeddings, coded.embedding_dim
-    return nn.Embedding(*sizes, padding_idx=coded.padding_idx, _weight=weight, _freeze=False)
+        return kind_named(module.kind).layer(weight, bias)
+    assert isinstance(module, QuantizedEmbedding)
+    sizes = module.num_embeddings, module.embedding_dim
+    return nn.Embedding(*sizes, padding_idx=module.padding_idx, _weight=weight, _freeze=False)
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -311,7 +291,6 @@ def _validate(model: nn.Module, plan: Plan, loading: bool = False) -> list[Layer
         todo.append(layer)
     for name, layers in shared.items():
         _check_shared(name, layers, modules, loading)
-    _check_codes(model, plan, loading)
     return todo
 
 

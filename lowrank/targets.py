@@ -6,16 +6,17 @@ by value elsewhere, or if it is no plain floating-point linear layer. Naming suc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
 
+from lowrank.coding import described
 from lowrank.errors import TargetError
 from lowrank.nn import Coded, LowRankLinear, QuantizedLinear, kind_of
 from lowrank.obstacles import find_obstacles, linear_layers
 from lowrank.patterns import matches, no_match
-from lowrank.planning import CodedWeight, LayerPlan, Plan
+from lowrank.planning import LayerPlan, Plan
 
 HEADS = frozenset(
     {
@@ -74,19 +75,8 @@ def draft(
         head = heads.get(name) if heads is not None else None
         reason = reason or not_wanted(name, targets, ignore or (), head)
         plans.append(replace(plan, reason=reason or "", targeted=reason is None))
-    return Plan(model=type(model).__name__, layers=tuple(plans), codes=tuple(_coded(model)))
-
-
-def _coded(model: nn.Module) -> Iterator[CodedWeight]:
-    """Yield what is stored as integers already."""
-    for name, module in model.named_modules():
-        if isinstance(module, Coded):
-            linear = isinstance(module, QuantizedLinear)
-            kind = module.kind if isinstance(module, QuantizedLinear) else "embedding"
-            scheme = module.scheme
-            bias = linear and module.bias is not None
-            flags = [linear and getattr(module, part) is not None for part in ("smooth", "center")]
-            yield CodedWeight(name, kind, *module.shape, bias, scheme.name, scheme.group_size, *flags)
+    codes = tuple(described(n, m) for n, m in model.named_modules() if isinstance(m, Coded))
+    return Plan(model=type(model).__name__, layers=tuple(plans), codes=codes)
 
 
 def _describe(name: str, module: nn.Module, owners: Mapping[int, str]) -> LayerPlan:

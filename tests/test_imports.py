@@ -89,6 +89,7 @@ LAYERS = [
     {"nn", "reads", "distillation", "menus", "sums", "streams"},
     {"obstacles", "runs"},
     {"factoring", "trials", "blockwise"},
+    {"coding"},
     {"targets", "calibration", "ranks", "surgery", "recovery", "evaluation"},  # the stages
     {"anchoring", "quantizing"},
     {"_transformers", "plot", "costs", "latency"},

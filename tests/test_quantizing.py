@@ -152,7 +152,7 @@ def test_the_report_counts_every_byte_and_names_the_kernel(tiny_bert):
     quantize(compress(tiny_bert, rank=16))
     told = report(tiny_bert)
     assert told.checkpoint_bytes_before == pytest.approx(dense_bytes, rel=0.02)
-    assert {code.runs_on for code in told.coded} <= {"lookup", "onednn int8", "dequantized"}
+    assert {code.runs_on for code in told.coded} <= {"lookup", "int8", "decoded"}
     layer = next(layer for layer in told.layers if layer.name == "encoder.layer.0.output.dense")
     assert (layer.scheme, layer.bytes) == ("int8", 16 * (128 + 64) + 4 * (16 + 64))
     assert "int8" in str(told)
@@ -229,6 +229,54 @@ def test_bad_requests_leave_the_model_as_it_was(tiny_bert, request_, kind, messa
     assert coded(tiny_bert) == {}
 
 
+def test_statistics_of_another_model_are_refused(tiny_bert, stats):
+    with torch.no_grad():
+        tiny_bert.encoder.layer[1].output.dense.weight.mul_(2)
+    with pytest.raises(lowrank.StatsError, match=r"encoder\.layer\.1\.output\.dense"):
+        quantize(tiny_bert, stats=stats)
+    assert coded(tiny_bert) == {}
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_compiling_and_exporting_a_model_that_has_run(tiny_bert, scheme):
+    quantize(tiny_bert, scheme)
+    expected = outputs(tiny_bert)
+    with torch.no_grad():
+        exported = torch.export.export(tiny_bert, (), {"input_ids": IDS}).module()
+        assert cosine(exported(input_ids=IDS).last_hidden_state, expected) > 0.999
+        compiled = torch.compile(tiny_bert, backend="aot_eager")
+        assert cosine(compiled(input_ids=IDS).last_hidden_state, expected) > 0.999
+
+
+def test_from_pretrained_compresses_and_codes(tiny_bert, tmp_path):
+    tiny_bert.save_pretrained(tmp_path / "dense")
+    config = lowrank.LowRankConfig(rank=16, quantize="int8")
+    loaded = type(tiny_bert).from_pretrained(tmp_path / "dense", quantization_config=config).eval()
+    assert torch.equal(outputs(loaded), outputs(compress(tiny_bert, rank=16, quantize="int8")))
+
+
+def test_resizing_a_coded_embedding_is_refused(tiny_bert):
+    quantize(tiny_bert)
+    with pytest.raises(TypeError, match="Embedding"):
+        tiny_bert.resize_token_embeddings(120)
+    lowrank.decompress(tiny_bert)
+    assert tiny_bert.resize_token_embeddings(120).num_embeddings == 120
+
+
+def test_the_command_line_codes(tiny_bert, tmp_path):
+    from typer.testing import CliRunner
+
+    from lowrank.cli import app
+
+    tiny_bert.save_pretrained(tmp_path / "dense")
+    arguments = ["compress", str(tmp_path / "dense"), str(tmp_path / "small"), "--rank", "16", "-q"]
+    done = CliRunner().invoke(app, [*arguments, "--quantize", "int8"])
+    assert done.exit_code == 0, done.output
+    assert "encoder.layer.0.output.dense.up.codes" in load_file(tmp_path / "small" / "model.safetensors")
+    refused = CliRunner().invoke(app, [*arguments, "--quantize", "int3", "--overwrite"])
+    assert refused.exit_code != 0
+
+
 def test_quantizing_twice_is_refused_and_mixing_is_not(tiny_bert):
     quantize(tiny_bert, "int4", targets=["embeddings.*"])
     quantize(tiny_bert, "int8")
@@ -303,3 +351,117 @@ def test_a_config_with_damaged_codes_is_refused(tiny_bert, tmp_path, change):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError):
         type(small).from_pretrained(tmp_path)
+
+
+def shared_tables():
+    return nn.Sequential(nn.Linear(64, 64), nn.Embedding(10, 64, max_norm=1.0))
+
+
+def test_a_failed_call_changes_nothing():
+    model = nn.Sequential(nn.Linear(10, 128), nn.Linear(128, 128))
+    with pytest.raises(WeightError, match=r"0: rows of 10 elements"):
+        compress(model, rank=32, quantize="int4")
+    assert type(model[1]) is nn.Linear
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("inf")
+    with pytest.raises(WeightError, match=r"0: .*infinite"):
+        compress(model, rank=32, quantize="int8")
+    assert type(model[1]) is nn.Linear
+    tables = shared_tables()
+    with pytest.raises(TargetError, match="1: this weight cannot be coded: it has a max_norm"):
+        quantize(tables, targets=["1"])
+    assert type(quantize(tables)[1]) is nn.Embedding
+
+
+def test_a_plan_without_its_statistics_is_refused_before_anything_changes(tiny_bert, stats):
+    small = compress(copy.deepcopy(tiny_bert), rank=16)
+    done = Plan.from_dict(quantize(small, stats=stats).config.quantization_config.plan)
+    assert done.metric == "weight"
+    with pytest.raises(PlanError, match="pass stats=calibrate"):
+        lowrank.apply(tiny_bert, done)
+    assert lowrank.plan(tiny_bert, rank=8).factorized  # dense still
+    with pytest.raises(PlanError, match="codes this weight twice"):
+        Plan.from_dict(done.to_dict() | {"codes": [*done.to_dict()["codes"], done.to_dict()["codes"][0]]})
+
+
+def test_an_interrupt_leaves_a_model_that_can_be_saved(tiny_bert, stats, tmp_path, monkeypatch):
+    from lowrank import surgery
+
+    dense, calls, real = copy.deepcopy(tiny_bert), [], surgery.coded
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(surgery, "coded", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(tiny_bert, stats=stats)
+    assert len(coded(tiny_bert)) == 4
+    assert cosine(outputs(tiny_bert), outputs(dense)) > 0.999
+    tiny_bert.save_pretrained(tmp_path)
+    assert torch.equal(outputs(type(tiny_bert).from_pretrained(tmp_path).eval()), outputs(tiny_bert))
+
+
+def test_a_layer_that_is_called_down_is_not_mistaken_for_a_factor():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down = nn.Linear(64, 32)
+
+        def forward(self, x):
+            return self.down(x)
+
+    model = nn.Sequential(Block(), nn.Linear(32, 32))
+    stats = lowrank.calibrate(model, [torch.randn(64, 64) for _ in range(4)])
+    quantize(model, stats=stats)
+    assert model[0].down.smooth is not None
+    assert model[0].down.center is not None
+
+
+@pytest.mark.parametrize("change", [{"smooth": True}, {"centred": True}], ids=str)
+def test_a_coded_table_reads_no_features(mlp, tmp_path, change):
+    model = nn.Sequential(nn.Embedding(10, 64), nn.Linear(64, 64))
+    skeleton = copy.deepcopy(model)
+    lowrank.save(quantize(model), tmp_path / "small")
+    file = tmp_path / "small" / "lowrank.json"
+    structure = json.loads(file.read_text())
+    structure["plan"]["codes"][0].update(change)
+    file.write_text(json.dumps(structure))
+    with pytest.raises(CheckpointError):
+        lowrank.load(tmp_path / "small", model=skeleton)
+    assert type(skeleton[0]) is nn.Embedding
+
+
+def test_a_missing_bias_is_not_made_up(tiny_bert, tmp_path):
+    from transformers import BertForSequenceClassification
+
+    quantize(tiny_bert)
+    tiny_bert.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["encoder.layer.0.output.dense.bias"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    for cls in (type(tiny_bert), BertForSequenceClassification):
+        with pytest.raises(CheckpointError, match=r"encoder\.layer\.0\.output\.dense\.bias"):
+            cls.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("part", "dtype"), [("codes", torch.float32), ("scale", torch.int64)])
+def test_codes_of_another_dtype_are_refused_whatever_the_digests_say(tmp_path, part, dtype):
+    from lowrank.checkpoint import digest_of
+
+    model = nn.Sequential(nn.Linear(64, 64))
+    skeleton = copy.deepcopy(model)
+    lowrank.save(quantize(model), tmp_path / "small")
+    tensors = load_file(tmp_path / "small" / "model.safetensors")
+    tensors[f"0.{part}"] = tensors[f"0.{part}"].to(dtype)
+    save_file(tensors, tmp_path / "small" / "model.safetensors", metadata={"format": "pt"})
+    file = tmp_path / "small" / "lowrank.json"
+    structure = json.loads(file.read_text())
+    structure["tensors"][f"0.{part}"] = digest_of(tensors[f"0.{part}"])
+    file.write_text(json.dumps(structure))
+    with pytest.raises(CheckpointError, match=rf"0\.{part} is .*; codes need"):
+        lowrank.load(tmp_path / "small", model=skeleton)
+    assert type(skeleton[0]) is nn.Linear

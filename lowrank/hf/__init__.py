@@ -396,7 +396,8 @@ def _check_loaded(model: PreTrainedModel) -> None:
     A model of another class than the saved one may lack its head, but no factor.
     """
     same_class = _is_saved_class(model)
-    factorized = tuple(f"{n}." for n, module in model.named_modules() if isinstance(module, LowRankLinear))
+    own = LowRankLinear, Coded
+    factorized = tuple(f"{n}." for n, module in model.named_modules() if isinstance(module, own))
     for name, parameter in model.named_parameters():
         required = same_class or name.startswith(factorized)
         offloaded = parameter.is_meta  # to disk, by a device_map

@@ -157,13 +157,12 @@ def _rounded_in_turn(
 def _searched(groups: Tensor) -> tuple[Tensor, Tensor]:
     """Return codes in −8 … 7 and the scales, of those tried, that lose the least in each group."""
     largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-    smallest_scale = torch.finfo(torch.float16).tiny
     best_codes = torch.zeros_like(groups, dtype=torch.int8)
     best_scale = torch.ones_like(largest, dtype=torch.float16)
     least = groups.square().sum(-1, keepdim=True)  # of a group whose scale float16 cannot hold: zeros
     for ratio in _RATIOS:
         scale = (largest * (-ratio / 8)).to(torch.float16)
-        usable = (scale.abs() >= smallest_scale) & torch.isfinite(scale)
+        usable = (scale != 0) & torch.isfinite(scale)
         exact = torch.where(usable, scale, 1.0).to(torch.float32)
         codes = (groups / exact).round_().clamp_(-8, 7)
         lost = (groups - codes * exact).square_().sum(-1, keepdim=True)

@@ -66,6 +66,10 @@ def _faster_by_onednn(input: Tensor, weight: Tensor, bias: Tensor | None) -> boo
         and input.dtype == weight.dtype == torch.float32
         and input.device.type == weight.device.type == "cpu"
         and type(input) is Tensor
+        and type(weight) in (Tensor, torch.nn.Parameter)
+        and weight.ndim == 2
+        and input.shape[-1:] == weight.shape[1:]
+        and (bias is None or (bias.dtype == torch.float32 and bias.shape == weight.shape[:1]))
         and not observed()
         and not torch.is_autocast_enabled("cpu")
         and input.numel() >= FEWEST_ROWS * input.shape[-1] > 0

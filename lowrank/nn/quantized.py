@@ -1,9 +1,8 @@
 """`QuantizedLinear` and `QuantizedEmbedding`: layers whose weight is integers, in memory and in the file.
 
-``int8`` linear layers multiply integers by integers: the input is quantized anew at each call, with one
-scale per row. On a CPU oneDNN multiplies, with the codes in its own order: the layer then holds them in that
-order only, and gives them back when asked for its state. On CUDA it is ``torch._int_mm``. Everything else
-(``int4``, gradients, compilers, export) multiplies by ``scale · codes``. `QuantizedLinear.runs_on` tells.
+``int8`` linear layers multiply integers by integers (``torch._int_mm``): the input is quantized anew at each
+call, with one scale per row. Everything else (``int4``, gradients, compilers, export, processors without the
+instructions) multiplies by ``scale · codes``. `QuantizedLinear.runs_on` tells.
 
 Where the inputs' statistics are known, a layer codes ``W diag(s)⁻¹`` and reads ``s·x − c``: features of
 unlike size no longer share one scale, and their mean, which the bias has, takes no room. Source: SmoothQuant
@@ -13,7 +12,6 @@ arXiv:2304.09145). Both are stored as float16, and what they are rounded to is w
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -22,6 +20,9 @@ from torch import Tensor, nn
 from lowrank.errors import WeightError
 from lowrank.linalg import Scheme, decode, encode, linear
 from lowrank.linalg.products import transformed
+
+PART = 2**20
+"""Elements of the output that a CPU computes at a time, so that its integers stay in the cache."""
 
 FEWEST_ON_CUDA = 2**32
 """From how many multiply-accumulates on integers are faster on CUDA: quantizing inputs takes six kernels."""
@@ -54,19 +55,16 @@ class Coded(nn.Module):
         scheme.check(rows, columns)
         self.scheme = scheme
         self.shape = rows, columns
-        self._shapes = scheme.shapes(rows, columns)
-        for name, shape, kind in zip(("codes", "scale"), self._shapes, scheme.dtypes, strict=True):
+        for name, shape, kind in zip(
+            ("codes", "scale"), scheme.shapes(rows, columns), scheme.dtypes, strict=True
+        ):
             self.register_buffer(name, torch.zeros(shape, device=device, dtype=kind))
         self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of codes and scales."""
-        codes, scale = (
-            math.prod(shape) * dtype.itemsize
-            for shape, dtype in zip(self._shapes, self.scheme.dtypes, strict=True)
-        )
-        return codes + scale
+        """Bytes of codes, scales, and what is done to inputs."""
+        return sum(tensor.nbytes for tensor in self.buffers())  # `weight` has none
 
     def dense_weight(self) -> Tensor:
         """Return ``scale · codes``, ``(rows, columns)``, in the dtype of ``weight``."""
@@ -82,9 +80,9 @@ class Coded(nn.Module):
                 self._buffers[name] = old.to(new.device)
         return self
 
-    def _set(self, weight: Tensor, moments: Tensor | None = None) -> None:
+    def _set(self, weight: Tensor, dtype: torch.dtype, moments: Tensor | None = None) -> None:
         self.codes, self.scale = encode(weight, self.scheme, moments)
-        self.weight = weight.detach().new_empty(0)
+        self.weight = torch.empty(self.weight.shape, device=weight.device, dtype=dtype)
 
 
 class QuantizedLinear(Coded):
@@ -121,7 +119,6 @@ class QuantizedLinear(Coded):
             row = torch.zeros(in_features, device=device, dtype=torch.float16) if wanted else None
             self.register_buffer(name, row)
         self.in_features, self.out_features, self.kind = in_features, out_features, kind
-        self._packed: Tensor | None = None
         self.register_parameter(
             "bias", nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         )
@@ -148,48 +145,52 @@ class QuantizedLinear(Coded):
             tensor([[1., 2., 3., 4.]])
         """
         layer = cls(weight.shape[1], weight.shape[0], False, scheme, kind=kind, device="meta")
+        exact = weight.float()
         if smooth is not None:
-            weight = weight / smooth.to(weight.dtype)
+            exact = exact / smooth.float()
             scale = smooth.to(torch.float64)
             moments = moments * scale[:, None] * scale if moments is not None else None
-        layer._set(weight, moments)
+        layer._set(exact, weight.dtype, moments)
         layer.smooth, layer.center = smooth, center
         layer.register_parameter("bias", bias)
         return layer
 
     def runs_on(self) -> str:
-        """Name what multiplies at inference: ``"onednn int8"``, ``"cuda int8"`` or ``"dequantized"``."""
+        """Name what multiplies at inference: ``"int8"``, or ``"decoded"`` for ``scale · codes``."""
         if self.scheme.name != "int8":
-            return "dequantized"
+            return "decoded"
         if self.scale.is_cuda:
-            return "cuda int8" if self.in_features % 8 == self.out_features % 8 == 0 else "dequantized"
-        return "onednn int8" if _ONEDNN and self.scale.device.type == "cpu" else "dequantized"
+            return "int8" if self.in_features % 8 == self.out_features % 8 == 0 else "decoded"
+        return "int8" if _KERNEL and self.scale.device.type == "cpu" else "decoded"
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(…, in)`` to ``(…, out)``."""
-        trains = torch.is_grad_enabled() and (
-            input.requires_grad or (self.bias is not None and self.bias.requires_grad)
-        )
-        if not trains and type(input) is Tensor and input.numel() and not transformed():
-            on = self.runs_on()
-            if on == "onednn int8":
-                return self._by_onednn(input)
-            if on == "cuda int8" and input.numel() * self.out_features >= FEWEST_ON_CUDA:
-                return self._on_cuda(input)
-        weight = decode(self._dense_codes(), self.scale, self.scheme, input.dtype)
+        if self._multiplies_integers(input):
+            return self._by_integers(input)
+        weight = decode(self.codes, self.scale, self.scheme, input.dtype)
         bias = self.bias.to(input.dtype) if self.bias is not None else None
         return linear(self._prepared(input), weight, bias)
 
+    def _multiplies_integers(self, input: Tensor) -> bool:
+        if type(input) is not Tensor or transformed() or not input.numel() or self.runs_on() != "int8":
+            return False
+        if input.shape[-1] != self.in_features:
+            return False  # for the error that PyTorch raises
+        trains = input.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        if torch.is_grad_enabled() and trains:
+            return False
+        return not input.is_cuda or input.numel() * self.out_features >= FEWEST_ON_CUDA
+
     def dense_weight(self) -> Tensor:
         """Return the weight that multiplies the layer's input, ``(out, in)``, in the dtype of ``weight``."""
-        weight = decode(self._dense_codes(), self.scale, self.scheme)
+        weight = decode(self.codes, self.scale, self.scheme)
         return (weight if self.smooth is None else weight * self.smooth).to(self.weight.dtype)
 
     def shift(self) -> Tensor | None:
         """Return what ``center`` takes from the output, ``(out,)``, so that ``y = Wx − shift + b``."""
         if self.center is None:
             return None
-        return decode(self._dense_codes(), self.scale, self.scheme) @ self.center.float()
+        return decode(self.codes, self.scale, self.scheme) @ self.center.float()
 
     def _prepared(self, input: Tensor) -> Tensor:
         """Return ``s·x − c``, in the dtype of the input."""
@@ -200,74 +201,25 @@ class QuantizedLinear(Coded):
             return input * smooth
         return torch.addcmul(-self.center.to(input.dtype), input, smooth)
 
-    def _by_onednn(self, input: Tensor) -> Tensor:
-        rows, step = self._rows(input)
-        given = torch.addcmul(rows.new_full((), 128.5), rows, 1 / step).to(
-            torch.uint8
-        )  # rounds, by cutting off
-        output: Tensor = torch.ops.onednn.qlinear_pointwise(
-            *(given, 1.0, 128, self._pack(), self.scale[:, 0], self._zeros(), None),
-            *(1.0, 0, torch.float32, "none", [], ""),
-        )
-        return self._finished(output, step, input)
-
-    def _on_cuda(self, input: Tensor) -> Tensor:
-        rows, step = self._rows(input)
-        missing = max(0, 17 - len(rows))  # the kernel wants more than 16 rows
-        given = torch.nn.functional.pad((rows / step).round().to(torch.int8), (0, 0, 0, missing))
-        product = torch._int_mm(given, self.codes.T)[: len(rows)]
-        return self._finished(product * self.scale[:, 0], step, input)
-
-    def _rows(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the prepared input as rows in float32, and of each row the step of its integers."""
+    def _by_integers(self, input: Tensor) -> Tensor:
+        """Quantize each row of the input, multiply, and scale back; NaN and infinity stay, in the step."""
         rows = self._prepared(input.reshape(-1, self.in_features).float())
-        return rows, rows.abs().amax(1, keepdim=True).clamp_(min=1e-30).div_(127)
-
-    def _finished(self, output: Tensor, step: Tensor, input: Tensor) -> Tensor:
-        """Scale the rows and add the bias; NaN and infinite rows become NaN here, by their step."""
+        step = rows.abs().amax(1, keepdim=True).clamp_(min=1e-30).div_(127)
+        given = rows.mul(1 / step).round_().to(torch.int8)
         bias = self._bias_in(torch.float32)
-        output = output.mul_(step) if bias is None else torch.addcmul(bias, output, step, out=output)
+        output = rows.new_empty(len(rows), self.out_features)
+        some = max(1, PART // self.out_features) if rows.device.type == "cpu" else len(rows)
+        for start in range(0, len(rows), some):
+            part = output[start : start + some]
+            torch.mul(_product(given[start : start + some], self.codes), self.scale[:, 0], out=part)
+            if bias is None:
+                part.mul_(step[start : start + some])
+            else:
+                torch.addcmul(bias, part, step[start : start + some], out=part)
         return output.to(input.dtype).reshape(*input.shape[:-1], self.out_features)
 
     def _bias_in(self, dtype: torch.dtype) -> Tensor | None:
         return self.bias.detach().to(dtype) if self.bias is not None else None
-
-    def _zeros(self) -> Tensor:
-        return torch.zeros(self.out_features, dtype=torch.int64)
-
-    def _pack(self) -> Tensor:
-        """Return the codes in oneDNN's order, which from now on is the only one that the layer holds."""
-        packed, codes = self._packed, self._buffers["codes"]
-        if packed is None:
-            assert codes is not None
-            self._packed = packed = torch.ops.onednn.qlinear_prepack(codes, None)
-            self._buffers["codes"] = None
-        return packed
-
-    def _dense_codes(self) -> Tensor:
-        """Return the codes ``(out, in)``, whatever order they are held in."""
-        packed = self._packed
-        return self.codes if packed is None else packed.to_dense().T.contiguous()
-
-    def _unpack(self) -> None:
-        if self._packed is not None:
-            self._buffers["codes"], self._packed = self._dense_codes(), None
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._unpack()
-        return super()._apply(fn, recurse)
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self._unpack()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self._unpack()
-        super()._load_from_state_dict(*args)  # type: ignore[no-untyped-call]
-
-    def __getstate__(self) -> dict[str, Any]:  # for copies
-        self._unpack()
-        return dict(vars(self))
 
     def extra_repr(self) -> str:
         """Describe the layer as `torch.nn.Linear` does, with its scheme."""
@@ -300,6 +252,7 @@ class QuantizedEmbedding(Coded):
         super().__init__(num_embeddings, embedding_dim, scheme, device, dtype)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.padding_idx = padding_idx
+        self.weight = self.weight.reshape(0, embedding_dim)  # who resizes a table asks for two sizes
 
     @classmethod
     def from_embedding(cls, table: nn.Embedding, scheme: Scheme) -> QuantizedEmbedding:
@@ -314,22 +267,28 @@ class QuantizedEmbedding(Coded):
             raise WeightError("an embedding with max_norm changes its weight as it is read.")
         sizes = table.num_embeddings, table.embedding_dim
         new = cls(*sizes, scheme, padding_idx=table.padding_idx, device="meta")
-        new._set(table.weight)
+        new._set(table.weight, table.weight.dtype)
         return new
 
     def forward(self, input: Tensor) -> Tensor:
         """Map indices ``(…)`` to rows ``(…, embedding_dim)``."""
-        return decode(self.codes[input], self.scale[input], self.scheme, self.weight.dtype)
+        codes, scale = (nn.functional.embedding(input, table) for table in (self.codes, self.scale))
+        return decode(codes, scale, self.scheme, self.weight.dtype)
 
     def extra_repr(self) -> str:
         """Describe the table as `torch.nn.Embedding` does, with its scheme."""
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.scheme.name}"
 
 
-def _has_onednn() -> bool:
-    """Return whether oneDNN's int8 product is there and this processor has the instructions for it."""
-    capable = getattr(torch.cpu, "_is_vnni_supported", lambda: False)()  # without VNNI, sums can saturate
-    return bool(capable) and torch._C._has_mkldnn and hasattr(torch.ops.onednn, "qlinear_pointwise")
+def _product(rows: Tensor, codes: Tensor) -> Tensor:
+    """Return ``rows · codesᵀ`` of int8 matrices as int32; on CUDA the kernel wants more than 16 rows."""
+    missing = max(0, 17 - len(rows)) if rows.is_cuda else 0
+    return torch._int_mm(nn.functional.pad(rows, (0, 0, 0, missing)), codes.T)[: len(rows)]
 
 
-_ONEDNN = _has_onednn()
+def _has_kernel() -> bool:
+    """Return whether this processor has the instructions; without VNNI, sums can saturate."""
+    return torch._C._has_mkldnn and bool(getattr(torch.cpu, "_is_vnni_supported", lambda: False)())
+
+
+_KERNEL = _has_kernel()

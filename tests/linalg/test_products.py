@@ -137,3 +137,15 @@ def test_whoever_watches_pytorchs_operators_sees_them(calls):
     with torch.autocast("cpu"):
         assert linear(*tensors()).dtype == torch.bfloat16
     assert not calls
+
+
+def test_other_weights_than_plain_ones_are_pytorchs_business(calls):
+    class Watched(torch.Tensor):
+        pass
+
+    x, w, b = tensors()
+    torch.testing.assert_close(linear(x, w.as_subclass(Watched), b), F.linear(x, w, b))
+    torch.testing.assert_close(linear(x, w, b[:1]), F.linear(x, w, b[:1]))
+    with pytest.raises(RuntimeError, match="shapes"):
+        linear(x[:, :8].contiguous(), w, b)
+    assert not calls

@@ -1,0 +1,213 @@
+"""Make modules with integer weights from floating-point ones; nothing in the model changes here.
+
+Inner dimensions are free to be rotated (``LR = (LO)(OᵀR)``), so before they are coded, factors are brought
+to orthonormal columns of ``L`` and then rotated at random. That spreads every outlier over all components,
+and a rounding error of equal size in each does equal harm. Source of rotating before quantizing: QuIP (Chee
+et al. 2023, arXiv:2307.13304) and QuaRot (Ashkboos et al. 2024, arXiv:2404.00456); between two factors it
+costs nothing at inference. Statistics, where there are any, say how to scale and shift what a layer reads
+(`lowrank.nn.quantized`), and how its inputs lie (`lowrank.linalg.encode`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.errors import PlanError, StatsError, WeightError
+from lowrank.factoring import check_layer_of
+from lowrank.linalg import Scheme
+from lowrank.linalg.svd import checked_weight
+from lowrank.nn import Coded, LowRankLinear, QuantizedEmbedding, QuantizedLinear, kind_of
+from lowrank.planning import CodedWeight, Plan
+from lowrank.statistics import Moments, Stats
+
+
+def scheme_of(code: CodedWeight) -> Scheme:
+    """Return the scheme that ``code`` names; raises `WeightError` if there is none, or it does not divide."""
+    scheme = Scheme(code.scheme, code.group_size)
+    scheme.check(code.rows, code.columns)
+    return scheme
+
+
+def described(name: str, module: Coded) -> CodedWeight:
+    """Describe a module that is coded."""
+    kind, bias, flags = "embedding", False, (False, False)
+    if isinstance(module, QuantizedLinear):
+        kind, bias = module.kind, module.bias is not None
+        flags = module.smooth is not None, module.center is not None
+    return CodedWeight(name, kind, *module.shape, bias, module.scheme.name, module.scheme.group_size, *flags)
+
+
+def check_codes(model: nn.Module, plan: Plan, stats: Stats | None, loading: bool) -> None:
+    """Check that every coded weight of ``plan`` is a layer, table or factor of that shape.
+
+    Raises:
+        PlanError: If a module is missing, of another kind or shape, or coded otherwise; if statistics lack.
+        WeightError: If a weight is not finite, or does not divide into groups.
+        StatsError: If the statistics are of another model.
+    """
+    modules = dict(model.named_modules())
+    for code in plan.codes:
+        module = modules.get(code.name)
+        try:
+            scheme_of(code)
+            if not loading and module is not None and not isinstance(module, Coded):
+                checked_weight(module.weight)  # type: ignore[arg-type]
+        except WeightError as error:
+            raise WeightError(f"{code.name}: {error}") from error
+        if isinstance(module, Coded):
+            if described(code.name, module) != code:
+                raise PlanError(
+                    f"{code.name}: coded already, and otherwise than the plan says ({code.scheme}). "
+                    "Call decompress(model) first, or start from the dense checkpoint."
+                )
+            continue
+        if _shape_after(modules, plan, code.name) != (code.kind, code.rows, code.columns, code.bias):
+            raise PlanError(
+                f"{code.name}: the plan has a coded {code.kind} of shape ({code.rows}, {code.columns}) "
+                f"there, which does not fit {type(model).__name__}."
+            )
+        if code.centred > code.smooth or code.smooth > (code.kind != "embedding"):
+            raise PlanError(
+                f"{code.name}: a {code.kind} cannot be centred without being smooth, nor a table."
+            )
+        if code.smooth and not loading:
+            _check_stats(code, modules, plan, stats)
+
+
+def _shape_after(
+    modules: Mapping[str, nn.Module], plan: Plan, name: str
+) -> tuple[str, int, int, bool] | None:
+    """Return kind, shape and bias of what will be called ``name`` once the layers are factorized."""
+    parent, _, part = name.rpartition(".")
+    if part in ("down", "up") and parent in plan and plan[parent].rank is not None:
+        layer = plan[parent]
+        rank = layer.rank or 0
+        if part == "down":
+            return ("linear", rank, layer.in_features, False) if layer.down_of is None else None
+        return "linear", layer.out_features, rank, layer.has_bias
+    module = modules.get(name)
+    if isinstance(module, nn.Embedding):
+        return "embedding", module.num_embeddings, module.embedding_dim, False
+    kind = kind_of(module) if module is not None else None
+    if module is None or kind is None or (name in plan and plan[name].rank is not None):
+        return None
+    rows, columns = kind.weight(module).shape
+    return kind.name, rows, columns, module.bias is not None
+
+
+def _check_stats(
+    code: CodedWeight, modules: Mapping[str, nn.Module], plan: Plan, stats: Stats | None
+) -> None:
+    """Refuse to scale inputs without statistics, or by those of another model."""
+    parent, _, part = code.name.rpartition(".")
+    reader = parent if part == "down" and parent in plan and plan[parent].rank is not None else code.name
+    if stats is None or reader not in stats:
+        raise PlanError(
+            f"{code.name}: the plan scales this layer's inputs by their statistics: pass "
+            "stats=calibrate(model, data)."
+        )
+    if kind_of(modules[reader]) is not None:
+        check_layer_of(modules[reader], reader, stats)
+    features = len(stats.inputs[stats.sources[reader]].total)
+    if features != code.columns:
+        raise StatsError(
+            f"{code.name}: reads {code.columns} features, but in the statistics it has {features}. "
+            "They are of another model: calibrate this one's dense form."
+        )
+
+
+@torch.no_grad()
+def coded(model: nn.Module, code: CodedWeight, stats: Stats | None) -> tuple[Coded, Tensor | None]:
+    """Return the module to put in place of ``model``'s ``code.name``.
+
+    Returns:
+        The module, and what the layer's bias has to take up when it is put there, ``(out,)``; of a ``down``
+        that is the bias of its ``up``. ``None`` if nothing.
+    """
+    scheme, module = scheme_of(code), model.get_submodule(code.name)
+    if isinstance(module, nn.Embedding):
+        return QuantizedEmbedding.from_embedding(module, scheme), None
+    kind = kind_of(module)
+    assert kind is not None  # checked
+    weight = kind.weight(module)
+    bias: nn.Parameter | None = module.bias  # type: ignore[assignment]
+    parent, _, part = code.name.rpartition(".")
+    layer = model.get_submodule(parent)
+    factor = part if isinstance(layer, LowRankLinear) else None
+    reader = code.name if factor is None else parent
+    if stats is None or reader not in stats:
+        return QuantizedLinear.from_weight(weight, bias, scheme, kind=kind.name), None
+    inputs = stats.inputs[stats.sources[reader]]
+    if factor == "up":
+        assert isinstance(layer, LowRankLinear)
+        seen = _between(layer, inputs)
+        return QuantizedLinear.from_weight(weight, bias, scheme, kind=kind.name, moments=seen), None
+    smooth = center = mean = None
+    if code.smooth:
+        smooth, center = _scaling(weight, inputs, code.centred)
+    if center is not None and smooth is not None:
+        mean = weight.float() @ (center.float() / smooth.float())
+        if isinstance(layer, LowRankLinear):
+            mean = layer.up.weight.float() @ mean  # of which there is a floating-point one still
+    new = QuantizedLinear.from_weight(
+        weight,
+        bias,
+        scheme,
+        kind=kind.name,
+        smooth=smooth,
+        center=center,
+        moments=_second(inputs, code.centred, weight.device),
+    )
+    return new, mean
+
+
+def _scaling(weight: Tensor, moments: Moments, centred: bool) -> tuple[Tensor, Tensor | None]:
+    """Return by what to scale the inputs, and what to take from them then.
+
+    Half of the unevenness of the features goes into the weight, as in SmoothQuant; a feature that is
+    constant stays as it is. Both are float16, so they stay well within its range.
+    """
+    second = moments.second(centred)
+    spread = (second if second.ndim == 1 else second.diagonal()).clamp(min=0).sqrt().to(weight.device)
+    largest = weight.abs().amax(0).double()
+    alive = (spread > 0) & (largest > 0)
+    smooth = torch.where(alive, (largest / torch.where(alive, spread, 1.0)).sqrt(), 1.0)
+    if alive.any():
+        smooth = torch.where(alive, smooth / smooth[alive].log().mean().exp(), smooth)
+    smooth = smooth.clamp(1e-2, 1e2).to(torch.float16)
+    if not centred:
+        return smooth, None
+    center = moments.mean.to(weight.device) * smooth.double()
+    return smooth, center.clamp(-6e4, 6e4).to(torch.float16)
+
+
+def _second(inputs: Moments, centred: bool, device: torch.device) -> Tensor | None:
+    """Return the second moment of a layer's input, if more than its diagonal is known."""
+    second = inputs.second(centred)
+    return second.to(device) if second.ndim == 2 else None
+
+
+def _between(layer: LowRankLinear, inputs: Moments) -> Tensor | None:
+    """Return the second moment ``R C Rᵀ`` of what an ``up`` reads, if that is known."""
+    down: nn.Module = layer.down
+    centred = isinstance(down, QuantizedLinear) and down.center is not None
+    right: Tensor = down.dense_weight() if isinstance(down, Coded) else down.weight  # type: ignore[assignment]
+    second = _second(inputs, centred, right.device)
+    return None if second is None else right.double() @ second @ right.double().T
+
+
+@torch.no_grad()
+def rotate(layer: LowRankLinear, seed: int) -> None:
+    """Bring ``up`` to orthonormal columns, and rotate the inner dimensions at random; the product stays."""
+    if layer.rank > layer.out_features:  # no orthonormal columns
+        return
+    left, right = layer.up.weight.double(), layer.down.weight.double()
+    basis, triangle = torch.linalg.qr(left)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(layer.rank, layer.rank, generator=generator, dtype=torch.float64).to(left.device)
+    turn: Tensor = torch.linalg.qr(noise).Q
+    layer.up.weight.copy_(basis @ turn)
+    layer.down.weight.copy_(turn.T @ triangle @ right)
