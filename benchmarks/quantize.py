@@ -28,9 +28,9 @@ from lowrank.evaluation import embed, spearman
 from lowrank.textfiles import read_pairs
 
 SMALLEST = {
-    "keep 0.5, int8, tables int4": (0.5, "int8"),
-    "keep 0.3, int8, tables int4": (0.3, "int8"),
+    "keep 0.4, int8, tables int4": (0.4, "int8"),
     "keep 0.5, int4": (0.5, "int4"),
+    "keep 0.3, int4": (0.3, "int4"),
 }
 
 
@@ -71,7 +71,7 @@ def minilm(data: Path, minutes: float) -> list[dict[str, Any]]:
         if minutes:
             lowrank.recover(small, dense, train, tokenizer, minutes=minutes)
         lowrank.quantize(small, "int4", targets=["embeddings.*"])
-        lowrank.quantize(small, "int8", targets=["pooler.*"])
+        lowrank.quantize(small, "int4", targets=["pooler.*"])
         before = copy.deepcopy(small)
         lowrank.quantize(small, scheme, stats=stats)
         rows.append(row(f"{name}, {minutes} min of recover", small, before))

@@ -156,7 +156,7 @@ def plan_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
 
 def _code_dtypes(plan: Plan) -> dict[str, str]:
     """Return the format's name for the dtype of each tensor of coded weights."""
-    found = {}
+    found: dict[str, str] = {}
     for code in plan.codes:
         codes, scale = (DTYPE_NAMES[dtype] for dtype in Scheme(code.scheme, code.group_size).dtypes)
         found |= {f"{code.name}.codes": codes, f"{code.name}.scale": scale}
