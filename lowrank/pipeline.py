@@ -372,7 +372,7 @@ def apply(
     seed: int = 0,
     progress: bool = False,
 ) -> nn.Module:
-    """Replace every layer that ``plan`` gives a rank by its factors, in place.
+    """Replace every layer that ``plan`` gives a rank by its factors, in place; then code what it codes.
 
     Args:
         model: The model that the plan was made for. Layers keep their device, dtype, training mode,

@@ -465,3 +465,13 @@ def test_codes_of_another_dtype_are_refused_whatever_the_digests_say(tmp_path, p
     with pytest.raises(CheckpointError, match=rf"0\.{part} is .*; codes need"):
         lowrank.load(tmp_path / "small", model=skeleton)
     assert type(skeleton[0]) is nn.Linear
+
+
+def test_factors_that_are_fitted_block_by_block_are_coded_last(tiny_bert):
+    generator = torch.Generator().manual_seed(0)
+    data = [{"input_ids": torch.randint(99, (4, 24), generator=generator)} for _ in range(8)]
+    uncoded = compress(copy.deepcopy(tiny_bert), rank=16, data=data, sequential=True)
+    small = compress(tiny_bert, rank=16, data=data, sequential=True, quantize="int8")
+    assert "encoder.layer.0.output.dense.up" in coded(small)
+    assert "fitted anew" in str(Plan.from_dict(small.config.quantization_config.plan))
+    assert cosine(outputs(small), outputs(uncoded)) > 0.999
