@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowrank._transformers import load_plugin, plugin
-from lowrank.errors import CheckpointError, LowRankError, PlanError, WeightError
+from lowrank.errors import CheckpointError, LowRankError, PlanError, SchemeError
 from lowrank.folders import STRUCTURE, TENSORS, staged
 from lowrank.linalg import Scheme
 from lowrank.obstacles import check_model
@@ -144,7 +144,7 @@ def plan_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
         try:
             scheme = Scheme(code.scheme, code.group_size)
             scheme.check(code.rows, code.columns)
-        except WeightError as error:
+        except SchemeError as error:
             raise CheckpointError(f"{code.name}: the plan codes it in an unknown way: {error}") from error
         codes, scale = scheme.shapes(code.rows, code.columns)
         empty = (0, code.columns) if code.kind == "embedding" else (0,)

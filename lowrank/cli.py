@@ -16,7 +16,7 @@ import typer
 from torch import nn
 
 from lowrank import pipeline
-from lowrank.errors import BudgetError, DataError, LowRankError, RankError, TargetError
+from lowrank.errors import BudgetError, DataError, LowRankError, RankError, SchemeError, TargetError
 from lowrank.planning import Plan
 from lowrank.statistics import Stats
 
@@ -28,7 +28,7 @@ app = typer.Typer(
     add_completion=False,
 )
 
-WRONG_USE = (BudgetError, DataError, RankError, TargetError)
+WRONG_USE = (BudgetError, DataError, RankError, SchemeError, TargetError)
 
 Source = Annotated[str, typer.Argument(help="A folder, or a name on the hub.")]
 Rank = Annotated[int | None, typer.Option(help="Inner size for every layer.")]

@@ -25,7 +25,7 @@ from lowrank.statistics import Moments, Stats
 
 
 def scheme_of(code: CodedWeight) -> Scheme:
-    """Return the scheme that ``code`` names; raises `WeightError` if there is none, or it does not divide."""
+    """Return the scheme that ``code`` names; raises `SchemeError` if there is none, or it does not divide."""
     scheme = Scheme(code.scheme, code.group_size)
     scheme.check(code.rows, code.columns)
     return scheme
@@ -56,7 +56,7 @@ def check_codes(model: nn.Module, plan: Plan, stats: Stats | None, loading: bool
             if not loading and module is not None and not isinstance(module, Coded):
                 checked_weight(module.weight)  # type: ignore[arg-type]
         except WeightError as error:
-            raise WeightError(f"{code.name}: {error}") from error
+            raise type(error)(f"{code.name}: {error}") from error
         if isinstance(module, Coded):
             if described(code.name, module) != code:
                 raise PlanError(

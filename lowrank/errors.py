@@ -23,7 +23,11 @@ class RankError(LowRankError):
 
 
 class WeightError(LowRankError):
-    """A weight cannot be factorized: NaN, infinite, integer, or without data."""
+    """A weight cannot be factorized or coded: NaN, infinite, integer, or without data."""
+
+
+class SchemeError(WeightError):
+    """Codes are of an unknown kind, or their groups do not divide a weight's rows."""
 
 
 class PlanError(LowRankError):

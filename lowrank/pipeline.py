@@ -201,7 +201,8 @@ def quantize(
         that serve several layers.
 
     Raises:
-        WeightError: If the scheme is unknown, a weight is not finite, or does not divide into groups.
+        SchemeError: If the scheme is unknown, or a weight does not divide into its groups.
+        WeightError: If a weight is not finite.
         TargetError: If a pattern matches nothing, or names what cannot be coded.
         LowRankError: If nothing is left to code. The model is then as before.
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from lowrank.errors import LowRankError, TargetError, WeightError
+from lowrank.errors import LowRankError, SchemeError, TargetError
 from lowrank.linalg import Scheme
 from lowrank.nn import Coded, LowRankLinear, kind_of
 from lowrank.obstacles import (
@@ -42,7 +42,7 @@ def with_codes(
 
     Raises:
         TargetError: If a pattern matches nothing, or names what cannot be coded.
-        WeightError: If a weight does not divide into groups.
+        SchemeError: If a weight does not divide into groups.
         LowRankError: If nothing is left to code.
     """
     chosen = list(_chosen(check_model(model), plan, scheme, targets, ignore, stats, heads or {}))
@@ -54,8 +54,8 @@ def with_codes(
     for code in chosen:
         try:
             scheme.check(code.rows, code.columns)
-        except WeightError as error:
-            raise WeightError(f"{code.name}: {error}") from error
+        except SchemeError as error:
+            raise SchemeError(f"{code.name}: {error}") from error
     return replace(plan, codes=(*plan.codes, *chosen))
 
 

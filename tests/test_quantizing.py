@@ -263,20 +263,6 @@ def test_resizing_a_coded_embedding_is_refused(tiny_bert):
     assert tiny_bert.resize_token_embeddings(120).num_embeddings == 120
 
 
-def test_the_command_line_codes(tiny_bert, tmp_path):
-    from typer.testing import CliRunner
-
-    from lowrank.cli import app
-
-    tiny_bert.save_pretrained(tmp_path / "dense")
-    arguments = ["compress", str(tmp_path / "dense"), str(tmp_path / "small"), "--rank", "16", "-q"]
-    done = CliRunner().invoke(app, [*arguments, "--quantize", "int8"])
-    assert done.exit_code == 0, done.output
-    assert "encoder.layer.0.output.dense.up.codes" in load_file(tmp_path / "small" / "model.safetensors")
-    refused = CliRunner().invoke(app, [*arguments, "--quantize", "int3", "--overwrite"])
-    assert refused.exit_code != 0
-
-
 def test_quantizing_twice_is_refused_and_mixing_is_not(tiny_bert):
     quantize(tiny_bert, "int4", targets=["embeddings.*"])
     quantize(tiny_bert, "int8")

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank.errors import WeightError
+from lowrank.errors import SchemeError, WeightError
 from lowrank.linalg.products import product
 from lowrank.linalg.svd import FLOATING
 
@@ -46,19 +46,19 @@ class Scheme:
 
     def __post_init__(self) -> None:
         if self.name not in ("int8", "int4"):
-            raise WeightError(f"quantize={self.name!r}: known schemes are 'int8' and 'int4'.")
+            raise SchemeError(f"quantize={self.name!r}: known schemes are 'int8' and 'int4'.")
         if self.name == "int8" and self.group_size is not None:
-            raise WeightError("int8 has one scale per row: leave out group_size, or use int4.")
+            raise SchemeError("int8 has one scale per row: leave out group_size, or use int4.")
         if self.name == "int4":
             size = GROUP_SIZE if self.group_size is None else self.group_size
             if not isinstance(size, int) or isinstance(size, bool) or size < 2 or size % 2:
-                raise WeightError(f"group_size={size!r}: give an even number of elements, such as 32.")
+                raise SchemeError(f"group_size={size!r}: give an even number of elements, such as 32.")
             object.__setattr__(self, "group_size", size)
 
     def check(self, rows: int, columns: int) -> None:
-        """Raise `WeightError` if a weight ``(rows, columns)`` cannot be divided into groups."""
+        """Raise `SchemeError` if a weight ``(rows, columns)`` cannot be divided into groups."""
         if self.group_size is not None and columns % self.group_size:
-            raise WeightError(
+            raise SchemeError(
                 f"rows of {columns} elements are not whole groups of {self.group_size}. Use a group_size "
                 f"that divides {columns}, ranks that are its multiples (round_to={self.group_size}), or int8."
             )
@@ -85,7 +85,7 @@ def encode(weight: Tensor, scheme: Scheme, moments: Tensor | None = None) -> tup
             rank; without it every element is rounded on its own.
 
     Raises:
-        WeightError: If the weight is not floating point, not finite, or does not divide into groups.
+        WeightError: If the weight is not floating point, not finite, or (`SchemeError`) not whole groups.
     """
     if weight.dtype not in FLOATING:
         raise WeightError(f"the weight is {weight.dtype}, not floating point. Is it quantized already?")
