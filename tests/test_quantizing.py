@@ -213,6 +213,16 @@ def test_a_base_model_goes_under_a_head(tiny_bert, tmp_path):
     assert torch.equal(outputs(base), outputs(small))
 
 
+def test_a_head_cannot_be_tied_to_codes(tiny_bert, tmp_path):
+    from transformers import BertForMaskedLM
+
+    quantize(tiny_bert).save_pretrained(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"word_embeddings is coded as int8, but BertForMaskedLM ties it"
+    ):
+        BertForMaskedLM.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("request_", "kind", "message"),
     [

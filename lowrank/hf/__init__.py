@@ -146,6 +146,7 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         for file, header in self._headers.items():
             _check_shapes(file, {name: stored.shape for name, stored in header.items()}, plan)
         self._plan = _localized(plan, model)
+        _check_ties(model, self._plan)
         try:
             restructure(model, self._plan)
         except PlanError as error:
@@ -388,6 +389,19 @@ def _localized(plan: Plan, model: PreTrainedModel) -> Plan:
             f"(such as {plan.factorized[0].name}) is in {type(model).__name__}."
         )
     return replace(plan, layers=tuple(layers), codes=tuple(codes))
+
+
+def _check_ties(model: PreTrainedModel, plan: Plan) -> None:
+    """Refuse a head that is tied to an embedding whose weight is codes."""
+    coded = {f"{code.name}.weight": code for code in plan.codes}
+    for pair in (model.all_tied_weights_keys or {}).items():
+        for name in pair:
+            if name in coded:
+                raise CheckpointError(
+                    f"config.json: {coded[name].name} is coded as {coded[name].scheme}, but "
+                    f"{type(model).__name__} ties it to its head. Load the base model, or call "
+                    "decompress(model) on that and save it."
+                )
 
 
 def _check_loaded(model: PreTrainedModel) -> None:
