@@ -79,6 +79,11 @@ def apply_anchored(
             "sequential=True needs the dense model to compare with; this one has factorized layers. Start "
             "from the dense checkpoint."
         )
+    if any(layer.residual for layer in plan.factorized):
+        raise LowRankError(
+            "sequential=True fits factors anew that replace weights, and these correct coded ones. "
+            "Leave it out."
+        )
     if any(layer.name in blocks for layer in plan.factorized):
         raise LowRankError(
             "sequential=True needs blocks of several layers, and these are linear layers themselves. "

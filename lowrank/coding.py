@@ -17,11 +17,29 @@ from torch import Tensor, nn
 
 from lowrank.errors import PlanError, StatsError, WeightError
 from lowrank.factoring import check_layer_of
-from lowrank.linalg import Scheme
+from lowrank.linalg import Scheme, rotated
 from lowrank.linalg.svd import checked_weight
 from lowrank.nn import Coded, LowRankLinear, QuantizedEmbedding, QuantizedLinear, kind_of
-from lowrank.planning import CodedWeight, Plan
+from lowrank.planning import CodedWeight, LayerPlan, Plan
 from lowrank.statistics import Moments, Stats
+
+PARTS = ("base", "down", "up")
+"""What a `LowRankLinear` can hold that is coded on its own, by its name within the layer."""
+
+
+def base_of(plan: Plan, layer: LayerPlan) -> CodedWeight:
+    """Return how the weight is coded that the factors of ``layer`` correct.
+
+    Raises:
+        PlanError: If the plan does not say it.
+    """
+    name = f"{layer.name}.base"
+    for code in plan.codes:
+        if code.name == name:
+            return code
+    raise PlanError(
+        f"{layer.name}: its factors are to correct a coded weight, but the plan's codes have no {name}."
+    )
 
 
 def scheme_of(code: CodedWeight) -> Scheme:
@@ -49,6 +67,9 @@ def check_codes(model: nn.Module, plan: Plan, stats: Stats | None, loading: bool
         StatsError: If the statistics are of another model.
     """
     modules = dict(model.named_modules())
+    for layer in plan:
+        if layer.residual:
+            base_of(plan, layer)
     for code in plan.codes:
         module = modules.get(code.name)
         try:
@@ -73,6 +94,8 @@ def check_codes(model: nn.Module, plan: Plan, stats: Stats | None, loading: bool
             raise PlanError(
                 f"{code.name}: a {code.kind} cannot be centred without being smooth, nor a table."
             )
+        if code.smooth and code.name.endswith(".base"):
+            raise PlanError(f"{code.name}: what factors correct is coded without scaling its inputs.")
         if code.smooth and not loading:
             _check_stats(code, modules, plan, stats)
 
@@ -82,9 +105,11 @@ def _shape_after(
 ) -> tuple[str, int, int, bool] | None:
     """Return kind, shape and bias of what will be called ``name`` once the layers are factorized."""
     parent, _, part = name.rpartition(".")
-    if part in ("down", "up") and parent in plan and plan[parent].rank is not None:
+    if part in PARTS and parent in plan and plan[parent].rank is not None:
         layer = plan[parent]
         rank = layer.rank or 0
+        if part == "base":
+            return ("linear", layer.out_features, layer.in_features, False) if layer.residual else None
         if part == "down":
             return ("linear", rank, layer.in_features, False) if layer.down_of is None else None
         return "linear", layer.out_features, rank, layer.has_bias
@@ -201,13 +226,7 @@ def _between(layer: LowRankLinear, inputs: Moments) -> Tensor | None:
 
 @torch.no_grad()
 def rotate(layer: LowRankLinear, seed: int) -> None:
-    """Bring ``up`` to orthonormal columns, and rotate the inner dimensions at random; the product stays."""
-    if layer.rank > layer.out_features:  # no orthonormal columns
-        return
-    left, right = layer.up.weight.double(), layer.down.weight.double()
-    basis, triangle = torch.linalg.qr(left)
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(layer.rank, layer.rank, generator=generator, dtype=torch.float64).to(left.device)
-    turn: Tensor = torch.linalg.qr(noise).Q
-    layer.up.weight.copy_(basis @ turn)
-    layer.down.weight.copy_(turn.T @ triangle @ right)
+    """Mix the inner dimensions of the factors, so that integers hold them well; the product stays."""
+    left, right = rotated(layer.up.weight, layer.down.weight, seed)
+    layer.up.weight.copy_(left)
+    layer.down.weight.copy_(right)

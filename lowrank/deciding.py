@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -20,13 +20,15 @@ from lowrank.costs import byte_costs
 from lowrank.errors import BudgetError, WeightError
 from lowrank.evaluation import evaluating
 from lowrank.factoring import check_layer_of, joint_metric, metric_of, weight_of
+from lowrank.forms import FLOAT, Form, forms_of
 from lowrank.latency import LatencyTable, latency_costs, seconds_of
 from lowrank.linalg import Spectrum, joint_spectra, spectrum
 from lowrank.linalg.svd import check_options
 from lowrank.menus import Group
 from lowrank.obstacles import check_model
+from lowrank.outlooks import outlooks_of, residual_errors
 from lowrank.patterns import is_wildcard
-from lowrank.planning import METRICS, Budget, LayerPlan, Plan
+from lowrank.planning import METRICS, Budget, CodedWeight, LayerPlan, Plan
 from lowrank.ranks import select
 from lowrank.statistics import Stats
 from lowrank.targets import draft
@@ -48,12 +50,47 @@ class Request:
     round_to: int = 8
     tolerance: float = 1e-3
     share: str | None = None
+    quantize: str | None = None
+    group_size: int | None = None
+    residual: bool = False
 
     def __post_init__(self) -> None:
+        self._check_codes()
         if self.share not in (None, "inputs"):
             raise BudgetError(
                 f'share={self.share!r}: give "inputs", to let layers that read the same input share a factor.'
             )
+
+    def _check_codes(self) -> None:
+        """Refuse combinations of codes and budgets that have no meaning."""
+        (form, *others), kind = self.forms, self.budget.kind if self.budget is not None else None
+        if form is not FLOAT or others:
+            if kind == "speedup":
+                raise BudgetError(
+                    "speedup= is measured on floating-point weights. Compress to keep= or rank=, and "
+                    "quantize= those."
+                )
+            if others and kind != "max_bytes":
+                raise BudgetError('quantize="auto" chooses how each layer is stored by max_bytes= only.')
+        if form.residual and kind not in ("rank", "max_bytes"):
+            raise BudgetError("residual=True adds factors to the weights: give their rank=, or max_bytes=.")
+        if form.residual and self.share is not None:
+            raise BudgetError("residual=True has factors of each layer's own: leave out share=.")
+        if kind == "rank" and self.budget is not None and form.rank_step > 1 and form.scheme is not None:
+            ranks = self.budget.value
+            for rank in ranks.values() if isinstance(ranks, Mapping) else [ranks]:
+                form.scheme.check(rank, rank)
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        """The forms in which layers may be stored."""
+        return forms_of(self.quantize, self.group_size, self.residual)
+
+    @property
+    def rank_step(self) -> int:
+        """What chosen ranks are multiples of; where forms compete, each adds what it needs itself."""
+        (form, *others) = self.forms
+        return self.round_to if others else math.lcm(self.round_to, form.rank_step)
 
     def metric_with(self, stats: Stats | None) -> str:
         """Return the metric that ``"auto"`` stands for.
@@ -73,6 +110,8 @@ def drafted(model: nn.Module, request: Request, stats: Stats | None) -> Plan:
     hf = plugin()
     heads = hf.head_layers(check_model(model)) if hf is not None else None
     plan = draft(check_model(model), request.targets, request.ignore, heads)
+    if request.residual and request.budget is not None and request.budget.kind == "rank":
+        plan = plan.with_layers({x.name: replace(x, residual=True) for x in plan.targeted})
     metric = request.metric_with(stats)
     if metric == "weight" or stats is None:
         return replace(plan, metric=metric)
@@ -102,6 +141,7 @@ def decide(
     predict: bool,
     progress: bool,
     timing: Timing,
+    rest: Sequence[CodedWeight] = (),
 ) -> Plan:
     """Give every targeted layer of ``drafted`` a rank, or a reason to stay dense.
 
@@ -113,6 +153,7 @@ def decide(
         predict: Whether to predict errors also where they decide nothing.
         progress: Show a progress bar on a terminal.
         timing: What a ``speedup`` is measured with.
+        rest: What is coded of all that is not targeted, for a budget in bytes.
 
     Raises:
         LowRankError: If the request cannot be met.
@@ -126,7 +167,9 @@ def decide(
     if request.budget.kind == "speedup" and timing.inputs is None:
         raise BudgetError("speedup is measured on inputs: pass inputs=, a batch as the model will get it.")
     groups = _groups_of(model, drafted, request, stats, predict)
-    measured = spectra_of(model, drafted, stats, progress) if predict else {}
+    forms = request.forms
+    corrects = request.budget.kind == "rank" and request.residual
+    measured = spectra_of(model, drafted, stats, progress, forms[0] if corrects else FLOAT) if predict else {}
     loss_per_square = held_out_ratio = None
     if stats is not None and drafted.metric == stats.best_metric():  # the one that was tried
         held_out_ratio = {name: held.ratio for name, held in stats.held_out.items()}
@@ -138,7 +181,7 @@ def decide(
         request.budget,
         measured,
         allocation=request.allocation,
-        round_to=request.round_to,
+        round_to=request.rank_step,
         named=[pattern for pattern in request.targets or () if not is_wildcard(pattern)],
         tolerance=request.tolerance,
         loss_per_square=loss_per_square,
@@ -146,7 +189,10 @@ def decide(
         groups=groups,
     )
     if request.budget.kind == "max_bytes":
-        decided = choose(costs=byte_costs(model, drafted, request.budget.value))
+        calibrated = stats.sources if stats is not None else ()
+        costs = byte_costs(model, drafted, request.budget.value, rest, calibrated)
+        outlooks = outlooks_of(model, drafted, forms, stats, progress)
+        decided = choose(costs=costs, outlooks=outlooks, calibrated=calibrated, rest=rest)
     elif request.budget.kind == "speedup":
         decided = _fast_enough(model, drafted, choose, request.budget.value, timing)
     else:
@@ -251,14 +297,23 @@ def _latencies(model: nn.Module, decided: Plan, batch: Batch) -> tuple[float, fl
     return statistics.median(dense), statistics.median(small)
 
 
-def spectra_of(model: nn.Module, drafted: Plan, stats: Stats | None, progress: bool) -> dict[str, Spectrum]:
-    """Decompose every targeted weight under the plan's metric; raises `WeightError` with the layer's name."""
+def spectra_of(
+    model: nn.Module, drafted: Plan, stats: Stats | None, progress: bool, form: Form = FLOAT
+) -> dict[str, Spectrum]:
+    """Decompose every targeted weight, or what ``form`` loses of it, under the plan's metric.
+
+    Raises:
+        WeightError: If a weight is not finite, or not whole groups; with the layer's name.
+    """
     measured = {}
     bar = tqdm(drafted.targeted, desc="spectra", unit="layer", disable=None if progress else True)
     for layer in bar:
         weight = weight_of(model.get_submodule(layer.name))
         try:
-            measured[layer.name] = spectrum(weight, metric_of(layer, drafted.metric, stats))
+            if form.residual and form.scheme is not None:
+                measured[layer.name] = residual_errors(model, layer, form.scheme, drafted.metric, stats)
+            else:
+                measured[layer.name] = spectrum(weight, metric_of(layer, drafted.metric, stats))
         except WeightError as error:
-            raise WeightError(f"{layer.name}: {error}") from error
+            raise type(error)(f"{layer.name}: {error}") from error
     return measured

@@ -13,11 +13,20 @@ from torch import Tensor, nn
 
 from lowrank.errors import PlanError, StatsError
 from lowrank.fingerprints import fingerprint_of_layer
-from lowrank.linalg import Metric, Stacked, joint_spectra, truncated_svd
+from lowrank.linalg import (
+    Diagonal,
+    Metric,
+    PulledBack,
+    Scheme,
+    Stacked,
+    coded_with_residual,
+    joint_spectra,
+    truncated_svd,
+)
 from lowrank.linalg.metric import Side
 from lowrank.linalg.svd import small_side_gram
 from lowrank.menus import importance
-from lowrank.nn import LowRankLinear, kind_of
+from lowrank.nn import LowRankLinear, QuantizedLinear, kind_of
 from lowrank.planning import LayerPlan, Plan
 from lowrank.statistics import Stats
 
@@ -110,6 +119,49 @@ def factorized(
     return _layer(dense, layer, found.left, found.right, found.relative_error, plan, stats)
 
 
+def corrected(
+    dense: nn.Module, layer: LayerPlan, scheme: Scheme, plan: Plan, stats: Stats | None = None, seed: int = 0
+) -> LowRankLinear:
+    """Return a dense layer with its weight coded, and factors that correct what the codes lost.
+
+    The arguments are those of `factorized`; ``scheme`` is how the weight is coded.
+    """
+    assert layer.rank is not None
+    weight = weight_of(dense).detach()
+    metric = error_metric_of(layer, weight, plan.metric, stats)
+    moments = input_moments(stats, layer) if plan.metric != "weight" else None
+    found = coded_with_residual(
+        weight, layer.rank, scheme, metric, moments, tolerance=plan.tolerance, seed=seed
+    )
+    base = QuantizedLinear.from_codes(found.codes, found.scale, scheme, weight.dtype)
+    left, right = found.left.to(weight.dtype), found.right.to(weight.dtype)
+    return _layer(dense, layer, left, right, found.relative_error, plan, stats, base=base)
+
+
+def error_metric_of(layer: LayerPlan, weight: Tensor, metric: str, stats: Stats | None) -> Metric:
+    """Return the metric of ``layer`` in a form that can measure other matrices than its weight.
+
+    Of a tall layer only ``Wᵀ G W`` is known. A multiple of the identity stands for its ``G``, the one that
+    gives the weight the same norm.
+    """
+    found = metric_of(layer, metric, stats)
+    if not isinstance(found.outputs, PulledBack):
+        return found
+    plain = Metric(found.inputs)
+    norm = plain.squared_norm(weight)
+    scale = float(small_side_gram(weight.to(torch.float64), found).trace()) / norm if norm > 0 else 0.0
+    ones = torch.ones(len(weight), dtype=torch.float64, device=weight.device)
+    return Metric(found.inputs, Diagonal(scale * ones))
+
+
+def input_moments(stats: Stats | None, layer: LayerPlan) -> Tensor | None:
+    """Return the moments by which a layer's codes are rounded, if more than a diagonal is known."""
+    if stats is None:
+        return None
+    second = stats.moments(layer.name).second(layer.has_bias)
+    return second if second.ndim == 2 else None
+
+
 def jointly_factorized(
     dense: Sequence[nn.Module], layers: Sequence[LayerPlan], plan: Plan, stats: Stats, seed: int = 0
 ) -> list[LowRankLinear]:
@@ -149,11 +201,15 @@ def _layer(
     plan: Plan,
     stats: Stats | None,
     shared: bool = False,
+    base: QuantizedLinear | None = None,
 ) -> LowRankLinear:
-    """Wrap factors, with the bias corrected under a calibrated metric."""
+    """Wrap factors, and what they correct if anything, with the bias corrected under a calibrated metric."""
     bias: nn.Parameter | None = dense.bias  # type: ignore[assignment]
     if stats is not None and plan.metric != "weight" and layer.has_bias:
-        bias = _corrected(bias, weight_of(dense), left, right, stats.moments(layer.name).mean)
+        lost = weight_of(dense).detach().double() - left.double() @ right.double()
+        if base is not None:
+            lost -= base.dense_weight().double()
+        bias = _with_mean(bias, lost, stats.moments(layer.name).mean, left.dtype)
     return LowRankLinear.from_factors(
         left,
         right,
@@ -162,17 +218,15 @@ def _layer(
         shared=shared,
         relative_error=error,
         added_bias=bias is not dense.bias,
+        base=base,
     )
 
 
-def _corrected(
-    bias: nn.Parameter | None, weight: Tensor, left: Tensor, right: Tensor, mean: Tensor
-) -> nn.Parameter:
-    """Add ``(W − LR) μ`` to the bias, in place where there is one."""
-    mean = mean.to(weight.device)
-    lost = weight.detach().double() @ mean - left.double() @ (right.double() @ mean)
+def _with_mean(bias: nn.Parameter | None, lost: Tensor, mean: Tensor, dtype: torch.dtype) -> nn.Parameter:
+    """Add ``(W − LR) μ``, with the first factor in ``lost``, to the bias, in place where there is one."""
+    constant = lost @ mean.to(lost.device)
     if bias is None:
-        return nn.Parameter(lost.to(weight.dtype))
+        return nn.Parameter(constant.to(dtype))
     with torch.no_grad():
-        bias.copy_(bias.double() + lost)
+        bias.copy_(bias.double() + constant)
     return bias

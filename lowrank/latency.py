@@ -127,10 +127,10 @@ def latency_costs(
     def price(menu: Menu) -> Menu:
         (layer,) = menu.layers
         costs = sum(
-            (np.append(np.interp(menu.ranks, *_xy(at)), at[0][1]) for at in points[layer.name]),
+            (np.append(np.interp(menu.ranks[:-1], *_xy(at)), at[0][1]) for at in points[layer.name]),
             start=np.zeros(len(menu.costs)),
         )
-        rising = np.maximum.accumulate(costs[:-1]) + 1e-12 * np.arange(len(menu.ranks))
+        rising = np.maximum.accumulate(costs[:-1]) + 1e-12 * np.arange(len(costs) - 1)
         return menu.priced(np.append(rising, max(costs[-1], 1e-12)))
 
     def say(cost: float) -> str:

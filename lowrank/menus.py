@@ -1,20 +1,24 @@
 """What the allocator picks from: for each layer, or for layers that read the same input, a menu of ranks.
 
+Where weights may be coded, a menu has the ranks of each form (`lowrank.forms`), and the coded whole weight.
+
 Of layers that read the same input, some may share ``down`` while others have factors of their own. Each
 way to divide them is a partition, with one menu per part; which partition is best depends on the budget.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lowrank.allocator import Curve, allocate, hull_segments
+from lowrank.forms import FLOAT, Form
 from lowrank.linalg import Spectrum
-from lowrank.planning import LayerPlan
+from lowrank.planning import CodedWeight, LayerPlan
 
 
 class Group(NamedTuple):
@@ -32,27 +36,59 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class Menu(Curve):
-    """The ranks that one layer, or several with one ``down``, can have; the last point leaves all dense.
+    """What one layer, or several with one ``down``, can become; the last point leaves the weights whole.
 
     Args:
         layers: The layers.
-        ranks: Of each point but the last, ``(points − 1,)``.
+        ranks: Of each point; 0 leaves the weights whole.
+        forms: Of each point, how what is there is stored.
     """
 
     layers: tuple[LayerPlan, ...]
     ranks: np.ndarray[Any, Any]
+    forms: tuple[Form, ...]
 
     def layers_at(self, point: int) -> list[LayerPlan]:
         """Return the layers as they are at ``point``."""
-        if point < len(self.ranks):
-            return sharing(self.layers, int(self.ranks[point]), "chosen by the allocator")
-        reason = "worth its parameters" if len(self.ranks) else "too small: no rank saves parameters"
+        rank, form = int(self.ranks[point]), self.forms[point]
+        if rank:
+            layers = sharing(self.layers, rank, "chosen by the allocator")
+            return [replace(layer, residual=form.residual) for layer in layers]
+        reason = "worth its parameters" if len(self.ranks) > 1 else "too small: no rank saves parameters"
+        if form.scheme is not None:
+            reason = "chosen whole by the allocator"
         return [layer.dense(reason) for layer in self.layers]
 
+    def codes_at(self, point: int, calibrated: Container[str]) -> list[CodedWeight]:
+        """Return what is coded at ``point``; ``calibrated`` are the layers with statistics."""
+        layers, form = self.layers_at(point), self.forms[point]
+        return [
+            code
+            for layer in layers
+            for code in form.codes(layer, shared=len(layers) > 1, calibrated=layer.name in calibrated)
+        ]
+
     def priced(self, costs: np.ndarray[Any, Any]) -> Menu:
-        """Return the menu with other costs, less what costs as much as the dense weights or more."""
-        kept = np.append(costs[:-1] < costs[-1], True)
-        return replace(self, costs=costs[kept], losses=self.losses[kept], ranks=self.ranks[kept[:-1]])
+        """Return the menu with other costs, less what another point beats."""
+        return merged([replace(self, costs=costs)])
+
+
+def merged(menus: Sequence[Menu]) -> Menu:
+    """Return one menu of the same layers with the points of all, but for those that another one beats."""
+    costs, losses, ranks = (
+        np.concatenate([getattr(menu, part) for menu in menus]) for part in ("costs", "losses", "ranks")
+    )
+    forms = [form for menu in menus for form in menu.forms]
+    order = np.lexsort((losses, costs))
+    best = np.minimum.accumulate(np.append(np.inf, losses[order]))[:-1]
+    kept = order[losses[order] < best]
+    return replace(
+        menus[0],
+        costs=costs[kept],
+        losses=losses[kept],
+        ranks=ranks[kept],
+        forms=tuple(forms[i] for i in kept),
+    )
 
 
 def sharing(layers: Sequence[LayerPlan], rank: int, reason: str) -> list[LayerPlan]:
@@ -109,8 +145,27 @@ def importance(layer: LayerPlan, squared_norm: float, loss_per_square: float | N
     return layer.dense_parameters / squared_norm if squared_norm > 0 else 0.0
 
 
+class Outlook(NamedTuple):
+    """What a form does to one layer, as shares of squared norms; nothing where it is floating point.
+
+    Args:
+        whole: What the coded weight loses.
+        factors: What coded factors lose of what they capture.
+        corrected: The errors of factors that correct the coded weight, for a residual form.
+    """
+
+    whole: float = 0.0
+    factors: float = 0.0
+    corrected: Spectrum | None = None
+
+
 def menu_of(
-    layers: Sequence[LayerPlan], spectra: Sequence[Spectrum], scales: Sequence[float], round_to: int
+    layers: Sequence[LayerPlan],
+    spectra: Sequence[Spectrum],
+    scales: Sequence[float],
+    round_to: int,
+    form: Form = FLOAT,
+    outlooks: Sequence[Outlook] = (),
 ) -> Menu:
     """List the ranks that save parameters, for one layer or for several with one ``down``.
 
@@ -118,18 +173,26 @@ def menu_of(
         layers: The layers.
         spectra: The error of each, at every rank of their factorization.
         scales: Factor from the squared error of each to the loss.
-        round_to: Ranks are multiples of this.
+        round_to: Ranks are multiples of this, and of what the form needs.
+        form: How all of them are stored.
+        outlooks: What that does to each.
     """
-    ranks = np.arange(round_to, largest_shared_rank(layers) + 1, round_to)
-    losses = np.zeros(len(ranks))
-    for each, scale in zip(spectra, scales, strict=True):
-        losses += each.tail.numpy()[ranks] * each.scale**2 * scale
+    step = math.lcm(round_to, form.rank_step)
+    ranks = np.arange(step, largest_shared_rank(layers) + 1, step)
+    losses = np.zeros(len(ranks) + 1)
+    for each, scale, outlook in zip(spectra, scales, outlooks or [Outlook()] * len(layers), strict=True):
+        errors = outlook.corrected or each
+        tail = errors.tail.numpy()[ranks]
+        captured = errors.tail.numpy()[0] - tail
+        losses[:-1] += (tail + outlook.factors * captured) * errors.scale**2 * scale
+        losses[-1] += outlook.whole * each.squared_norm * scale
     dense = sum(layer.dense_parameters for layer in layers)
     return Menu(
         costs=np.append(ranks * _joint_cost(layers), dense),
-        losses=np.append(losses, 0.0),
+        losses=losses,
         layers=tuple(layers),
-        ranks=ranks,
+        ranks=np.append(ranks, 0),
+        forms=(form,) * len(losses),
     )
 
 

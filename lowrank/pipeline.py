@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from lowrank.batches import Batch, batches
 from lowrank.calibration import collect
 from lowrank.deciding import Request, Timing, decide, drafted, spectra_of
 from lowrank.errors import BudgetError, DataError, LowRankError
+from lowrank.forms import INT8
 from lowrank.latency import LatencyTable
 from lowrank.linalg import Scheme, Spectrum
 from lowrank.obstacles import check_model
@@ -53,6 +53,8 @@ def compress(
     round_to: int = 8,
     share: str | None = None,
     quantize: str | None = None,
+    group_size: int | None = None,
+    residual: bool = False,
     sequential: bool = False,
     spill: str | Path | None = None,
     tolerance: float = 1e-3,
@@ -91,7 +93,12 @@ def compress(
             projections) share their first factor, where that is predicted to lose less at the same size;
             with a ``rank``, where all that read an input get the same one. Calibration sees which they are.
         quantize: ``"int8"`` or ``"int4"`` stores factors, dense layers and embeddings as integers afterwards,
-            whatever ``targets`` names; `lowrank.quantize` does the same with more options.
+            whatever ``targets`` names; `lowrank.quantize` does the same with more options. ``"auto"``, with
+            ``max_bytes``, chooses for each layer whether it stays, is factorized, is coded, or both, by the
+            predicted increase of the loss; all else is coded as int8.
+        group_size: Elements that share a scale under ``"int4"``; 32 by default.
+        residual: Let the factors correct what the codes of a weight have lost, ``W ≈ Q + LR``, in place of
+            replacing it; the factors are int8. For a ``rank`` or ``max_bytes``, with ``quantize="int4"``.
         sequential: Go through the model block by block on ``data``, and let each block make up for what
             was lost before it. Costs some six forward passes more, and no gradients.
         spill: A folder on a disk, for the hidden states of all data that this needs; by default they
@@ -118,9 +125,12 @@ def compress(
         )
     """
     budget = Budget.of(rank=rank, keep=keep, energy=energy, error=error, max_bytes=max_bytes, speedup=speedup)
-    request = Request(budget, metric, add_bias, targets, ignore, allocation, round_to, tolerance, share)
-    if quantize is not None:
-        request = replace(request, round_to=_whole_groups(Scheme(quantize), budget, round_to))
+    request = Request(
+        *(budget, metric, add_bias, targets, ignore, allocation, round_to, tolerance, share),
+        *(quantize, group_size, residual),
+    )
+    if sequential and (residual or quantize == "auto"):
+        raise BudgetError("sequential=True fits factors that replace weights, not residuals: leave one out.")
     layers = drafted(model, request, stats)  # before the work of calibrating: a bad request fails here
     if sequential and data is None:
         raise DataError("sequential=True goes through data once more: give data=.")
@@ -138,9 +148,7 @@ def compress(
         layers = drafted(model, request, stats)
     predict = budget.kind != "rank"  # a given rank decides nothing by its error: spare the spectra
     timing = Timing(inputs, latencies)
-    decided = decide(model, layers, request, stats, predict, progress, timing)
-    if quantize is not None:
-        decided = _coded(model, decided, Scheme(quantize), None, ignore, stats)
+    decided = _decided(model, layers, request, stats, predict, progress, timing)
     apply(
         model,
         decided,
@@ -153,20 +161,6 @@ def compress(
         progress=progress,
     )
     return model
-
-
-def _whole_groups(scheme: Scheme, budget: Budget, round_to: int) -> int:
-    """Return the step of ranks that ``scheme`` can code; refuses budgets that would not count the codes."""
-    if budget.kind in ("max_bytes", "speedup"):
-        raise BudgetError(
-            f"{budget.kind}= counts floating-point weights. Compress to keep= or rank=, and quantize= those."
-        )
-    if scheme.group_size is None:
-        return round_to
-    ranks = budget.value.values() if isinstance(budget.value, Mapping) else [budget.value]
-    for rank in ranks if budget.kind == "rank" else ():
-        scheme.check(rank, rank)
-    return math.lcm(round_to, scheme.group_size)
 
 
 def quantize(
@@ -229,11 +223,12 @@ def _coded(
     targets: Sequence[str] | None,
     ignore: Sequence[str] | None,
     stats: Stats | None,
+    optional: bool = False,
 ) -> Plan:
     hf = plugin()
     heads = hf.head_layers(model) if hf is not None else None
     return quantizing.with_codes(
-        model, plan, scheme, targets=targets, ignore=ignore, stats=stats, heads=heads
+        model, plan, scheme, targets=targets, ignore=ignore, stats=stats, heads=heads, optional=optional
     )
 
 
@@ -342,10 +337,13 @@ def plan(
     allocation: str = "global",
     round_to: int = 8,
     share: str | None = None,
+    quantize: str | None = None,
+    group_size: int | None = None,
+    residual: bool = False,
     tolerance: float = 1e-3,
     progress: bool = False,
 ) -> Plan:
-    """Decide each layer's rank and predict its error, without changing the model.
+    """Decide each layer's rank and form, and predict its error, without changing the model.
 
     The arguments are those of `compress`.
 
@@ -356,9 +354,34 @@ def plan(
         LowRankError: If anything is wrong with the request or the model.
     """
     budget = Budget.of(rank=rank, keep=keep, energy=energy, error=error, max_bytes=max_bytes, speedup=speedup)
-    request = Request(budget, metric, add_bias, targets, ignore, allocation, round_to, tolerance, share)
+    request = Request(
+        *(budget, metric, add_bias, targets, ignore, allocation, round_to, tolerance, share),
+        *(quantize, group_size, residual),
+    )
     layers = drafted(model, request, stats)
-    return decide(model, layers, request, stats, True, progress, Timing(inputs, latencies))
+    return _decided(model, layers, request, stats, True, progress, Timing(inputs, latencies))
+
+
+def _decided(
+    model: nn.Module,
+    layers: Plan,
+    request: Request,
+    stats: Stats | None,
+    predict: bool,
+    progress: bool,
+    timing: Timing,
+) -> Plan:
+    """Return the plan for ``request``: ranks and forms of the targeted layers, codes for all else."""
+    if request.quantize is None:
+        return decide(model, layers, request, stats, predict, progress, timing)
+    (form, *others) = request.forms
+    scheme = INT8 if others or form.scheme is None else form.scheme
+    if request.budget is None or request.budget.kind != "max_bytes":
+        decided = decide(model, layers, request, stats, predict, progress, timing)
+        return _coded(model, decided, scheme, None, request.ignore, stats)
+    ignored = [*(request.ignore or ()), *(layer.name for layer in layers.targeted)]
+    rest = _coded(model, replace(layers, codes=()), scheme, None, ignored, stats, optional=True).codes
+    return decide(model, layers, request, stats, predict, progress, timing, rest)
 
 
 def apply(

@@ -137,6 +137,8 @@ class LayerPlan:
         added_bias: Whether the factorized layer gets a bias that the dense one has not.
         loss_increase: Predicted increase of the objective per term (a sample, or a token of a language
             model); ``None`` unless the metric is ``"loss"``.
+        residual: Whether the weight stays, as integers, and the factors correct what these lost:
+            ``W ≈ Q + LR``. The plan then has a `CodedWeight` called ``"….base"``.
     """
 
     name: str
@@ -152,6 +154,7 @@ class LayerPlan:
     loss_increase: float | None = None
     held_out_error: float | None = None
     down_of: str | None = None
+    residual: bool = False
 
     def __post_init__(self) -> None:
         if self.rank is not None:
@@ -173,8 +176,12 @@ class LayerPlan:
         return self.dense_parameters if self.rank is None else self.parameters_at(self.rank)
 
     def parameters_at(self, rank: int) -> int:
-        """Parameters at ``rank``: ``rank · (in + out)``, or ``rank · out`` with the ``down`` of another."""
-        return rank * (self.out_features + (self.in_features if self.down_of is None else 0))
+        """Parameters at ``rank``: ``rank · (in + out)``, or ``rank · out`` with the ``down`` of another.
+
+        Those of a residual are in addition to the weight's.
+        """
+        factors = rank * (self.out_features + (self.in_features if self.down_of is None else 0))
+        return factors + (self.dense_parameters if self.residual else 0)
 
     @property
     def largest_paying_rank(self) -> int:
@@ -201,6 +208,7 @@ class LayerPlan:
             loss_increase=None,
             held_out_error=None,
             down_of=None,
+            residual=False,
         )
 
 
@@ -209,7 +217,8 @@ class CodedWeight:
     """A weight that is stored as integers, after whatever was factorized.
 
     Args:
-        name: Module name: of a dense layer, of one factor (``"….query.down"``), or of an embedding.
+        name: Module name: of a dense layer, of one factor (``"….query.down"``), of the weight that factors
+            correct (``"….query.base"``), or of an embedding.
         kind: ``"linear"``, ``"conv1d"`` or ``"embedding"``.
         rows, columns: Shape of the weight, ``(out, in)`` of a linear layer.
         bias: Whether the module has a bias.
@@ -320,8 +329,9 @@ class Plan:
     @property
     def loss_increase(self) -> float | None:
         """Predicted increase of the objective per term: the sum over the layers; ``None`` if not known."""
-        parts = [layer.loss_increase for layer in self.factorized]
-        return sum(part for part in parts if part is not None) if parts and None not in parts else None
+        known = [layer.loss_increase for layer in self.layers if layer.loss_increase is not None]
+        complete = known and all(layer.loss_increase is not None for layer in self.factorized)
+        return sum(known) if complete else None
 
     @property
     def kept_fraction(self) -> float:
@@ -496,7 +506,8 @@ def _summary(layer: LayerPlan | None) -> str:
         return "absent"
     if layer.rank is None:
         return "dense"
-    return f"rank {layer.rank}" + (f", down of {layer.down_of}" if layer.down_of is not None else "")
+    kind = "residual of rank" if layer.residual else "rank"
+    return f"{kind} {layer.rank}" + (f", down of {layer.down_of}" if layer.down_of is not None else "")
 
 
 _TYPES: dict[str, tuple[type, ...]] = {

@@ -9,15 +9,28 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 from lowrank.allocator import allocate, uniform
 from lowrank.errors import BudgetError, RankError, TargetError
+from lowrank.forms import FLOAT, Form
 from lowrank.linalg import Spectrum
-from lowrank.menus import Costs, Group, Menu, best_partitions, importance, menu_of, partitions, sharing
+from lowrank.menus import (
+    Costs,
+    Group,
+    Menu,
+    Outlook,
+    best_partitions,
+    importance,
+    menu_of,
+    merged,
+    partitions,
+    sharing,
+)
 from lowrank.patterns import is_wildcard, matches, no_match
-from lowrank.planning import Budget, LayerPlan, Plan
+from lowrank.planning import Budget, CodedWeight, LayerPlan, Plan
 
 ALLOCATIONS = ("global", "uniform")
 
@@ -35,6 +48,9 @@ def select(
     held_out_ratio: Mapping[str, float] | None = None,
     costs: Costs | None = None,
     groups: Sequence[Group] = (),
+    outlooks: Mapping[Form, Mapping[str, Outlook]] = MappingProxyType({FLOAT: {}}),
+    calibrated: Container[str] = (),
+    rest: Sequence[CodedWeight] = (),
 ) -> Plan:
     """Give every targeted layer of ``draft`` a rank, or the reason why it stays dense.
 
@@ -56,6 +72,9 @@ def select(
         costs: The unit of a ``max_bytes`` or ``speedup`` budget.
         groups: Layers that may share their ``down``. A given rank makes them share it; other budgets
             make them share where that is better than factors of their own.
+        outlooks: The forms that layers may be stored in, and what each does to each; for ``max_bytes``.
+        calibrated: The layers with statistics of their inputs, by which coded layers scale these.
+        rest: What the plan codes beside the targeted layers.
 
     Raises:
         BudgetError: If no layer would change, or ``keep`` is below what the smallest ranks need.
@@ -66,22 +85,31 @@ def select(
         raise BudgetError(f"allocation={allocation!r}: choose one of {', '.join(ALLOCATIONS)}.")
     if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1:
         raise BudgetError(f"round_to={round_to!r}: ranks are rounded to a positive whole number.")
+    codes: list[CodedWeight] = []
+    coded: dict[str, Outlook] = {}
     if budget.kind == "rank":
         layers = _sharing_at_rank(_by_rank(draft, budget.value, named), groups)
     elif budget.kind in ("energy", "error"):
         layers = _by_error(draft, budget, spectra, round_to, tolerance)
         layers = _sharing_within_error(draft, layers, budget, groups, round_to, tolerance)
     else:
-        menus = _menus(draft, spectra, round_to, loss_per_square, costs, groups)
+        menus = _menus(draft, spectra, round_to, loss_per_square, costs, groups, outlooks)
         if costs is None:
-            layers = _by_keep(draft, budget.value, menus, allocation, round_to)
+            chosen_points = _by_keep(draft, budget.value, menus, allocation, round_to)
         else:
-            layers = _by_cost(draft, budget, menus, costs, allocation)
+            chosen_points = _by_cost(draft, budget, menus, costs, allocation)
+        layers = [layer for menu, point in chosen_points for layer in menu.layers_at(point)]
+        codes = [code for menu, point in chosen_points for code in menu.codes_at(point, calibrated)]
+        forms = {layer.name: menu.forms[point] for menu, point in chosen_points for layer in menu.layers}
+        coded = {name: outlooks[form][name] for name, form in forms.items() if form is not FLOAT}
     known = {**spectra, **_joint_spectra(layers, groups)}
-    chosen = {layer.name: _with_error(layer, known, loss_per_square, held_out_ratio) for layer in layers}
+    chosen = {
+        x.name: _with_error(x, known, loss_per_square, held_out_ratio, coded.get(x.name, Outlook()))
+        for x in layers
+    }
     plan = replace(draft, budget=str(budget), allocation=allocation, round_to=round_to, tolerance=tolerance)
-    plan = plan.with_layers(chosen)
-    if not any(layer.rank for layer in chosen.values()):
+    plan = replace(plan.with_layers(chosen), codes=(*plan.codes, *codes, *rest))
+    if not plan.codes and not any(layer.rank for layer in chosen.values()):
         raise BudgetError(nothing_changes(plan, budget, spectra))
     return plan
 
@@ -91,17 +119,25 @@ def _with_error(
     spectra: Mapping[str, Spectrum],
     loss_per_square: Mapping[str, float] | None,
     held_out_ratio: Mapping[str, float] | None,
+    outlook: Outlook,
 ) -> LayerPlan:
-    if layer.rank is None or layer.name not in spectra:
+    """Return ``layer`` with its errors; those of coding count for the loss only."""
+    if layer.name not in spectra or (layer.rank is None and not outlook.whole):
         return layer
-    spectrum, rank = spectra[layer.name], layer.rank
+    own = outlook.corrected if layer.residual else None
+    spectrum, rank = own or spectra[layer.name], layer.rank
+    if rank is None:
+        lost = outlook.whole * spectrum.squared_norm
+        return replace(layer, loss_increase=loss_per_square[layer.name] * lost) if loss_per_square else layer
     error = spectrum.relative_error(rank)
     held = held_out_ratio.get(layer.name) if held_out_ratio is not None else None
+    squared = spectrum.squared_error(rank)
+    lost = squared + outlook.factors * (spectrum.squared_error(0) - squared)
     return replace(
         layer,
         relative_error=error,
         held_out_error=None if held is None else error * math.sqrt(held),
-        loss_increase=loss_per_square[layer.name] * spectrum.squared_error(rank) if loss_per_square else None,
+        loss_increase=loss_per_square[layer.name] * lost if loss_per_square else None,
     )
 
 
@@ -264,6 +300,7 @@ def _menus(
     loss_per_square: Mapping[str, float] | None,
     costs: Costs | None,
     groups: Sequence[Group],
+    outlooks: Mapping[Form, Mapping[str, Outlook]],
 ) -> list[list[tuple[Menu, ...]]]:
     """List what layers can become, priced: for each layer or group the ways to divide it, as menus."""
     weighs = loss_per_square or {}
@@ -271,9 +308,17 @@ def _menus(
     known = {(x.name,): (spectra[x.name],) for x in draft.targeted}
     menus: dict[tuple[str, ...], Menu] = {}
     for names, errors in itertools.chain(known.items(), *(group.joint.items() for group in groups)):
-        layers = [draft[name] for name in names]
-        menu = menu_of(layers, errors, [scales[name] for name in names], round_to)
-        menus[names] = menu if costs is None else costs.price(menu)
+        layers, sizes = [draft[name] for name in names], [scales[name] for name in names]
+        offers = []
+        for form, outlook in outlooks.items():
+            if form.residual and len(names) > 1:
+                continue  # factors that correct codes are each layer's own
+            if form is not FLOAT and not all(name in outlook for name in names):
+                continue  # its rows are not whole groups
+            each = [outlook.get(name, Outlook()) for name in names]
+            menu = menu_of(layers, errors, sizes, round_to, form, each)
+            offers.append(menu if costs is None else costs.price(menu))
+        menus[names] = merged(offers) if len(offers) > 1 else offers[0]
     grouped = {name for group in groups for name in group.names}
     alone = [(x.name,) for x in draft.targeted if x.name not in grouped]
     return [list(partitions(names, menus)) for names in [*alone, *(group.names for group in groups)]]
@@ -281,7 +326,7 @@ def _menus(
 
 def _by_keep(
     draft: Plan, keep: float, menus: Sequence[Sequence[tuple[Menu, ...]]], allocation: str, round_to: int
-) -> list[LayerPlan]:
+) -> list[tuple[Menu, int]]:
     total = sum(layer.dense_parameters for layer in draft.targeted)
     least = int(_least(menus))
     if least > keep * total:
@@ -296,7 +341,7 @@ def _by_keep(
 
 def _by_cost(
     draft: Plan, budget: Budget, menus: Sequence[Sequence[tuple[Menu, ...]]], costs: Costs, allocation: str
-) -> list[LayerPlan]:
+) -> list[tuple[Menu, int]]:
     """Allocate under a cost other than parameters."""
     limit = costs.limit - costs.fixed
     least = _least(menus)
@@ -314,7 +359,9 @@ def _least(menus: Sequence[Sequence[tuple[Menu, ...]]]) -> float:
     return sum(min(sum(float(menu.costs[0]) for menu in parts) for parts in choices) for choices in menus)
 
 
-def _within(menus: Sequence[Sequence[tuple[Menu, ...]]], limit: float, allocation: str) -> list[LayerPlan]:
+def _within(
+    menus: Sequence[Sequence[tuple[Menu, ...]]], limit: float, allocation: str
+) -> list[tuple[Menu, int]]:
     parts = best_partitions(menus, limit)
     points = uniform(parts, limit) if allocation == "uniform" else allocate(parts, limit)
-    return [layer for menu, point in zip(parts, points, strict=True) for layer in menu.layers_at(point)]
+    return list(zip(parts, points, strict=True))

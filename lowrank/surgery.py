@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowrank.coding import check_codes, coded, rotate, scheme_of
+from lowrank.coding import base_of, check_codes, coded, rotate, scheme_of
 from lowrank.errors import LowRankError, PlanError, WeightError
-from lowrank.factoring import check_stats, factorized, jointly_factorized
+from lowrank.factoring import check_stats, corrected, factorized, jointly_factorized
 from lowrank.linalg.svd import check_options, checked_weight
 from lowrank.menus import largest_shared_rank
 from lowrank.nn import Coded, LowRankLinear, QuantizedEmbedding, QuantizedLinear, kind_named, kind_of
@@ -88,7 +88,9 @@ def _factorize(
 ) -> None:
     """Replace one layer, or those that share a ``down``."""
     dense = [model.get_submodule(layer.name) for layer in layers]
-    if len(layers) == 1:
+    if layers[0].residual:
+        new = [corrected(dense[0], layers[0], scheme_of(base_of(plan, layers[0])), plan, stats, seed)]
+    elif len(layers) == 1:
         new = [factorized(dense[0], layers[0], plan, stats, seed)]
     else:
         assert stats is not None  # checked
@@ -153,6 +155,7 @@ def restructure(model: nn.Module, plan: Plan) -> nn.Module:
             shared=layer.down_of is not None or layer.name in shared,
             relative_error=layer.relative_error,
             added_bias=layer.added_bias,
+            base=_empty_linear(base_of(plan, layer), weight.dtype) if layer.residual else None,
         )
         if layer.down_of is not None:
             new.use_down_of(model.get_submodule(layer.down_of))  # type: ignore[arg-type]
@@ -173,12 +176,16 @@ def _without_data(code: CodedWeight, old: nn.Module) -> Coded:
         return QuantizedEmbedding(
             code.rows, code.columns, scheme, padding_idx=padding, device="meta", dtype=dtype
         )
-    flags = {"smooth": code.smooth, "centred": code.centred}
-    sizes = code.columns, code.rows
-    new = QuantizedLinear(*sizes, False, scheme, kind=code.kind, **flags, device="meta", dtype=dtype)
+    new = _empty_linear(code, dtype)
     bias: nn.Parameter | None = old.bias  # type: ignore[assignment]
     new.register_parameter("bias", bias)
     return new
+
+
+def _empty_linear(code: CodedWeight, dtype: torch.dtype) -> QuantizedLinear:
+    flags = {"smooth": code.smooth, "centred": code.centred}
+    sizes, scheme = (code.columns, code.rows), scheme_of(code)
+    return QuantizedLinear(*sizes, False, scheme, kind=code.kind, **flags, device="meta", dtype=dtype)
 
 
 def check_structure(model: nn.Module, plan: Plan) -> None:
@@ -274,10 +281,11 @@ def _validate(model: nn.Module, plan: Plan, loading: bool = False) -> list[Layer
                 f"{layer.name}: {type(model).__name__} has no such layer. The plan is for {plan.model}."
             )
         if isinstance(module, LowRankLinear):
-            if module.rank != layer.rank:
+            if (module.rank, module.base is not None) != (layer.rank, layer.residual):
+                found = f"{'as a residual, ' if module.base is not None else ''}at rank {module.rank}"
                 raise PlanError(
-                    f"{layer.name}: factorized already, at rank {module.rank}; the plan says "
-                    f"{layer.rank or 'dense'}. "
+                    f"{layer.name}: factorized already, {found}; the plan says "
+                    f"{'residual, ' if layer.residual else ''}{layer.rank or 'dense'}. "
                     "Call decompress(model) first, or start from the dense checkpoint."
                 )
             continue

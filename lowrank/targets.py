@@ -14,7 +14,7 @@ from torch import nn
 from lowrank.coding import described
 from lowrank.errors import TargetError
 from lowrank.nn import Coded, LowRankLinear, QuantizedLinear, kind_of
-from lowrank.obstacles import find_obstacles, linear_layers
+from lowrank.obstacles import embeddings, find_obstacles, linear_layers
 from lowrank.patterns import matches, no_match
 from lowrank.planning import LayerPlan, Plan
 
@@ -58,9 +58,13 @@ def draft(
             "Use LowRankLinear.from_linear(layer, rank), or pass the module that holds the layer."
         )
     layers = dict(linear_layers(model))
-    for pattern in [*check_patterns("targets", targets), *check_patterns("ignore", ignore)]:
+    for pattern in check_patterns("targets", targets):
         if not any(matches(name, pattern) for name in layers):
             raise no_match(pattern, list(layers), f"linear layers of {type(model).__name__}")
+    weights = [*layers, *(name for name, _ in embeddings(model))]  # these may be coded, or not
+    for pattern in check_patterns("ignore", ignore):
+        if not any(matches(name, pattern) for name in weights):
+            raise no_match(pattern, weights, f"linear layers and embeddings of {type(model).__name__}")
     blocked = find_obstacles(model)
     plans = []
     owners = {id(x.down): n for n, x in layers.items() if isinstance(x, LowRankLinear) and x.owns_down}
@@ -91,6 +95,7 @@ def _describe(name: str, module: nn.Module, owners: Mapping[int, str]) -> LayerP
             module.relative_error,
             added_bias=module.added_bias,
             down_of=None if module.owns_down else owners.get(id(module.down)),
+            residual=module.base is not None,
         )
     if isinstance(module, QuantizedLinear):
         sizes = module.in_features, module.out_features

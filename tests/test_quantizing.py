@@ -294,9 +294,7 @@ def test_nan_is_named_before_anything_changes(tiny_bert):
     assert coded(tiny_bert) == {}
 
 
-def test_budgets_in_bytes_do_not_count_codes_yet(tiny_bert):
-    with pytest.raises(lowrank.BudgetError, match="max_bytes= counts floating-point weights"):
-        compress(tiny_bert, max_bytes=100_000, quantize="int8")
+def test_ranks_of_int4_factors_must_be_whole_groups(tiny_bert):
     with pytest.raises(WeightError, match=r"rows of 10 elements.*round_to=32"):
         compress(tiny_bert, rank=10, quantize="int4")
     assert lowrank.plan(tiny_bert, rank=10).factorized  # it is dense still

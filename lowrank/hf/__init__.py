@@ -32,6 +32,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowrank.checkpoint import checked, digest_of, plan_shapes, stored_tensors
+from lowrank.coding import PARTS
 from lowrank.errors import BudgetError, CheckpointError, LowRankError, PlanError
 from lowrank.folders import TENSORS
 from lowrank.nn import Coded, LowRankLinear
@@ -379,7 +380,7 @@ def _localized(plan: Plan, model: PreTrainedModel) -> Plan:
     codes = []
     for code in plan.codes:
         parent, _, part = code.name.rpartition(".")
-        factor = part in ("down", "up") and parent in plan
+        factor = part in PARTS and parent in plan
         name = translated(parent if factor else code.name)
         if name is not None:
             codes.append(replace(code, name=f"{name}.{part}" if factor else name))

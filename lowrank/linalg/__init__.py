@@ -3,11 +3,14 @@
 from lowrank.linalg.codes import Scheme, decode, encode
 from lowrank.linalg.joint import joint_spectra
 from lowrank.linalg.metric import Diagonal, Gram, Identity, Metric, PulledBack, Stacked
+from lowrank.linalg.noise import factors_noise, lost_by_codes, rotated, whole_noise
 from lowrank.linalg.products import linear, product
+from lowrank.linalg.residual import Corrected, coded_with_residual, residual_spectrum
 from lowrank.linalg.spectra import Spectrum, spectrum
 from lowrank.linalg.svd import Factors, choose_solver, truncated_svd
 
 __all__ = [
+    "Corrected",
     "Diagonal",
     "Factors",
     "Gram",
@@ -18,11 +21,17 @@ __all__ = [
     "Spectrum",
     "Stacked",
     "choose_solver",
+    "coded_with_residual",
     "decode",
     "encode",
+    "factors_noise",
     "joint_spectra",
     "linear",
+    "lost_by_codes",
     "product",
+    "residual_spectrum",
+    "rotated",
     "spectrum",
     "truncated_svd",
+    "whole_noise",
 ]

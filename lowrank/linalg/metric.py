@@ -212,6 +212,11 @@ class Metric:
         """Whether this is the truncated SVD of the weight itself."""
         return isinstance(self.inputs, Identity) and isinstance(self.outputs, Identity)
 
+    def squared_norm(self, matrix: Tensor) -> float:
+        """Return ``‖G^½ M C^½‖²`` of ``M (out, in)``, in float64; refuses a `PulledBack` side."""
+        entered = self.outputs.enter(matrix.to(torch.float64))
+        return float((self.inputs.times(entered) * entered).sum().clamp(min=0))
+
 
 def gram(matrix: Tensor, block: int = 192) -> Tensor:
     """Return ``M Mᵀ``, computing the blocks of the lower triangle only.

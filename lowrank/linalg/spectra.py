@@ -22,15 +22,18 @@ class Spectrum:
         scale: The power of two that a weight was divided by lest its squares overflow; mostly 1.
         rounding: Relative error that storing the factors in half precision adds, else 0. Predictions
             include it; ``tail`` does not.
+        whole: ``‖W‖²`` in units of ``scale²``, where the errors are not those of W itself but of what
+            codes have lost of it; else ``tail[0]``.
     """
 
     tail: Tensor
     scale: float = 1.0
     rounding: float = 0.0
+    whole: float | None = None
 
     def relative_error(self, rank: int) -> float:
         """Return ``‖W − LR‖ / ‖W‖`` at ``rank``; 0 for a weight of zeros."""
-        total = float(self.tail[0])
+        total = self._total
         return math.sqrt(float(self._rounded[rank]) / total) if total > 0 else 0.0
 
     def squared_error(self, rank: int) -> float:
@@ -40,14 +43,18 @@ class Spectrum:
     @property
     def squared_norm(self) -> float:
         """``‖W‖²`` in the metric's units."""
-        return float(self.tail[0]) * self.scale**2
+        return self._total * self.scale**2
+
+    @property
+    def _total(self) -> float:
+        return float(self.tail[0]) if self.whole is None else self.whole
 
     def smallest_rank(self, relative_error: float) -> int:
         """Return the smallest rank, at least 1, whose relative error is at most ``relative_error``.
 
         Where rounding forbids so small an error, it is the full rank, which never pays.
         """
-        enough = (self._rounded <= relative_error**2 * self.tail[0]).nonzero()
+        enough = (self._rounded <= relative_error**2 * self._total).nonzero()
         return max(1, int(enough[0])) if len(enough) else len(self.tail) - 1
 
     @property

@@ -16,6 +16,8 @@ from lowrank.nn.shared import SharedDown
 class LowRankLinear(nn.Module):
     """Compute ``y = L(Rx) + b`` with two thin matrices in place of one, as `torch.nn.Linear` does.
 
+    With a ``base`` the factors correct a weight that is stored as integers: ``y = Qx + L(Rx) + b``.
+
     Both are plain `torch.nn.Linear` children, so that whatever knows linear layers (``torch.compile``,
     export, PEFT, quantizers) sees linear layers. The buffer ``weight`` has no elements. It answers
     code that reads ``layer.weight.dtype`` or ``.device``, and it stands in the checkpoint where the
@@ -34,7 +36,10 @@ class LowRankLinear(nn.Module):
         relative_error: ``‖W − LR‖ / ‖W‖`` under the plan's metric when it was made from a dense weight,
             before any training; ``None`` if not known.
         added_bias: Whether the bias is one that the dense layer did not have.
+        base: The coded weight ``Q (out, in)`` that the factors correct, without a bias; mostly ``None``.
     """
+
+    base: QuantizedLinear | None
 
     def __init__(
         self,
@@ -65,6 +70,7 @@ class LowRankLinear(nn.Module):
         down = SharedDown if shared else nn.Linear
         self.down = down(in_features, rank, bias=False, device=device, dtype=dtype)  # type: ignore[misc]
         self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+        self.register_module("base", None)
         self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
 
     @property
@@ -83,6 +89,7 @@ class LowRankLinear(nn.Module):
         shared: bool = False,
         relative_error: float | None = None,
         added_bias: bool = False,
+        base: QuantizedLinear | None = None,
     ) -> LowRankLinear:
         """Wrap ``left (out, rank)`` and ``right (rank, in)`` without copying; the bias is shared."""
         rank, in_features = right.shape
@@ -95,6 +102,7 @@ class LowRankLinear(nn.Module):
         layer.weight = left.new_empty(0)
         layer.relative_error = relative_error
         layer.added_bias = added_bias
+        layer.base = base
         return layer
 
     @classmethod
@@ -141,15 +149,18 @@ class LowRankLinear(nn.Module):
     @property
     def macs(self) -> int:
         """Multiply-accumulates per token, those of ``down`` with its owner; also the weights' parameters."""
-        return self.rank * (self.out_features + (self.in_features if self.owns_down else 0))
+        factors = self.rank * (self.out_features + (self.in_features if self.owns_down else 0))
+        return factors + (self.in_features * self.out_features if self.base is not None else 0)
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(…, in)`` to ``(…, out)``."""
-        return _apply(self.up, _apply(self.down, input))
+        output = _apply(self.up, _apply(self.down, input))
+        return output if self.base is None else output + self.base(input)
 
     def dense_weight(self) -> Tensor:
-        """Multiply the factors back into a weight ``(out, in)``."""
-        return _weight_of(self.up) @ _weight_of(self.down)
+        """Multiply the factors back into a weight ``(out, in)``, and add the one that they correct."""
+        product = _weight_of(self.up) @ _weight_of(self.down)
+        return product if self.base is None else product + self.base.dense_weight()
 
     def dense_bias(self) -> nn.Parameter | None:
         """Return the bias that goes with `dense_weight`: ``up``'s own, unless coded factors shift inputs."""
@@ -167,9 +178,10 @@ class LowRankLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Describe the layer as `torch.nn.Linear` does, with its rank."""
+        base = "" if self.base is None else f", residual of {self.base.scheme.name}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"rank={self.rank}, bias={self.bias is not None}{'' if self.owns_down else ', shared down'}"
+            f"rank={self.rank}, bias={self.bias is not None}{'' if self.owns_down else ', shared down'}{base}"
         )
 
 

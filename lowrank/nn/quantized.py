@@ -155,6 +155,15 @@ class QuantizedLinear(Coded):
         layer.register_parameter("bias", bias)
         return layer
 
+    @classmethod
+    def from_codes(cls, codes: Tensor, scale: Tensor, scheme: Scheme, dtype: torch.dtype) -> QuantizedLinear:
+        """Wrap what `lowrank.linalg.encode` gave, without a bias; the layer computes in ``dtype``."""
+        columns = codes.shape[1] * (1 if scheme.group_size is None else 2)
+        layer = cls(columns, len(codes), False, scheme, device="meta")
+        layer.codes, layer.scale = codes, scale
+        layer.weight = torch.empty(0, device=codes.device, dtype=dtype)
+        return layer
+
     def runs_on(self) -> str:
         """Name what multiplies at inference: ``"int8"``, or ``"decoded"`` for ``scale · codes``."""
         if self.scheme.name != "int8":

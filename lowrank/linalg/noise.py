@@ -1,0 +1,75 @@
+"""What coding is going to cost, as shares of a squared norm: for choosing between ways to store a weight.
+
+The rounding of weights is measured, by coding them. That of integer inputs is that of a uniform
+distribution within steps, for rows of n normal features, whose largest is about √(2 ln n) deviations.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lowrank.linalg.codes import Scheme, decode, encode
+from lowrank.linalg.metric import Metric
+from lowrank.linalg.products import product
+from lowrank.linalg.svd import truncated_svd
+
+
+def lost_by_codes(weight: Tensor, scheme: Scheme, moments: Tensor | None = None) -> Tensor:
+    """Return ``W − Q`` in float32; the arguments are those of `lowrank.linalg.encode`.
+
+    int8 is rounded without ``moments`` here: its loss is small, and that costs a hundredth of the time.
+    """
+    used = moments if scheme.name != "int8" else None
+    return weight.detach().float() - decode(*encode(weight, scheme, used), scheme)
+
+
+def whole_noise(weight: Tensor, lost: Tensor, scheme: Scheme, metric: Metric = Metric()) -> float:
+    """Return the share of ``‖W‖²`` that a coded ``weight (out, in)`` loses, that of its inputs included."""
+    return _share(lost, weight, metric) + inputs_noise(weight.shape[1], scheme)
+
+
+def factors_noise(
+    weight: Tensor, rank: int, scheme: Scheme, metric: Metric = Metric(), moments: Tensor | None = None
+) -> float:
+    """Return the share of ``‖LR‖²`` that coding both factors loses, measured at one rank.
+
+    The factors are rotated before, as they are when they are coded. The arguments are those of
+    `lowrank.linalg.truncated_svd` and `lowrank.linalg.encode`.
+    """
+    left, right, *_ = truncated_svd(weight.detach().float(), rank, metric)
+    low = product(left, right)
+    left, right = rotated(left, right, seed=0)
+    right = right - lost_by_codes(right, scheme, moments)
+    between = right.double() @ moments @ right.double().T if moments is not None else None
+    left = left - lost_by_codes(left, scheme, between)
+    lost = low - product(left, right)
+    return _share(lost, low, metric) + inputs_noise(weight.shape[1], scheme) + inputs_noise(rank, scheme)
+
+
+def inputs_noise(features: int, scheme: Scheme) -> float:
+    """Return the share that rounding the inputs loses, of those schemes that multiply integers."""
+    return 2 * math.log(features + 1) / (12 * 127**2) if scheme.name == "int8" else 0.0
+
+
+def rotated(left: Tensor, right: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Bring ``left (out, rank)`` to orthonormal columns, and rotate the inner dimensions at random.
+
+    The product stays, and every row of ``right (rank, in)`` becomes a mixture of all: rows of one size,
+    without outliers, which integers hold best. With more columns than rows nothing can be done.
+    """
+    rank = left.shape[1]
+    if rank > left.shape[0]:
+        return left, right
+    basis, triangle = torch.linalg.qr(left.double())
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(rank, rank, generator=generator, dtype=torch.float64).to(left.device)
+    turn: Tensor = torch.linalg.qr(noise).Q
+    return (basis @ turn).to(left.dtype), (turn.T @ triangle @ right.double()).to(right.dtype)
+
+
+def _share(lost: Tensor, whole: Tensor, metric: Metric) -> float:
+    norm = metric.squared_norm(whole)
+    return metric.squared_norm(lost) / norm if norm > 0 else 0.0

@@ -1,0 +1,76 @@
+"""Predict what each form of storing does to each layer, from the weights and the statistics.
+
+The allocator compares these with what factorizing loses (`lowrank.menus`); a plan that corrects codes gets
+its errors from here. Nothing here changes a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+from tqdm import tqdm
+
+from lowrank.errors import WeightError
+from lowrank.factoring import error_metric_of, input_moments, weight_of
+from lowrank.forms import FLOAT, Form
+from lowrank.linalg import Scheme, Spectrum, factors_noise, lost_by_codes, residual_spectrum, whole_noise
+from lowrank.menus import Outlook
+from lowrank.planning import LayerPlan, Plan
+from lowrank.statistics import Stats
+
+
+def outlooks_of(
+    model: nn.Module, drafted: Plan, forms: Sequence[Form], stats: Stats | None, progress: bool
+) -> dict[Form, dict[str, Outlook]]:
+    """Return by form what it does to the targeted layers; layers that are not whole groups are left out.
+
+    Raises:
+        WeightError: If a weight cannot be coded, with the layer's name.
+    """
+    found: dict[Form, dict[str, Outlook]] = {form: {} for form in forms}
+    bar = tqdm(drafted.targeted, desc="codes", unit="layer", disable=None if progress else True)
+    for layer in bar:
+        mine = [form for form in forms if form is not FLOAT and _divides(form, layer)]
+        try:
+            for form, outlook in _outlooks(model, layer, mine, drafted.metric, stats).items():
+                found[form][layer.name] = outlook
+        except WeightError as error:
+            raise type(error)(f"{layer.name}: {error}") from error
+    return found
+
+
+def residual_errors(
+    model: nn.Module, layer: LayerPlan, scheme: Scheme, metric: str, stats: Stats | None
+) -> Spectrum:
+    """Return the errors of one layer whose factors correct its coded weight."""
+    weight = weight_of(model.get_submodule(layer.name)).detach()
+    moments = input_moments(stats, layer) if metric != "weight" else None
+    lost = lost_by_codes(weight, scheme, moments)
+    return residual_spectrum(weight, lost, error_metric_of(layer, weight, metric, stats))
+
+
+def _divides(form: Form, layer: LayerPlan) -> bool:
+    return form.scheme is None or layer.in_features % (form.scheme.group_size or 1) == 0
+
+
+def _outlooks(
+    model: nn.Module, layer: LayerPlan, forms: Sequence[Form], metric: str, stats: Stats | None
+) -> dict[Form, Outlook]:
+    """Return what each of ``forms`` does to one layer; each scheme codes its weight once."""
+    weight = weight_of(model.get_submodule(layer.name)).detach()
+    how = error_metric_of(layer, weight, metric, stats)
+    moments = input_moments(stats, layer) if metric != "weight" else None
+    schemes = dict.fromkeys(form.scheme for form in forms if form.scheme is not None)
+    lost = {scheme: lost_by_codes(weight, scheme, moments) for scheme in schemes}
+    found = {}
+    for form in forms:
+        assert form.scheme is not None
+        whole = whole_noise(weight, lost[form.scheme], form.scheme, how)
+        if form.residual:
+            found[form] = Outlook(whole, 0.0, residual_spectrum(weight, lost[form.scheme], how))
+            continue
+        rank = layer.largest_paying_rank // 2 // form.rank_step * form.rank_step
+        noise = factors_noise(weight, rank, form.scheme, how, moments) if rank else 0.0
+        found[form] = Outlook(whole, noise)
+    return found

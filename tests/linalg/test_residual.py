@@ -1,0 +1,120 @@
+"""A coded weight with low-rank correction: bounds that hold whatever the rounding does."""
+
+import pytest
+import torch
+
+from lowrank.errors import RankError, WeightError
+from lowrank.linalg import (
+    Gram,
+    Metric,
+    Scheme,
+    coded_with_residual,
+    decode,
+    encode,
+    factors_noise,
+    lost_by_codes,
+    residual_spectrum,
+    rotated,
+    whole_noise,
+)
+
+INT4, INT8 = Scheme("int4", 16), Scheme("int8")
+
+
+def some(rows, columns, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+
+
+def gram_of(features, seed=1):
+    factor = (
+        some(features, 2 * features, seed) * torch.linspace(0.1, 3, features, dtype=torch.float64)[:, None]
+    )
+    return factor @ factor.T
+
+
+@pytest.mark.parametrize("shape", [(32, 48), (48, 32)], ids=["wide", "tall"])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_one_round_reaches_the_eckart_young_bound_of_what_the_codes_lost(shape, calibrated):
+    weight, gram = some(*shape).float(), gram_of(shape[1])
+    metric = Metric(Gram(gram)) if calibrated else Metric()
+    found = coded_with_residual(weight, 8, INT4, metric, gram if calibrated else None, rounds=1)
+    lost = weight.double() - decode(found.codes, found.scale, INT4).double()
+    root = torch.linalg.cholesky(gram) if calibrated else torch.eye(shape[1], dtype=torch.float64)
+    bound = torch.linalg.svdvals(lost @ root)[8:].norm() / (weight.double() @ root).norm()
+    assert found.relative_error == pytest.approx(float(bound), rel=1e-3)
+    measured = ((lost - found.left.double() @ found.right.double()) @ root).norm()
+    assert float(measured / (weight.double() @ root).norm()) == pytest.approx(found.relative_error, rel=1e-4)
+
+
+def test_more_rounds_and_more_rank_never_make_it_worse():
+    weight, gram = some(48, 64).float(), gram_of(64)
+    metric = Metric(Gram(gram))
+    errors = [
+        [coded_with_residual(weight, rank, INT4, metric, gram, rounds=n).relative_error for n in (1, 3)]
+        for rank in (4, 16)
+    ]
+    assert errors[0][1] <= errors[0][0]
+    assert errors[1][1] <= errors[1][0]
+    assert errors[1][0] < errors[0][0]
+
+
+def test_factors_correct_what_an_outlier_does_to_its_group():
+    weight = some(32, 32).float() / 100
+    weight[:, 3] += 1.0  # every group with column 3 loses its small elements
+    plain = decode(*encode(weight, INT4), INT4)
+    found = coded_with_residual(weight, 8, INT4)
+    with_factors = decode(found.codes, found.scale, INT4) + found.left @ found.right
+    assert (weight - with_factors).norm() < 0.7 * (weight - plain).norm()
+
+
+def test_the_spectrum_predicts_one_round_at_every_rank():
+    weight, gram = some(24, 32).float(), gram_of(32)
+    metric = Metric(Gram(gram))
+    predicted = residual_spectrum(weight, lost_by_codes(weight, INT4, gram), metric)
+    for rank in (1, 5, 20):
+        found = coded_with_residual(weight, rank, INT4, metric, gram, rounds=1)
+        assert found.relative_error == pytest.approx(predicted.relative_error(rank), rel=1e-3)
+    assert predicted.squared_norm == pytest.approx(metric.squared_norm(weight), rel=1e-6)
+
+
+@pytest.mark.parametrize("scheme", [INT4, INT8], ids=["int4", "int8"])
+def test_the_noise_of_factors_is_what_coding_them_does(scheme):
+    weight, gram = some(64, 48).float(), gram_of(48)
+    metric = Metric(Gram(gram))
+    predicted = factors_noise(weight, 16, scheme, metric, gram)
+    # An oracle from the definition: code the rotated factors, measure on sampled inputs.
+    from lowrank.linalg import truncated_svd
+
+    left, right, *_ = truncated_svd(weight, 16, metric)
+    low = left @ right
+    left, right = rotated(left, right, seed=0)
+    coded = decode(*encode(left, scheme), scheme) @ decode(*encode(right, scheme), scheme)
+    inputs = torch.linalg.cholesky(gram).float()
+    measured = float(((low - coded) @ inputs).square().sum() / (low @ inputs).square().sum())
+    assert (
+        0.2 * measured < predicted < 5 * measured
+    )  # error feedback on one side, integer inputs on the other
+    assert torch.allclose(left @ right, low, atol=1e-4)
+
+
+def test_int8_loses_less_than_int4():
+    weight = some(64, 48).float()
+    shares = [whole_noise(weight, lost_by_codes(weight, s), s) for s in (INT8, INT4)]
+    assert 0 < shares[0] < 0.1 * shares[1] < 0.01
+
+
+def test_zeros_are_coded_exactly():
+    found = coded_with_residual(torch.zeros(16, 32), 4, INT4)
+    assert found.relative_error == 0
+    assert torch.isfinite(found.left @ found.right).all()
+    assert decode(found.codes, found.scale, INT4).abs().max() == 0
+
+
+def test_bad_requests_are_named():
+    with pytest.raises(RankError, match="from 1 to 16"):
+        coded_with_residual(torch.ones(16, 32), 17, INT4)
+    with pytest.raises(WeightError, match="not whole groups"):
+        coded_with_residual(torch.ones(16, 30), 2, INT4)
+    with pytest.raises(WeightError, match="NaN"):
+        coded_with_residual(torch.full((16, 32), float("nan")), 2, INT4)

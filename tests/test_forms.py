@@ -1,0 +1,151 @@
+"""Bits as a choice: what forms cost in bytes, and which of them the allocator takes."""
+
+import copy
+
+import pytest
+import torch
+
+import lowrank
+from lowrank import BudgetError, SchemeError, compress
+from lowrank.forms import FLOAT, INT8, Form, coded_bytes, forms_of, stored_bytes
+from lowrank.linalg import Scheme
+from lowrank.menus import merged
+from lowrank.nn import Coded, LowRankLinear
+from lowrank.planning import LayerPlan
+
+INT4 = Scheme("int4", 32)
+IDS = torch.arange(96).reshape(4, 24) % 99
+SOME = [FLOAT, Form(INT8), Form(INT4), Form(INT4, residual=True)]
+
+
+def size(model):
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
+@pytest.fixture
+def stats(tiny_bert):
+    generator = torch.Generator().manual_seed(0)
+    data = [{"input_ids": torch.randint(99, (4, 24), generator=generator)} for _ in range(8)]
+    return lowrank.calibrate(tiny_bert, data)
+
+
+def outputs(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).last_hidden_state
+
+
+@pytest.mark.parametrize("form", SOME, ids=["float", "int8", "int4", "residual"])
+@pytest.mark.parametrize("rank", [None, 32])
+@pytest.mark.parametrize("known", [False, True], ids=["plain", "calibrated"])
+def test_the_bytes_of_a_form_are_those_of_the_module_it_becomes(mlp, form, rank, known):
+    if form.residual and rank is None:
+        pytest.skip("a residual has a rank")
+    stats = lowrank.calibrate(mlp, [torch.randn(200, 64, generator=torch.Generator().manual_seed(0))])
+    layer = LayerPlan("0", "linear", 64, 96, True, rank, residual=form.residual)
+    codes = form.codes(layer, calibrated=known)
+    metric = "inputs" if known else "weight"
+    planned = lowrank.Plan("Sequential", (layer,), metric=metric, codes=tuple(codes))
+    lowrank.apply(mlp, planned, stats=stats if known else None)
+    bias = 96 * 4
+    assert stored_bytes(layer, codes, 4) == size(mlp[0]) - bias
+    coded = [module for module in mlp[0].modules() if isinstance(module, Coded)]
+    assert sum(map(coded_bytes, codes)) == sum(module.stored_bytes for module in coded)
+
+
+@pytest.mark.parametrize("fraction", [0.9, 0.5, 0.25, 0.21])
+def test_auto_fits_the_budget_and_predicts_no_more_loss_than_any_single_form(tiny_bert, stats, fraction):
+    limit = int(fraction * size(tiny_bert))
+    found = {}
+    for quantize in ("auto", "int8", "int4", None):
+        try:
+            found[quantize] = lowrank.plan(
+                tiny_bert, max_bytes=limit, quantize=quantize, stats=stats, round_to=4
+            )
+        except BudgetError:
+            assert quantize != "auto"
+    for quantize, planned in found.items():
+        small = lowrank.apply(copy.deepcopy(tiny_bert), planned, stats=stats)
+        assert size(small) <= limit, quantize
+        if quantize == "int8":  # what is not targeted is coded alike
+            assert (found["auto"].loss_increase or 0.0) <= 1.02 * planned.loss_increase + 1e-9
+
+
+def test_with_less_room_fewer_bits_are_chosen(tiny_bert, stats):
+    def bits(fraction):
+        limit = int(fraction * size(tiny_bert))
+        planned = lowrank.plan(tiny_bert, max_bytes=limit, quantize="auto", stats=stats, round_to=4)
+        names = {layer.name for layer in planned.targeted}
+        codes = [c for c in planned.codes if c.name in names or c.name.rpartition(".")[0] in names]
+        return sum(c.rows * c.columns for c in codes if c.scheme == "int4")
+
+    assert bits(0.95) < bits(0.2)
+
+
+def test_auto_is_closer_to_the_dense_model_than_int8_at_the_same_bytes(tiny_bert, stats):
+    limit = int(0.22 * size(tiny_bert))
+    errors = {
+        how: float(
+            (
+                outputs(
+                    compress(copy.deepcopy(tiny_bert), max_bytes=limit, quantize=how, stats=stats, round_to=4)
+                )
+                - outputs(tiny_bert)
+            ).norm()
+        )
+        for how in ("auto", "int8")
+    }
+    assert errors["auto"] < errors["int8"]
+
+
+def test_without_statistics_the_weights_alone_decide(tiny_bert):
+    limit = int(0.25 * size(tiny_bert))
+    small = compress(tiny_bert, max_bytes=limit, quantize="auto")
+    assert size(small) <= limit
+    assert any(isinstance(module, (Coded, LowRankLinear)) for module in small.modules())
+
+
+def test_sharing_and_codes_compete_under_one_budget(tiny_bert, stats):
+    limit = int(0.24 * size(tiny_bert))
+    planned = lowrank.plan(
+        tiny_bert, max_bytes=limit, quantize="int8", share="inputs", stats=stats, round_to=4
+    )
+    small = lowrank.apply(copy.deepcopy(tiny_bert), planned, stats=stats)
+    assert size(small) <= limit
+    alone = lowrank.plan(tiny_bert, max_bytes=limit, quantize="int8", stats=stats, round_to=4)
+    assert planned.loss_increase <= 1.001 * alone.loss_increase
+
+
+def test_a_budget_that_no_form_meets_says_what_is_the_least(tiny_bert, stats):
+    with pytest.raises(BudgetError, match=r"max_bytes=1000 cannot be met.*still needs [\d,]+ bytes"):
+        compress(tiny_bert, max_bytes=1000, quantize="auto", stats=stats)
+
+
+def test_layers_that_are_not_whole_groups_keep_their_other_forms(mlp):
+    compress(mlp, max_bytes=int(0.4 * size(mlp)), quantize="auto", group_size=80)  # divides neither 64 nor 96
+    assert not any(m.scheme.name == "int4" for m in mlp.modules() if isinstance(m, Coded))
+
+
+def test_unknown_forms_are_refused():
+    with pytest.raises(SchemeError, match="known schemes are 'int8' and 'int4'"):
+        forms_of("int5")
+    with pytest.raises(SchemeError, match="one scale per row"):
+        forms_of("int8", 32)
+
+
+def test_a_merged_menu_has_no_point_that_another_beats(tiny_bert, stats):
+    from lowrank.deciding import Request, drafted
+    from lowrank.linalg import Spectrum
+    from lowrank.menus import Outlook, menu_of
+
+    layer = drafted(tiny_bert, Request(None, "weight", False, None, None), None).targeted[0]
+    spectrum = Spectrum(torch.linspace(1, 0, 65, dtype=torch.float64) ** 2)
+    menus = [
+        menu_of([layer], [spectrum], [1.0], 8, form, [Outlook(0.01 * number, 0.001 * number)])
+        for number, form in enumerate(SOME[:3])
+    ]
+    whole = merged(menus)
+    assert (whole.costs[1:] > whole.costs[:-1]).all()
+    assert (whole.losses[1:] < whole.losses[:-1]).all()
+    for menu in menus:
+        for cost, loss in zip(menu.costs, menu.losses, strict=True):
+            assert (whole.losses[whole.costs <= cost] <= loss).any()

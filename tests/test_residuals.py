@@ -1,0 +1,159 @@
+"""``residual=True``: factors that correct a coded weight, from the request to the checkpoint and back."""
+
+import copy
+
+import pytest
+import torch
+
+import lowrank
+from lowrank import BudgetError, LowRankError, LowRankLinear, Plan, SchemeError, compress, quantize, report
+from lowrank.errors import PlanError
+
+IDS = torch.arange(96).reshape(4, 24) % 99
+QUERY = "encoder.layer.0.attention.self.query"
+
+
+def outputs(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).last_hidden_state
+
+
+@pytest.fixture
+def stats(tiny_bert):
+    generator = torch.Generator().manual_seed(0)
+    data = [{"input_ids": torch.randint(99, (4, 24), generator=generator)} for _ in range(8)]
+    return lowrank.calibrate(tiny_bert, data)
+
+
+def error(small, dense):
+    return float((outputs(small) - outputs(dense)).norm())
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["plain", "calibrated"])
+def test_a_residual_is_closer_than_its_codes_alone_and_than_factors_alone(tiny_bert, stats, known):
+    how = {"stats": stats if known else None, "ignore": ["embeddings.*"]}
+    both = compress(copy.deepcopy(tiny_bert), rank=8, residual=True, quantize="int4", **how)
+    codes = quantize(copy.deepcopy(tiny_bert), "int4", **how)
+    factors = compress(copy.deepcopy(tiny_bert), rank=8, **how)
+    assert error(both, tiny_bert) < error(codes, tiny_bert) < error(factors, tiny_bert)
+
+
+def test_the_layer_is_its_coded_weight_plus_the_product_of_its_factors(tiny_bert, stats):
+    small = compress(tiny_bert, rank=8, residual=True, quantize="int4", stats=stats)
+    layer = small.get_submodule(QUERY)
+    assert isinstance(layer, LowRankLinear)
+    inputs = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = inputs @ layer.dense_weight().T + layer.dense_bias()
+        assert torch.allclose(layer(inputs), expected, atol=0.02 * float(expected.abs().max()))
+        whole = layer.base.dense_weight() + layer.up.dense_weight() @ layer.down.dense_weight()
+    assert torch.allclose(layer.dense_weight(), whole, atol=1e-6)
+    assert layer.macs == 64 * 64 + 8 * 128
+    assert "residual of int4" in repr(layer)
+
+
+def test_checkpoints_give_the_same_bits_and_the_reported_bytes(tiny_bert, stats, tmp_path):
+    small = compress(tiny_bert, rank=8, residual=True, quantize="int4", stats=stats)
+    folder = lowrank.save(small, tmp_path / "small")
+    assert (folder / "model.safetensors").stat().st_size == report(small).checkpoint_bytes
+    for again in (type(small).from_pretrained(folder), lowrank.load(folder)):
+        assert torch.equal(outputs(again.eval()), outputs(small))
+        assert again.get_submodule(QUERY).base.codes.dtype == torch.uint8
+    found = lowrank.hf.recorded(small)
+    assert found[QUERY].residual
+    assert {c.name for c in found.codes} >= {f"{QUERY}.base", f"{QUERY}.down", f"{QUERY}.up"}
+
+
+def test_other_modules_are_saved_and_loaded_too(mlp, tmp_path):
+    dense = copy.deepcopy(mlp)
+    small = compress(mlp, rank=8, residual=True, quantize="int4")
+    folder = lowrank.save(small, tmp_path / "small")
+    again = lowrank.load(folder, model=dense)
+    inputs = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(again(inputs), small(inputs))
+
+
+def test_the_plan_predicts_the_error_that_is_measured(tiny_bert, stats):
+    planned = lowrank.plan(tiny_bert, rank=8, residual=True, quantize="int4", stats=stats)
+    small = lowrank.apply(tiny_bert, planned, stats=stats)
+    for layer in planned.factorized:
+        measured = small.get_submodule(layer.name).relative_error
+        assert measured <= 1.01 * layer.relative_error  # a second round can only gain
+        assert measured > 0.5 * layer.relative_error
+    assert Plan.from_json(planned.to_json()) == planned
+    assert "residual of rank 8" in str(planned.diff(planned.with_rank(QUERY, None))[0])
+
+
+def test_recover_trains_the_factors_over_the_codes(tiny_bert, stats):
+    dense = copy.deepcopy(tiny_bert)
+    planned = lowrank.plan(tiny_bert, rank=8, residual=True, quantize="int4", stats=stats)
+    bases = tuple(code for code in planned.codes if code.name.endswith(".base"))
+    planned = Plan.from_dict({**planned.to_dict(), "codes": [vars(code) for code in bases]})
+    small = lowrank.apply(tiny_bert, planned, stats=stats)
+    codes = small.get_submodule(QUERY).base.codes.clone()
+    before = error(small, dense)
+    generator = torch.Generator().manual_seed(3)
+    data = [{"input_ids": torch.randint(99, (8, 24), generator=generator)} for _ in range(16)]
+    lowrank.recover(small, dense, data, steps=60, learning_rate=1e-3)
+    assert error(small, dense) < 0.97 * before
+    assert torch.equal(small.get_submodule(QUERY).base.codes, codes)
+    quantize(small, "int8", targets=["encoder.*"])  # now the factors
+    assert error(small, dense) < before
+
+
+def test_decompress_multiplies_everything_back(tiny_bert, stats):
+    small = compress(tiny_bert, rank=8, residual=True, quantize="int4", stats=stats)
+    before = outputs(small)
+    lowrank.decompress(small)
+    assert type(small.get_submodule(QUERY)) is torch.nn.Linear
+    assert torch.allclose(outputs(small), before, atol=0.05)  # integers meet integers no more
+
+
+def test_a_budget_in_bytes_chooses_the_rank_of_each_residual(tiny_bert, stats):
+    how = {"stats": stats, "ignore": ["embeddings.*"]}
+    plain = quantize(copy.deepcopy(tiny_bert), "int4", **how)
+    limit = sum(t.nbytes for t in (*plain.parameters(), *plain.buffers())) + 8000
+    small = compress(copy.deepcopy(tiny_bert), max_bytes=limit, quantize="int4", residual=True, **how)
+    assert sum(t.nbytes for t in (*small.parameters(), *small.buffers())) <= limit
+    residuals = [m for m in small.modules() if isinstance(m, LowRankLinear)]
+    assert residuals
+    assert all(m.base is not None for m in residuals)
+    assert error(small, tiny_bert) < error(plain, tiny_bert)
+
+
+@pytest.mark.parametrize(
+    ("request_", "error_type", "message"),
+    [
+        ({"rank": 8, "residual": True}, SchemeError, 'residual=True corrects.*quantize="int4"'),
+        ({"keep": 0.5, "residual": True, "quantize": "int4"}, BudgetError, "rank=, or max_bytes="),
+        ({"keep": 0.5, "quantize": "auto"}, BudgetError, "by max_bytes= only"),
+        ({"speedup": 1.5, "quantize": "int8"}, BudgetError, "floating-point weights"),
+        ({"rank": 8, "group_size": 16}, SchemeError, 'group_size=16 is for quantize="int4"'),
+        ({"rank": 8, "quantize": "int4", "residual": True, "group_size": 24}, SchemeError, "groups of 24"),
+        ({"rank": 8, "quantize": "int3", "residual": True}, SchemeError, "known schemes"),
+        ({"rank": 60, "quantize": "int4", "residual": True}, BudgetError, "would not save parameters"),
+    ],
+)
+def test_bad_requests_are_refused_and_change_nothing(tiny_bert, request_, error_type, message):
+    before = {name: tensor.clone() for name, tensor in tiny_bert.state_dict().items()}
+    with pytest.raises(error_type, match=message):
+        compress(tiny_bert, **request_)
+    after = tiny_bert.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_sharing_and_going_block_by_block_are_refused(tiny_bert, stats):
+    with pytest.raises(BudgetError, match="leave out share="):
+        compress(tiny_bert, rank=8, residual=True, quantize="int4", share="inputs", stats=stats)
+    data = [{"input_ids": IDS}] * 8
+    with pytest.raises(LowRankError, match="not residuals"):
+        compress(tiny_bert, rank=8, residual=True, quantize="int4", sequential=True, data=data)
+
+
+def test_a_plan_whose_residual_has_no_codes_is_refused(tiny_bert):
+    planned = lowrank.plan(tiny_bert, rank=8, residual=True, quantize="int4")
+    damaged = Plan.from_dict({**planned.to_dict(), "codes": []})
+    with pytest.raises(PlanError, match=r"query: its factors are to correct.*no .*query\.base"):
+        lowrank.apply(tiny_bert, damaged)
+    assert type(tiny_bert.get_submodule(QUERY)) is torch.nn.Linear
