@@ -2,10 +2,12 @@
 
 - ``minilm``: all-MiniLM-L6-v2 dense and compressed, as floating point, int8 and int4: bytes of the whole
   checkpoint, STS Benchmark (dev) and the cosine to the embeddings before coding.
+- ``residual``: SmolLM2-135M, int4 and int4 with low-rank correction at the same bytes: perplexity on windows
+  300 to 323 of WikiText-2's validation text, which calibration has not seen.
 - ``speed``: ``BertModel(BertConfig())``, batch 8 × 128 tokens: latency of the dense model, of
   ``torch.ao.quantization.quantize_dynamic`` of it, and of ``keep=0.5`` in float32 and int8.
 
-The folder given with ``--data`` holds ``stsb-train.csv`` and ``stsb-dev.csv``.
+The folder given with ``--data`` holds ``stsb-train.csv``, ``stsb-dev.csv`` and ``wikitext2-valid.txt``.
 """
 
 from __future__ import annotations
@@ -18,14 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import environment, interleaved_medians, parser
+from common import environment, interleaved_medians, parser, smollm2
 from torch import nn
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
 import lowrank
+from lowrank.batches import windows
 from lowrank.demo import minilm_folder
-from lowrank.evaluation import embed, spearman
-from lowrank.textfiles import read_pairs
+from lowrank.evaluation import embed, perplexity, spearman
+from lowrank.textfiles import read_pairs, read_text
 
 SMALLEST = {
     "keep 0.4, int8, tables int4": (0.4, "int8", 32),
@@ -79,6 +82,59 @@ def minilm(data: Path, minutes: float) -> list[dict[str, Any]]:
     return rows
 
 
+def residual(data: Path, count: int) -> list[dict[str, Any]]:
+    """Compare int4 with and without low-rank correction at the same bytes; ``count`` windows to calibrate."""
+    packed, tokenizer = smollm2()
+    dense = AutoModelForCausalLM.from_config(packed.config, dtype=torch.float32)
+    dense.load_state_dict(packed.state_dict())
+    dense.eval()
+    del packed
+    ids = windows(read_text(data / "wikitext2-valid.txt"), tokenizer)
+    stats = lowrank.calibrate(dense, [{"input_ids": pair} for pair in ids[:count].split(2)])
+    base = perplexity(dense, ids[300:324].flatten())
+
+    def row(name: str, model: nn.Module) -> dict[str, Any]:
+        figures: dict[str, Any] = {"model": name, "bytes": _bytes(model)}
+        figures["perplexity"] = perplexity(model, ids[300:324].flatten())
+        figures["increase"] = figures["perplexity"] - base
+        print(figures, flush=True)
+        return figures
+
+    nearest = copy.deepcopy(dense)
+    for layer in lowrank.plan(dense, rank=8).targeted:
+        _round_to_nearest(nearest.get_submodule(layer.name).weight)
+    rows = [row("dense", dense), row("int4, groups of 32, round to nearest", nearest)]
+    plain = lowrank.quantize(copy.deepcopy(dense), "int4")
+    limit = _bytes(plain)
+    rows[1]["bytes"] = limit  # it would be stored like the next one
+    rows.append(row("int4, groups of 32, searched scales", plain))
+    del plain, nearest
+    rows.append(
+        row("int4, groups of 32, calibrated", lowrank.quantize(copy.deepcopy(dense), "int4", stats=stats))
+    )
+    how: dict[str, Any] = {"stats": stats, "max_bytes": limit}
+    small = lowrank.compress(copy.deepcopy(dense), quantize="int4", group_size=96, residual=True, **how)
+    rows.append(row("int4, groups of 96, with low-rank correction, at the same bytes", small))
+    small = lowrank.compress(copy.deepcopy(dense), quantize="auto", group_size=96, **how)
+    rows.append(row("chosen by layer, at the same bytes", small))
+    for name in rows[2:]:
+        name["increase_over_round_to_nearest"] = name["increase"] / rows[1]["increase"]
+    return rows
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
+@torch.no_grad()
+def _round_to_nearest(weight: torch.Tensor, group: int = 32) -> None:
+    """Round each group of a row to 4 bits, with the scale that just holds its largest element."""
+    groups = weight.view(len(weight), -1, group)
+    scale = (groups.abs().amax(-1, keepdim=True) / 7).half().float()
+    scale = torch.where(scale > 0, scale, 1.0)
+    weight.copy_(((groups / scale).round().clamp(-8, 7) * scale).view_as(weight))
+
+
 def speed(repeats: int) -> dict[str, Any]:
     """Time the dense model, PyTorch's dynamic int8 of it, and the compressed one."""
     torch.manual_seed(0)
@@ -114,13 +170,20 @@ def speed(repeats: int) -> dict[str, Any]:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--data", type=Path)
-    arguments.add_argument("--part", choices=("minilm", "speed"), required=True)
+    arguments.add_argument("--part", choices=("minilm", "residual", "speed"), required=True)
     arguments.add_argument("--minutes", type=float, default=0.0, help="of recovery; 0 for none")
+    arguments.add_argument("--windows", type=int, default=96, help="of 512 tokens to calibrate residual on")
     arguments.add_argument("--repeats", type=int, default=15)
     options = arguments.parse_args()
-    if options.part == "minilm" and options.data is None:
-        arguments.error("--part minilm needs --data")
-    figures = minilm(options.data, options.minutes) if options.part == "minilm" else speed(options.repeats)
+    if options.part != "speed" and options.data is None:
+        arguments.error(f"--part {options.part} needs --data")
+    figures: Any
+    if options.part == "minilm":
+        figures = minilm(options.data, options.minutes)
+    elif options.part == "residual":
+        figures = residual(options.data, options.windows)
+    else:
+        figures = speed(options.repeats)
     print(json.dumps(figures, indent=2))
     if options.out is not None:
         known = json.loads(options.out.read_text()) if options.out.exists() else {}

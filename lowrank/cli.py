@@ -54,7 +54,14 @@ RoundTo = Annotated[int, typer.Option(help="Chosen ranks are multiples of this."
 Share = Annotated[
     str | None, typer.Option(help="inputs: layers that read the same input may share a factor.")
 ]
-Quantize = Annotated[str | None, typer.Option(help="int8 or int4: store the weights as integers.")]
+Quantize = Annotated[
+    str | None,
+    typer.Option(help="int8 or int4: store the weights as integers; auto, with --max-bytes, chooses."),
+]
+GroupSize = Annotated[int | None, typer.Option(help="Elements that share a scale under int4.")]
+Residual = Annotated[
+    bool, typer.Option("--residual", help="Let factors correct coded weights, in place of replacing them.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON to stdout, for programs.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no table.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
@@ -79,6 +86,9 @@ def plan(
     allocation: Allocation = "global",
     round_to: RoundTo = 8,
     share: Share = None,
+    quantize: Quantize = None,
+    group_size: GroupSize = None,
+    residual: Residual = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the plan here.")] = None,
     picture: Annotated[Path | None, typer.Option("--plot", help="Draw the ranks into this file.")] = None,
     as_json: Json = False,
@@ -105,6 +115,9 @@ def plan(
         allocation=allocation,
         round_to=round_to,
         share=share,
+        quantize=quantize,
+        group_size=group_size,
+        residual=residual,
         progress=not quiet,
     )
     if out is not None:
@@ -137,6 +150,8 @@ def compress(
     round_to: RoundTo = 8,
     share: Share = None,
     quantize: Quantize = None,
+    group_size: GroupSize = None,
+    residual: Residual = False,
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Carry out this plan instead.")] = None,
     sequential: Annotated[
         bool, typer.Option("--sequential", help="Fit layers to the compressed model's inputs, with --data.")
@@ -156,7 +171,7 @@ def compress(
     budget |= {"max_bytes": max_bytes, "speedup": speedup}
     choice: dict[str, Any] = {"targets": targets, "ignore": ignore, "allocation": allocation}
     choice |= {"metric": metric, "add_bias": add_bias, "round_to": round_to, "share": share}
-    choice |= {"quantize": quantize}
+    choice |= {"quantize": quantize, "group_size": group_size, "residual": residual}
     if plan_file is not None:
         _check_plan_says_all(budget | choice)
     check_folder(out, overwrite)

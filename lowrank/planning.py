@@ -474,11 +474,13 @@ class Plan:
         return cls.from_json(text)
 
     def __str__(self) -> str:
+        schemes = self._schemes()
         rows = [
             (
                 layer.name,
                 f"{layer.out_features}×{layer.in_features}",
                 "dense" if layer.rank is None else str(layer.rank),
+                *([schemes.get(layer.name, "float")] if self.codes else []),
                 f"{layer.kept_fraction:.0%}",
                 "" if layer.relative_error is None else f"{layer.relative_error:.4f}",
                 layer.reason + (f"; down of {layer.down_of}" if layer.down_of is not None else ""),
@@ -498,7 +500,17 @@ class Plan:
             footer += f" Predicted increase of the loss: {self.loss_increase:.4g}."
         for scheme in sorted({code.scheme for code in self.codes}):
             footer += f" {sum(code.scheme == scheme for code in self.codes)} weights as {scheme}."
-        return format_table(("layer", "out×in", "rank", "kept", "error", "reason"), rows) + "\n\n" + footer
+        stored = ("stored",) if self.codes else ()
+        header = ("layer", "out×in", "rank", *stored, "kept", "error", "reason")
+        return format_table(header, rows) + "\n\n" + footer
+
+    def _schemes(self) -> dict[str, str]:
+        """Return by layer how it is stored, such as ``"int4 + int8"`` for a residual."""
+        found: dict[str, list[str]] = {}
+        for code in self.codes:
+            parent, _, _ = code.name.rpartition(".")
+            found.setdefault(code.name if code.name in self._index else parent, []).append(code.scheme)
+        return {name: " + ".join(dict.fromkeys(schemes)) for name, schemes in found.items()}
 
 
 def _summary(layer: LayerPlan | None) -> str:

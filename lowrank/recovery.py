@@ -1,14 +1,16 @@
 """Recover: distil what compression has lost from the dense model back into the factors.
 
 The compressed model is trained to match its teacher's outputs and hidden states. Only factors, biases
-and norms are trained; embeddings and heads stay. Held-out batches decide which state is kept, so the
+and norms are trained, and the codes of linear layers straight through their rounding; embeddings and heads
+stay. Held-out batches decide which state is kept, so the
 model that comes back is never worse on them than the one that was given.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from lowrank.distillation import Lesson
 from lowrank.distributed import check_alike, check_whole, copy_from_first, processes, unwrapped
 from lowrank.errors import DataError, LowRankError
 from lowrank.modes import eval_mode, training_only
-from lowrank.nn import LowRankLinear
+from lowrank.nn import LowRankLinear, QuantizedLinear
 from lowrank.obstacles import check_model
 from lowrank.runs import Course, Pace, Run
 
@@ -43,6 +45,7 @@ def recover(
     mixed_precision: bool | None = None,
     held_out: int | None = None,
     blockwise: bool = False,
+    codes: bool = True,
     batch_size: int = 32,
     max_length: int | None = None,
     seed: int = 0,
@@ -72,6 +75,9 @@ def recover(
             share of the time, where gradients of the whole model do not fit. Beside both models and the
             batches, memory holds the graph of one block and its optimizer, and two copies of what is
             trained. Nothing outside of the stack of blocks is trained.
+        codes: Whether coded weights of linear layers are trained, too: as floating-point weights that are
+            rounded in every forward pass, which take the memory of dense ones meanwhile. Without it only
+            what is floating point makes up for them.
         batch_size: Strings per batch.
         max_length: Longest string in tokens; by default what the tokenizer allows, at most 512.
         seed: Seed of the order of batches; the global random state is not touched.
@@ -87,8 +93,9 @@ def recover(
         DataError: If there are fewer than two batches, teacher and model return different things, or
             processes have different data.
         CheckpointError: If the snapshot is damaged or of another model, or cannot be written.
-        LowRankError: If nothing in the model is factorized, it is sharded over processes, or not exactly
-            one duration is given. With ``blockwise``, if there are no blocks, or fewer steps than blocks.
+        LowRankError: If nothing in the model is factorized or coded, it is sharded over processes, or not
+            exactly one duration is given. With ``blockwise``, if there are no blocks, or fewer steps than
+            blocks.
 
     Source: Hinton et al. 2015 (arXiv:1503.02531); the optimizer: Loshchilov & Hutter 2019 (AdamW).
     """
@@ -107,15 +114,29 @@ def recover(
     lesson = Lesson(student, teacher, hidden_weight, torch.autocast(device.type, torch.bfloat16, mixed))
     course = Course(train, held, learning_rate, EVALUATIONS, seed, progress)
     pace, folder = Pace(minutes, steps), Path(snapshots) if snapshots is not None else None
-    if blockwise:
-        blocks = _trainable_blocks(student, teacher)
-        with training_only(student), eval_mode(teacher):
-            _finish(BlockRuns(student, lesson, blocks, pace, course, folder))
-    else:
-        parameters = trainable(student)
-        with training_only(student, parameters), lesson.listening():
-            _finish(Run(lesson.distance, parameters, pace, course, folder))
+    with _trained_codes(student, codes):
+        if blockwise:
+            blocks = _trainable_blocks(student, teacher)
+            with training_only(student), eval_mode(teacher):
+                _finish(BlockRuns(student, lesson, blocks, pace, course, folder))
+        else:
+            parameters = trainable(student)
+            with training_only(student, parameters), lesson.listening():
+                _finish(Run(lesson.distance, parameters, pace, course, folder))
     return model
+
+
+@contextlib.contextmanager
+def _trained_codes(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Make the codes of linear layers trainable, and round them again at the end, whatever happens."""
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)] if wanted else []
+    try:
+        for layer in layers:
+            layer.loosen()
+        yield
+    finally:
+        for layer in layers:
+            layer.fasten()
 
 
 def _finish(run: Run | BlockRuns) -> None:
@@ -128,11 +149,11 @@ def _finish(run: Run | BlockRuns) -> None:
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """Return what recovery trains: the factors, and every vector (biases and norms) beside them."""
+    """Return what recovery trains: factors, loosened codes, and every vector (biases, norms) beside them."""
     factors = {
         id(parameter)
         for module in model.modules()
-        if isinstance(module, LowRankLinear)
+        if isinstance(module, (LowRankLinear, QuantizedLinear))
         for parameter in module.parameters()
     }
     return [p for p in model.parameters() if p.is_floating_point() and (id(p) in factors or p.ndim == 1)]
@@ -177,9 +198,9 @@ def _check(model: nn.Module, teacher: nn.Module, minutes: float | None, steps: i
     check_model(teacher)
     if model is teacher:
         raise LowRankError("The teacher is the compressed model itself. Keep a copy of the dense model.")
-    if not any(isinstance(module, LowRankLinear) for module in model.modules()):
+    if not any(isinstance(module, (LowRankLinear, QuantizedLinear)) for module in model.modules()):
         raise LowRankError(
-            "The model has no factorized layer, so there is nothing to recover. Compress it first."
+            "The model has no factorized or coded layer, so there is nothing to recover. Compress it first."
         )
     if (minutes is None) == (steps is None):
         raise LowRankError(f"Give either minutes or steps; got minutes={minutes!r} and steps={steps!r}.")

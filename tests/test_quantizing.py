@@ -142,7 +142,7 @@ def test_recovery_corrects_the_floating_point_parts(tiny_bert):
     before = cosine(outputs(small), outputs(dense))
     generator = torch.Generator().manual_seed(0)
     data = [{"input_ids": torch.randint(99, (4, 24), generator=generator)} for _ in range(12)]
-    lowrank.recover(small, dense, data, steps=20)
+    lowrank.recover(small, dense, data, steps=20, codes=False)
     assert cosine(outputs(small), outputs(dense)) > before
     assert all(torch.equal(coded(small)[name].state_dict()["codes"], kept) for name, kept in codes.items())
 

@@ -94,7 +94,7 @@ def test_recover_trains_the_factors_over_the_codes(tiny_bert, stats):
     before = error(small, dense)
     generator = torch.Generator().manual_seed(3)
     data = [{"input_ids": torch.randint(99, (8, 24), generator=generator)} for _ in range(16)]
-    lowrank.recover(small, dense, data, steps=60, learning_rate=1e-3)
+    lowrank.recover(small, dense, data, steps=60, learning_rate=1e-3, codes=False)
     assert error(small, dense) < 0.97 * before
     assert torch.equal(small.get_submodule(QUERY).base.codes, codes)
     quantize(small, "int8", targets=["encoder.*"])  # now the factors
@@ -157,3 +157,67 @@ def test_a_plan_whose_residual_has_no_codes_is_refused(tiny_bert):
     with pytest.raises(PlanError, match=r"query: its factors are to correct.*no .*query\.base"):
         lowrank.apply(tiny_bert, damaged)
     assert type(tiny_bert.get_submodule(QUERY)) is torch.nn.Linear
+
+
+def batches_for_training(count=16):
+    generator = torch.Generator().manual_seed(3)
+    return [{"input_ids": torch.randint(99, (8, 24), generator=generator)} for _ in range(count)]
+
+
+@pytest.mark.parametrize("blockwise", [False, True], ids=["whole", "blockwise"])
+def test_codes_are_trained_straight_through_their_rounding(tiny_bert, stats, blockwise):
+    dense = copy.deepcopy(tiny_bert)
+    small = compress(tiny_bert, rank=8, residual=True, quantize="int4", stats=stats, ignore=["embeddings.*"])
+    known = {name: tensor.clone() for name, tensor in small.state_dict().items()}
+    without = copy.deepcopy(small)
+    before = error(small, dense)
+    lowrank.recover(small, dense, batches_for_training(), steps=80, learning_rate=3e-4, blockwise=blockwise)
+    assert error(small, dense) < 0.95 * before
+    found = small.state_dict()
+    assert found.keys() == known.keys()
+    assert {tensor.dtype for name, tensor in found.items() if name.endswith("base.codes")} == {torch.uint8}
+    assert not all(torch.equal(found[name], known[name]) for name in found if name.endswith("base.codes"))
+    assert all(torch.equal(found[name], known[name]) for name in found if name.endswith(".scale"))
+    lowrank.recover(
+        without, dense, batches_for_training(), steps=80, learning_rate=3e-4, blockwise=blockwise, codes=False
+    )
+    assert error(small, dense) < error(without, dense)
+
+
+def test_dense_layers_that_are_coded_can_be_recovered_without_any_factor(tiny_bert, stats):
+    dense = copy.deepcopy(tiny_bert)
+    small = quantize(tiny_bert, "int4", stats=stats, ignore=["embeddings.*"])
+    before = error(small, dense)
+    lowrank.recover(small, dense, batches_for_training(), steps=80)
+    assert error(small, dense) < before
+
+
+def test_loosened_codes_are_the_same_weight_until_they_are_trained():
+    for scheme in (lowrank.linalg.Scheme("int8"), lowrank.linalg.Scheme("int4", 16)):
+        weight = torch.randn(24, 32, generator=torch.Generator().manual_seed(0))
+        moments = weight.T.double() @ weight.double()
+        layer = lowrank.QuantizedLinear.from_weight(weight, None, scheme, moments=moments)
+        codes, inputs = layer.codes.clone(), torch.randn(3, 32)
+        decoded = inputs @ layer.dense_weight().T
+        layer.loosen()
+        assert torch.allclose(layer(inputs), decoded, atol=1e-5)
+        layer(inputs).square().sum().backward()
+        straight = 2 * decoded.T @ inputs  # as if nothing were rounded
+        assert torch.allclose(layer.latent.grad, straight, rtol=1e-3, atol=1e-3)
+        layer.fasten()
+        assert torch.equal(layer.codes, codes)
+
+
+def test_an_interrupted_recovery_leaves_codes(tiny_bert, stats, monkeypatch):
+    dense = copy.deepcopy(tiny_bert)
+    small = quantize(tiny_bert, "int8", stats=stats)
+    keys = set(small.state_dict())
+
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lowrank.recovery.Run, "train", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        lowrank.recover(small, dense, batches_for_training(), steps=4)
+    assert set(small.state_dict()) == keys
+    assert small.get_submodule(QUERY).latent is None

@@ -51,7 +51,8 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Args:
         rank, keep, energy, error, max_bytes: The budget, exactly one of them, as in `lowrank.compress`.
-        targets, ignore, allocation, round_to, tolerance, seed, quantize: As in `lowrank.compress`.
+        targets, ignore, allocation, round_to, tolerance, seed: As in `lowrank.compress`.
+        quantize, group_size, residual: As in `lowrank.compress`.
         plan: The plan that was carried out, as `Plan.to_dict` gives it; then no budget is needed.
         tensors: The digests that `lowrank.save` leaves in ``config.json`` for `lowrank.load`. Not kept: the
             config of a model in memory must not vouch for tensors that may change.
@@ -81,6 +82,8 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         tensors: Mapping[str, str] | None = None,
         max_bytes: int | None = None,
         quantize: str | None = None,
+        group_size: int | None = None,
+        residual: bool = False,
     ) -> None:
         self.quant_method = quant_method
         self.plan = plan
@@ -95,7 +98,8 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.rank, self.keep, self.energy, self.error, self.max_bytes = rank, keep, energy, error, max_bytes
         self.targets, self.ignore = targets, ignore
         self.allocation, self.round_to = allocation, round_to
-        self.tolerance, self.seed, self.quantize = tolerance, seed, quantize
+        self.tolerance, self.seed = tolerance, seed
+        self.quantize, self.group_size, self.residual = quantize, group_size, residual
 
     @property
     def budget(self) -> Budget:

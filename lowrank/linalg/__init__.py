@@ -1,6 +1,6 @@
 """The mathematics: pure functions of tensors that know nothing of modules or plans."""
 
-from lowrank.linalg.codes import Scheme, decode, encode
+from lowrank.linalg.codes import Scheme, decode, encode, recode
 from lowrank.linalg.joint import joint_spectra
 from lowrank.linalg.metric import Diagonal, Gram, Identity, Metric, PulledBack, Stacked
 from lowrank.linalg.noise import factors_noise, lost_by_codes, rotated, whole_noise
@@ -29,6 +29,7 @@ __all__ = [
     "linear",
     "lost_by_codes",
     "product",
+    "recode",
     "residual_spectrum",
     "rotated",
     "spectrum",

@@ -109,6 +109,14 @@ def encode(weight: Tensor, scheme: Scheme, moments: Tensor | None = None) -> tup
     return _packed(codes.flatten(1)), scale
 
 
+def recode(weight: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
+    """Return the codes nearest to ``weight (rows, columns)`` for scales that are given, as `encode` does."""
+    if scheme.group_size is None:
+        return (weight / scale).round_().clamp_(-127, 127).to(torch.int8)
+    groups = weight.reshape(*scale.shape, scheme.group_size) / scale[..., None].to(weight.dtype)
+    return _packed(groups.round_().clamp_(-8, 7).to(torch.int8).flatten(1))
+
+
 def decode(codes: Tensor, scale: Tensor, scheme: Scheme, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return ``scale · codes`` for any leading dimensions: ``(…, columns)``."""
     if scheme.group_size is None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.errors import WeightError
-from lowrank.linalg import Scheme, decode, encode, linear
+from lowrank.linalg import Scheme, decode, encode, linear, recode
 from lowrank.linalg.products import transformed
 
 PART = 2**20
@@ -98,6 +98,7 @@ class QuantizedLinear(Coded):
     """
 
     bias: nn.Parameter | None
+    latent: nn.Parameter | None
     smooth: Tensor | None
     center: Tensor | None
 
@@ -122,6 +123,7 @@ class QuantizedLinear(Coded):
         self.register_parameter(
             "bias", nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         )
+        self.register_parameter("latent", None)
 
     @classmethod
     def from_weight(
@@ -174,11 +176,36 @@ class QuantizedLinear(Coded):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(…, in)`` to ``(…, out)``."""
-        if self._multiplies_integers(input):
+        if self.latent is None and self._multiplies_integers(input):
             return self._by_integers(input)
-        weight = decode(self.codes, self.scale, self.scheme, input.dtype)
+        weight = self._trained_weight() if self.latent is not None else self._decoded()
+        weight = weight.to(input.dtype)
         bias = self.bias.to(input.dtype) if self.bias is not None else None
         return linear(self._prepared(input), weight, bias)
+
+    def _decoded(self) -> Tensor:
+        return decode(self.codes, self.scale, self.scheme)
+
+    def loosen(self) -> None:
+        """Let the codes be trained: from now on they are a floating-point weight, ``latent``, rounded.
+
+        The gradient passes the rounding as if it were not there; the scales stay. Source: straight-through
+        estimators (Bengio et al. 2013, arXiv:1308.3432).
+        """
+        self.latent = nn.Parameter(self._decoded())
+
+    def fasten(self) -> None:
+        """Round what `loosen` has made trainable to codes again."""
+        if self.latent is not None:
+            self.codes = recode(self.latent.detach(), self.scale, self.scheme)
+            self.latent = None
+
+    def _trained_weight(self) -> Tensor:
+        assert self.latent is not None
+        with torch.no_grad():
+            codes = recode(self.latent, self.scale, self.scheme)
+            rounding = decode(codes, self.scale, self.scheme) - self.latent
+        return self.latent + rounding
 
     def _multiplies_integers(self, input: Tensor) -> bool:
         if type(input) is not Tensor or transformed() or not input.numel() or self.runs_on() != "int8":
