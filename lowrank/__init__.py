@@ -23,7 +23,7 @@ from lowrank.errors import (
     WeightError,
 )
 from lowrank.latency import LatencyTable
-from lowrank.nn import LowRankLinear, QuantizedEmbedding, QuantizedLinear
+from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedEmbedding, QuantizedLinear
 from lowrank.pipeline import apply, calibrate, compress, decompress, plan, quantize, spectra
 from lowrank.planning import LayerPlan, Plan
 from lowrank.plot import plot_ranks, plot_spectra
@@ -43,6 +43,7 @@ __all__ = [
     "LatencyTable",
     "LayerPlan",
     "LowRankConfig",
+    "LowRankEmbedding",
     "LowRankError",
     "LowRankLinear",
     "Plan",

@@ -136,7 +136,8 @@ def _folder_in(spill: Path) -> Iterator[Path]:
 
 
 def _part(plan: Plan, names: Sequence[str]) -> Plan:
-    return replace(plan, layers=tuple(plan[name] for name in names), codes=())
+    layers = tuple(layer for layer in plan if layer.name in names or layer.same_as in names)
+    return replace(plan, layers=layers, codes=())
 
 
 def _check_shared(plan: Plan, inside: Mapping[str, str]) -> None:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lowrank.errors import LowRankError
-from lowrank.nn import LowRankLinear, QuantizedLinear, kind_of
+from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear, kind_of
 from lowrank.text import format_bytes, format_table
 
 
@@ -215,11 +215,16 @@ def _theory(dense: nn.Module, small: nn.Module) -> float:
 
     def matrices(model: nn.Module) -> int:
         floating = sum(m.weight.numel() for m in model.modules() if kind_of(m) is not None)  # type: ignore[misc,operator]
-        return floating + sum(math.prod(m.shape) for m in model.modules() if isinstance(m, QuantizedLinear))
+        tied = sum(m.macs for m in model.modules() if isinstance(m, TiedLinear))
+        coded = sum(math.prod(m.shape) for m in model.modules() if isinstance(m, QuantizedLinear))
+        return floating + coded + tied
 
     replaced = sum(
-        m.in_features * m.out_features - m.macs for m in small.modules() if isinstance(m, LowRankLinear)
+        m.in_features * m.out_features - m.macs
+        for m in small.modules()
+        if isinstance(m, (LowRankLinear, TiedLinear))
     )
+    replaced -= sum(m.rank * m.embedding_dim for m in small.modules() if isinstance(m, LowRankEmbedding))
     after = matrices(small)
     return (after + replaced) / after
 

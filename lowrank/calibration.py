@@ -8,7 +8,7 @@ not depend on the amount of data.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from lowrank.batches import Batch
 from lowrank.errors import DataError, StatsError
 from lowrank.fingerprints import fingerprint_of_layer, fingerprint_of_tokenizer
 from lowrank.linalg.metric import gram
+from lowrank.lookups import LookupSums
 from lowrank.modes import training_only
 from lowrank.nn import kind_of
 from lowrank.objectives import of_loss, self_supervised
@@ -38,16 +39,22 @@ def collect(
     stream: Iterable[Batch],
     loss: Callable[[Any, Any], Tensor] | str | None,
     *,
+    heads: Mapping[str, str] | None = None,
     tokenizer: Any = None,
     seed: int = 0,
     progress: bool = False,
 ) -> Stats:
-    """Sum the statistics of ``layers`` over batches; see `lowrank.calibrate` for the arguments and errors."""
+    """Sum the statistics of ``layers`` over batches; see `lowrank.calibrate` for the arguments and errors.
+
+    Of the layers some may be tables; ``heads`` says by name which layers are tied to them.
+    """
     if loss is not None and loss != "auto" and not callable(loss):
         raise DataError(f'loss={loss!r}: give "auto", a function loss(outputs, batch), or None.')
     generator = torch.Generator(_device(model)).manual_seed(seed)
     differentiate = loss is not None
-    collector = _Collector(model, layers, differentiate)
+    tables = [name for name in layers if isinstance(model.get_submodule(name), nn.Embedding)]
+    lookups = LookupSums(model, tables, heads or {}, differentiate)
+    collector = _Collector(model, [name for name in layers if name not in tables], differentiate, lookups)
     held: list[Batch] = []
     held_tokens = terms = 0
     bar = tqdm(total=_length(stream), desc="calibrating", unit="batch", disable=None if progress else True)
@@ -106,7 +113,10 @@ def _device(model: nn.Module) -> torch.device:
 class _Collector:
     """Sums moments of inputs and products of gradients, one layer at a time, as the model runs."""
 
-    def __init__(self, model: nn.Module, layers: Collection[str], differentiate: bool) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Collection[str], differentiate: bool, lookups: LookupSums
+    ) -> None:
+        self._lookups = lookups
         self._layers = {name: model.get_submodule(name) for name in layers}
         self._differentiate = differentiate
         self._inputs: dict[str, _Sums] = {}
@@ -124,7 +134,8 @@ class _Collector:
             for name, layer in self._layers.items():
                 hook = self._hook(name)
                 handles.append(layer.register_forward_hook(hook, with_kwargs=True))
-            yield
+            with self._lookups.listening():
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -132,7 +143,7 @@ class _Collector:
 
     def start(self, batch: Batch) -> None:
         """Begin a batch: tensors are recognised within one forward pass only."""
-        self._batch = batch
+        self._batch = self._lookups.batch = batch
         self._seen.clear()
         self._tokens += batch.tokens
         self._digest = (self._digest + batch.digest()) % 2**64
@@ -198,11 +209,12 @@ class _Collector:
             tall = _is_tall(kind.weight(self._layers[name]))
             gradients[name] = Gradients(sums.rows, sums.products().clone(), tall)
         fingerprint = Fingerprint(
-            {name: fingerprint_of_layer(layer) for name, layer in self._layers.items()},
+            {n: fingerprint_of_layer(m) for n, m in (self._layers | self._lookups.tables).items()},
             fingerprint_of_tokenizer(tokenizer),
             f"{self._digest:016x}",
         )
-        return Stats(fingerprint, inputs, dict(self._sources), gradients, self._tokens, terms)
+        tables = self._lookups.sums()
+        return Stats(fingerprint, inputs, dict(self._sources), gradients, self._tokens, terms, tables=tables)
 
 
 def _is_tall(weight: Tensor) -> bool:

@@ -24,6 +24,7 @@ from lowrank._transformers import load_plugin, plugin
 from lowrank.errors import CheckpointError, LowRankError, PlanError, SchemeError
 from lowrank.folders import STRUCTURE, TENSORS, staged
 from lowrank.linalg import Scheme
+from lowrank.nn import LowRankEmbedding
 from lowrank.obstacles import check_model
 from lowrank.planning import LayerPlan, Plan
 from lowrank.surgery import check_structure, restructure
@@ -126,6 +127,12 @@ def stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
 def stored_shapes(layer: LayerPlan) -> dict[str, tuple[int, ...]]:
     """Return the shapes under which a checkpoint holds the factorized ``layer``, by tensor name."""
     rank = layer.rank or 0
+    if layer.kind == LowRankEmbedding.kind:
+        return {
+            f"{layer.name}.weight": (0, layer.in_features),
+            f"{layer.name}.up.weight": (layer.in_features, rank),
+            f"{layer.name}.down.weight": (layer.out_features, rank),
+        }
     shapes: dict[str, tuple[int, ...]] = {
         f"{layer.name}.weight": (0,),
         f"{layer.name}.up.weight": (layer.out_features, rank),
@@ -140,6 +147,8 @@ def plan_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in plan.factorized:
         shapes.update(stored_shapes(layer))
+    for layer in plan.tied:
+        shapes[f"{layer.name}.weight"] = (layer.out_features, 0)
     for code in plan.codes:
         try:
             scheme = Scheme(code.scheme, code.group_size)
@@ -306,7 +315,7 @@ def _expected_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]
         if f"{layer.name}.bias" in shapes:
             shapes[f"{layer.name}.up.bias"] = shapes.pop(f"{layer.name}.bias")
         elif layer.added_bias:
-            shapes[f"{layer.name}.up.bias"] = (layer.out_features,)
+            shapes[f"{layer.name}.up.bias"] = (layer.bias_features,)
     return shapes | plan_shapes(plan)
 
 

@@ -19,7 +19,14 @@ from lowrank.errors import PlanError, StatsError, WeightError
 from lowrank.factoring import check_layer_of
 from lowrank.linalg import Scheme, rotated
 from lowrank.linalg.svd import checked_weight
-from lowrank.nn import Coded, LowRankLinear, QuantizedEmbedding, QuantizedLinear, kind_of
+from lowrank.nn import (
+    Coded,
+    LowRankEmbedding,
+    LowRankLinear,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    kind_of,
+)
 from lowrank.planning import CodedWeight, LayerPlan, Plan
 from lowrank.statistics import Moments, Stats
 
@@ -110,11 +117,15 @@ def _shape_after(
         rank = layer.rank or 0
         if part == "base":
             return ("linear", layer.out_features, layer.in_features, False) if layer.residual else None
+        if layer.kind == LowRankEmbedding.kind:
+            if part == "down":
+                return "embedding", layer.out_features, rank, False
+            return "linear", layer.in_features, rank, layer.has_bias
         if part == "down":
             return ("linear", rank, layer.in_features, False) if layer.down_of is None else None
         return "linear", layer.out_features, rank, layer.has_bias
     module = modules.get(name)
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, nn.Embedding) and (name not in plan or plan[name].rank is None):
         return "embedding", module.num_embeddings, module.embedding_dim, False
     kind = kind_of(module) if module is not None else None
     if module is None or kind is None or (name in plan and plan[name].rank is not None):
@@ -225,8 +236,10 @@ def _between(layer: LowRankLinear, inputs: Moments) -> Tensor | None:
 
 
 @torch.no_grad()
-def rotate(layer: LowRankLinear, seed: int) -> None:
+def rotate(module: LowRankLinear | LowRankEmbedding, seed: int) -> None:
     """Mix the inner dimensions of the factors, so that integers hold them well; the product stays."""
-    left, right = rotated(layer.up.weight, layer.down.weight, seed)
-    layer.up.weight.copy_(left)
-    layer.down.weight.copy_(right)
+    down = module.down.weight
+    right = down.T if isinstance(module, LowRankEmbedding) else down  # (rank, …)
+    left, mixed = rotated(module.up.weight, right, seed)
+    module.up.weight.copy_(left)
+    right.copy_(mixed)

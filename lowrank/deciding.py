@@ -19,8 +19,8 @@ from lowrank.batches import Batch, batches
 from lowrank.costs import byte_costs
 from lowrank.errors import BudgetError, WeightError
 from lowrank.evaluation import evaluating
-from lowrank.factoring import check_layer_of, joint_metric, metric_of, weight_of
-from lowrank.forms import FLOAT, Form, forms_of
+from lowrank.factoring import check_layer_of, joint_metric, matrix_of, metric_of, weight_of
+from lowrank.forms import FLOAT, TABLE, Form, forms_of
 from lowrank.latency import LatencyTable, latency_costs, seconds_of
 from lowrank.linalg import Spectrum, joint_spectra, spectrum
 from lowrank.linalg.svd import check_options
@@ -111,7 +111,7 @@ def drafted(model: nn.Module, request: Request, stats: Stats | None) -> Plan:
     heads = hf.head_layers(check_model(model)) if hf is not None else None
     plan = draft(check_model(model), request.targets, request.ignore, heads)
     if request.residual and request.budget is not None and request.budget.kind == "rank":
-        plan = plan.with_layers({x.name: replace(x, residual=True) for x in plan.targeted})
+        plan = plan.with_layers({x.name: replace(x, residual=True) for x in plan.targeted if x.kind != TABLE})
     metric = request.metric_with(stats)
     if metric == "weight" or stats is None:
         return replace(plan, metric=metric)
@@ -119,9 +119,11 @@ def drafted(model: nn.Module, request: Request, stats: Stats | None) -> Plan:
     for layer in plan.targeted:
         check_layer_of(model.get_submodule(layer.name), layer.name, stats)
         reason = stats.lacks(layer.name, metric)
+        if reason is not None and layer.kind == TABLE and layer.name not in stats:
+            reason = "not among those that were calibrated: calibrate with targets that spell it"
         if reason is not None:
             layers[layer.name] = replace(layer, reason=reason, targeted=False)
-        elif request.add_bias:
+        elif request.add_bias and layer.kind != TABLE:
             layers[layer.name] = replace(layer, added_bias=not layer.bias)
     return replace(plan, metric=metric).with_layers(layers)
 
@@ -166,6 +168,12 @@ def decide(
         )
     if request.budget.kind == "speedup" and timing.inputs is None:
         raise BudgetError("speedup is measured on inputs: pass inputs=, a batch as the model will get it.")
+    table = next((layer for layer in drafted.targeted if layer.kind == TABLE), None)
+    if request.budget.kind == "speedup" and table is not None:
+        raise BudgetError(
+            f"{table.name}: a table is looked up, not multiplied, so it has no latency to choose a rank by. "
+            "Take it out of targets, or give another budget than speedup."
+        )
     groups = _groups_of(model, drafted, request, stats, predict)
     forms = request.forms
     corrects = request.budget.kind == "rank" and request.residual
@@ -308,12 +316,13 @@ def spectra_of(
     measured = {}
     bar = tqdm(drafted.targeted, desc="spectra", unit="layer", disable=None if progress else True)
     for layer in bar:
-        weight = weight_of(model.get_submodule(layer.name))
+        metric = metric_of(layer, drafted.metric, stats)
+        weight = matrix_of(model.get_submodule(layer.name), layer, metric)
         try:
-            if form.residual and form.scheme is not None:
+            if form.residual and form.scheme is not None and layer.kind != TABLE:
                 measured[layer.name] = residual_errors(model, layer, form.scheme, drafted.metric, stats)
             else:
-                measured[layer.name] = spectrum(weight, metric_of(layer, drafted.metric, stats))
+                measured[layer.name] = spectrum(weight, metric)
         except WeightError as error:
             raise type(error)(f"{layer.name}: {error}") from error
     return measured

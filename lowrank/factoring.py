@@ -1,4 +1,4 @@
-"""Make factorized layers from dense ones, one by one or jointly; nothing in the model changes here.
+"""Make factorized layers and tables from dense ones, singly or jointly; nothing in the model changes here.
 
 Under a calibrated metric the bias takes up the mean of the error: ``b' = b + (W − LR) μ``. That is
 why the metric's second moment is centred. Source: DRONE (Chen et al. 2021) for the factors.
@@ -15,6 +15,7 @@ from lowrank.errors import PlanError, StatsError
 from lowrank.fingerprints import fingerprint_of_layer
 from lowrank.linalg import (
     Diagonal,
+    Factors,
     Metric,
     PulledBack,
     Scheme,
@@ -26,9 +27,10 @@ from lowrank.linalg import (
 from lowrank.linalg.metric import Side
 from lowrank.linalg.svd import small_side_gram
 from lowrank.menus import importance
-from lowrank.nn import LowRankLinear, QuantizedLinear, kind_of
+from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedLinear, kind_of
 from lowrank.planning import LayerPlan, Plan
 from lowrank.statistics import Stats
+from lowrank.ties import pads_with_zeros
 
 
 def check_stats(model: nn.Module, plan: Plan, stats: Stats | None) -> None:
@@ -38,7 +40,8 @@ def check_stats(model: nn.Module, plan: Plan, stats: Stats | None) -> None:
         PlanError: If the metric needs statistics and there are none.
         StatsError: If they are of another model, or lack a layer.
     """
-    dense = {x.name for x in plan.factorized if not isinstance(model.get_submodule(x.name), LowRankLinear)}
+    factors = LowRankLinear, LowRankEmbedding
+    dense = {x.name for x in plan.factorized if not isinstance(model.get_submodule(x.name), factors)}
     shared = [layers for layers in plan.shared.values() if dense.issuperset(x.name for x in layers)]
     if plan.metric == "weight" and not shared:
         return
@@ -103,11 +106,11 @@ def joint_metric(
 
 def factorized(
     dense: nn.Module, layer: LayerPlan, plan: Plan, stats: Stats | None = None, seed: int = 0
-) -> LowRankLinear:
-    """Return the factorized form of one dense layer; the bias stays the same parameter.
+) -> LowRankLinear | LowRankEmbedding:
+    """Return the factorized form of one dense layer or table; the bias stays the same parameter.
 
     Args:
-        dense: The layer, of a kind that `lowrank.nn` knows.
+        dense: The layer, of a kind that `lowrank.nn` knows, or the table.
         layer: Its entry in ``plan``, with a rank.
         plan: Gives the metric and the tolerance.
         stats: The statistics, unless the metric is ``"weight"``.
@@ -115,7 +118,10 @@ def factorized(
     """
     assert layer.rank is not None
     metric = metric_of(layer, plan.metric, stats)
-    found = truncated_svd(weight_of(dense), layer.rank, metric, tolerance=plan.tolerance, seed=seed)
+    matrix = matrix_of(dense, layer, metric)
+    found = truncated_svd(matrix, layer.rank, metric, tolerance=plan.tolerance, seed=seed)
+    if isinstance(dense, nn.Embedding):
+        return _table(dense, layer, found, metric)
     return _layer(dense, layer, found.left, found.right, found.relative_error, plan, stats)
 
 
@@ -186,10 +192,40 @@ def jointly_factorized(
 
 
 def weight_of(dense: nn.Module) -> Tensor:
-    """Return the weight ``(out, in)`` of a layer that can be factorized."""
+    """Return the weight ``(out, in)`` of a layer that can be factorized, or of a table."""
+    if isinstance(dense, nn.Embedding):
+        return dense.weight
     kind = kind_of(dense)
     assert kind is not None  # drafted as a target
     return kind.weight(dense)
+
+
+def matrix_of(dense: nn.Module, layer: LayerPlan, metric: Metric) -> Tensor:
+    """Return what the factors are to approximate: the weight; of a centred table, less its mean row."""
+    weight = weight_of(dense)
+    if layer.kind != LowRankEmbedding.kind or not layer.has_bias:
+        return weight
+    return weight.detach() - _mean_row(weight, metric)
+
+
+def _mean_row(table: Tensor, metric: Metric) -> Tensor:
+    """Return the mean of the rows, by the weights that they have under ``metric``."""
+    rows = table.detach().double()
+    if not isinstance(metric.outputs, Diagonal):
+        return rows.mean(0).to(table.dtype)
+    weights = metric.outputs.values.to(rows)
+    return (weights @ rows / weights.sum()).to(table.dtype)
+
+
+def _table(dense: nn.Embedding, layer: LayerPlan, found: Factors, metric: Metric) -> LowRankEmbedding:
+    """Wrap the factors of a table; a padding row of zeros stays zero, to the bit."""
+    left = found.left
+    if pads_with_zeros(dense):
+        left[dense.padding_idx] = 0.0
+    bias = nn.Parameter(_mean_row(dense.weight, metric)) if layer.has_bias else None
+    return LowRankEmbedding.from_factors(
+        left, found.right, bias, padding_idx=dense.padding_idx, relative_error=found.relative_error
+    )
 
 
 def _layer(

@@ -17,6 +17,9 @@ from lowrank.planning import CodedWeight, LayerPlan
 
 INT8 = Scheme("int8")
 
+TABLE = "embedding"
+"""The kind of a table: its factors replace it under every form, as there are no sums of coded tables."""
+
 
 @dataclass(frozen=True)
 class Form:
@@ -46,10 +49,12 @@ class Form:
         """
         if self.scheme is None:
             return []
+        factors = INT8 if self.residual else self.scheme
+        if layer.kind == TABLE:
+            return _coded_table(layer, self.scheme if layer.rank is None else factors)
         if layer.rank is None:
             sizes = layer.out_features, layer.in_features
             return [_coded(layer.name, layer.kind, sizes, layer.bias, self.scheme, calibrated, layer.bias)]
-        factors = INT8 if self.residual else self.scheme
         made = []
         if self.residual:
             sizes = layer.out_features, layer.in_features
@@ -110,8 +115,19 @@ def stored_bytes(layer: LayerPlan, codes: Iterable[CodedWeight], width: int) -> 
     """
     codes = list(codes)
     coded = sum(code.rows * code.columns for code in codes)
-    added = width * layer.out_features if layer.added_bias and layer.rank is not None else 0
+    added = width * layer.bias_features if layer.added_bias and layer.rank is not None else 0
     return sum(map(coded_bytes, codes)) + width * (layer.parameters - coded) + added
+
+
+def _coded_table(layer: LayerPlan, scheme: Scheme) -> list[CodedWeight]:
+    """Describe a coded table, or its coded factors."""
+    how = scheme.name, scheme.group_size
+    if layer.rank is None:
+        return [CodedWeight(layer.name, TABLE, layer.out_features, layer.in_features, False, *how)]
+    return [
+        CodedWeight(f"{layer.name}.down", TABLE, layer.out_features, layer.rank, False, *how),
+        CodedWeight(f"{layer.name}.up", "linear", layer.in_features, layer.rank, layer.has_bias, *how),
+    ]
 
 
 def _coded(

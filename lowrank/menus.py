@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lowrank.allocator import Curve, allocate, hull_segments
-from lowrank.forms import FLOAT, Form
+from lowrank.forms import FLOAT, TABLE, Form
 from lowrank.linalg import Spectrum
 from lowrank.planning import CodedWeight, LayerPlan
 
@@ -53,7 +53,7 @@ class Menu(Curve):
         rank, form = int(self.ranks[point]), self.forms[point]
         if rank:
             layers = sharing(self.layers, rank, "chosen by the allocator")
-            return [replace(layer, residual=form.residual) for layer in layers]
+            return [replace(x, residual=form.residual and x.kind != TABLE) for x in layers]
         reason = "worth its parameters" if len(self.ranks) > 1 else "too small: no rank saves parameters"
         if form.scheme is not None:
             reason = "chosen whole by the allocator"

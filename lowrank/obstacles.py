@@ -5,15 +5,15 @@ Drafting a plan asks for the reasons; applying one checks against them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from lowrank.errors import LowRankError
 from lowrank.linalg.svd import FLOATING
-from lowrank.nn import Coded, LowRankLinear, QuantizedLinear, kind_of
+from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear, kind_of
 from lowrank.reads import layers_read
+from lowrank.ties import embeddings, place_of, tied_heads
 
 
 def check_model(model: object) -> nn.Module:
@@ -36,10 +36,11 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules(remove_duplicate=False):
         if inside is not None and name.startswith(inside):
             continue
-        if isinstance(module, LowRankLinear):
+        if isinstance(module, (LowRankLinear, LowRankEmbedding)):
             inside = name + "."
-            yield name, module
-        elif isinstance(module, (nn.Linear, QuantizedLinear)) or kind_of(module) is not None:
+            if isinstance(module, LowRankLinear):
+                yield name, module
+        elif isinstance(module, (nn.Linear, QuantizedLinear, TiedLinear)) or kind_of(module) is not None:
             yield name, module
 
 
@@ -48,42 +49,53 @@ def find_obstacles(model: nn.Module) -> dict[str, str]:
 
     A reason reads on from "it …": ``"is used twice, also as encoder.b"``.
     """
-    return _found(model, linear_layers(model))
-
-
-def embeddings(model: nn.Module) -> Iterator[tuple[str, nn.Embedding]]:
-    """Yield every embedding table under each of its names."""
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Embedding):
-            yield name, module
-
-
-def find_embedding_obstacles(model: nn.Module) -> dict[str, str]:
-    """Return ``{table name: reason}`` for every embedding that cannot be coded, as `find_obstacles`."""
-    return _found(model, embeddings(model))
-
-
-def _found(model: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> dict[str, str]:
     obstacle = _finder(model)
-    found = {name: obstacle(name, module) for name, module in modules}
+    found = {name: obstacle(name, module, frozenset()) for name, module in linear_layers(model)}
     return {name: reason for name, reason in found.items() if reason}
 
 
-def _finder(model: nn.Module) -> Callable[[str, nn.Module], str | None]:
-    """Look the model over once, and return the function that tells what stands in a layer's way."""
+def find_embedding_obstacles(model: nn.Module) -> dict[str, str]:
+    """Return ``{table name: reason}`` for every table that must stay as it is, as `find_obstacles`.
+
+    Heads that are tied to a table stand in its way only where they themselves could not be replaced.
+    """
+    obstacle = _finder(model)
+    heads = tied_heads(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = {}
+    for name, table in embeddings(model):
+        group = [head for head, owner in heads.items() if owner == name]
+        shared = frozenset(f"{one}.weight" for one in (name, *group))
+        reason = obstacle(name, table, shared)
+        for head in group:
+            why = obstacle(head, modules[head], shared)
+            reason = reason or (f"is tied to {head}, which {why}" if why else None)
+        if reason:
+            found[name] = reason
+    return found
+
+
+def _finder(model: nn.Module) -> Callable[[str, nn.Module, frozenset[str]], str | None]:
+    """Look the model over once, and return the function that tells what stands in a layer's way.
+
+    Its last argument names the weights that a layer may share, since their modules are replaced with it; its
+    bias then stays as it is.
+    """
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(_place(parameter), []).append(name)
+        owners.setdefault(place_of(parameter), []).append(name)
     readers: dict[int, str] = {}  # of several the nearest, which comes last
     for module in model.modules():
         for layer in layers_read(module):
             readers[id(layer)] = type(module).__name__
 
-    def obstacle(name: str, module: nn.Module) -> str | None:
-        if isinstance(module, LowRankLinear):
+    def obstacle(name: str, module: nn.Module, shared: frozenset[str]) -> str | None:
+        if isinstance(module, TiedLinear):
+            return f"uses the weight of a {type(module.owner).__name__}, and is changed with that"
+        if isinstance(module, (LowRankLinear, LowRankEmbedding)):
             return f"is factorized already, at rank {module.rank}; decompress(model) undoes that"
         if isinstance(module, Coded):
             return f"is quantized already ({module.scheme.name}); decompress(model) undoes that"
@@ -99,14 +111,14 @@ def _finder(model: nn.Module) -> Callable[[str, nn.Module], str | None]:
         weight = module.weight
         if not isinstance(weight, nn.Parameter) or type(weight.data) is not Tensor:
             return f"has a weight of type {type(weight).__name__}, not a plain parameter"
-        if len(owners[_place(weight)]) > 1:
-            other = next(n for n in owners[_place(weight)] if n != f"{name}.weight")
-            return f"shares its weight with {other} (tied)"
+        others = [n for n in owners[place_of(weight)] if n != f"{name}.weight" and n not in shared]
+        if others:
+            return f"shares its weight with {others[0]} (tied)"
         bias = getattr(module, "bias", None)
         if (
-            isinstance(bias, nn.Parameter) and len(owners[_place(bias)]) > 1
+            isinstance(bias, nn.Parameter) and len(owners[place_of(bias)]) > 1 and not shared
         ):  # it could be corrected for one only
-            other = next(n for n in owners[_place(bias)] if n != f"{name}.bias")
+            other = next(n for n in owners[place_of(bias)] if n != f"{name}.bias")
             return f"shares its bias with {other} (tied)"
         if weight.dtype not in FLOATING:
             return f"has a weight of {weight.dtype}, not floating point; it may be quantized already"
@@ -117,9 +129,3 @@ def _finder(model: nn.Module) -> Callable[[str, nn.Module], str | None]:
         return None
 
     return obstacle
-
-
-def _place(parameter: Tensor) -> int:
-    """Tell parameters apart by where their data lies; on the meta device, by identity."""
-    without_data = parameter.is_meta or is_lazy(parameter)
-    return id(parameter) if without_data else parameter.data_ptr() or id(parameter)

@@ -12,9 +12,10 @@ from torch import nn
 from tqdm import tqdm
 
 from lowrank.errors import WeightError
-from lowrank.factoring import error_metric_of, input_moments, weight_of
-from lowrank.forms import FLOAT, Form
+from lowrank.factoring import error_metric_of, input_moments, matrix_of, metric_of, weight_of
+from lowrank.forms import FLOAT, INT8, TABLE, Form
 from lowrank.linalg import Scheme, Spectrum, factors_noise, lost_by_codes, residual_spectrum, whole_noise
+from lowrank.linalg.noise import rows_noise, table_noise
 from lowrank.menus import Outlook
 from lowrank.planning import LayerPlan, Plan
 from lowrank.statistics import Stats
@@ -58,6 +59,8 @@ def _outlooks(
     model: nn.Module, layer: LayerPlan, forms: Sequence[Form], metric: str, stats: Stats | None
 ) -> dict[Form, Outlook]:
     """Return what each of ``forms`` does to one layer; each scheme codes its weight once."""
+    if layer.kind == TABLE:
+        return _outlooks_of_table(model.get_submodule(layer.name), layer, forms, metric, stats)
     weight = weight_of(model.get_submodule(layer.name)).detach()
     how = error_metric_of(layer, weight, metric, stats)
     moments = input_moments(stats, layer) if metric != "weight" else None
@@ -73,4 +76,21 @@ def _outlooks(
         rank = layer.largest_paying_rank // 2 // form.rank_step * form.rank_step
         noise = factors_noise(weight, rank, form.scheme, how, moments) if rank else 0.0
         found[form] = Outlook(whole, noise)
+    return found
+
+
+def _outlooks_of_table(
+    table: nn.Module, layer: LayerPlan, forms: Sequence[Form], metric: str, stats: Stats | None
+) -> dict[Form, Outlook]:
+    """Return what each of ``forms`` does to a table, whose factors no form lets correct its codes."""
+    how = metric_of(layer, metric, stats)
+    matrix, weight = matrix_of(table, layer, how), weight_of(table).detach()
+    found = {}
+    for form in forms:
+        assert form.scheme is not None
+        factors = INT8 if form.residual else form.scheme
+        step = factors.group_size or 1
+        rank = layer.largest_paying_rank // 2 // step * step
+        noise = table_noise(matrix, rank, factors, how) if rank else 0.0
+        found[form] = Outlook(rows_noise(matrix, lost_by_codes(weight, form.scheme), how), noise)
     return found

@@ -299,7 +299,8 @@ def calibrate(
     layers = drafted(model, Request(None, "weight", False, targets, ignore), None)
     stream = _stream(model, data, tokenizer, device, batch_size, max_length)
     names = [layer.name for layer in layers.targeted]
-    return collect(model, names, stream, loss, tokenizer=tokenizer, seed=seed, progress=progress)
+    heads = {layer.name: layer.same_as for layer in layers if layer.same_as is not None}
+    return collect(model, names, stream, loss, heads=heads, tokenizer=tokenizer, seed=seed, progress=progress)
 
 
 def _stream(
@@ -381,7 +382,8 @@ def _decided(
         return _coded(model, decided, scheme, None, request.ignore, stats)
     ignored = [*(request.ignore or ()), *(layer.name for layer in layers.targeted)]
     rest = _coded(model, replace(layers, codes=()), scheme, None, ignored, stats, optional=True).codes
-    return decide(model, layers, request, stats, predict, progress, timing, rest)
+    decided = decide(model, layers, request, stats, predict, progress, timing, rest)
+    return quantizing.with_heads(model, decided)
 
 
 def apply(

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lowrank.errors import BudgetError, PlanError, RankError
+from lowrank.errors import BudgetError, PlanError, RankError, TargetError
 from lowrank.patterns import matches, no_match
 from lowrank.text import format_table
 
@@ -123,7 +123,8 @@ class LayerPlan:
 
     Args:
         name: Module name, as in ``model.named_modules()``.
-        kind: Which dense layer it is, ``"linear"`` (weight ``(out, in)``) or ``"conv1d"``.
+        kind: Which dense layer it is, ``"linear"`` (weight ``(out, in)``) or ``"conv1d"``; or
+            ``"embedding"``, a table of ``out_features`` rows of ``in_features``.
         in_features, out_features: Shape of the weight.
         bias: Whether the dense layer has a bias.
         rank: Inner size of the factors; ``None`` leaves the layer as it is.
@@ -132,6 +133,8 @@ class LayerPlan:
             there; ``None`` without statistics.
         down_of: The layer whose ``down`` this one uses, since both read the same input; ``None`` if it has
             its own.
+        same_as: The table whose weight this one uses, its factors or codes if it has some; ``None`` if it
+            has a weight of its own. The rank is then that of the table.
         reason: Why the layer has this rank, or why it stays dense.
         targeted: Whether the layer may change and counts for `keep`; if not, `reason` says why.
         added_bias: Whether the factorized layer gets a bias that the dense one has not.
@@ -155,6 +158,7 @@ class LayerPlan:
     held_out_error: float | None = None
     down_of: str | None = None
     residual: bool = False
+    same_as: str | None = None
 
     def __post_init__(self) -> None:
         if self.rank is not None:
@@ -166,13 +170,20 @@ class LayerPlan:
         return self.bias or self.added_bias
 
     @property
+    def bias_features(self) -> int:
+        """Elements of a bias: the outputs; of a table, the elements of a row."""
+        return self.in_features if self.kind == "embedding" else self.out_features
+
+    @property
     def dense_parameters(self) -> int:
         """Parameters of the dense weight, without the bias."""
         return self.in_features * self.out_features
 
     @property
     def parameters(self) -> int:
-        """Parameters of the weight, or of its two factors, after applying; also its MACs per token."""
+        """Parameters of the weight, or of its two factors, after applying; 0 where another has them."""
+        if self.same_as is not None:
+            return 0
         return self.dense_parameters if self.rank is None else self.parameters_at(self.rank)
 
     def parameters_at(self, rank: int) -> int:
@@ -277,8 +288,13 @@ class Plan:
     _index: dict[str, LayerPlan] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", tuple(self.layers))
         object.__setattr__(self, "codes", tuple(self.codes))
+        ranks = {layer.name: layer.rank for layer in self.layers}
+        layers = (
+            layer if layer.same_as not in ranks else replace(layer, rank=ranks[layer.same_as])
+            for layer in self.layers
+        )
+        object.__setattr__(self, "layers", tuple(layers))
         object.__setattr__(self, "_index", {layer.name: layer for layer in self.layers})
         if len(self._index) != len(self.layers):
             names = [layer.name for layer in self.layers]
@@ -306,8 +322,14 @@ class Plan:
 
     @property
     def factorized(self) -> tuple[LayerPlan, ...]:
-        """The layers that have a rank, those included that are factorized already."""
-        return tuple(layer for layer in self.layers if layer.rank is not None)
+        """The layers that have a rank of their own, those included that are factorized already."""
+        return tuple(layer for layer in self.layers if layer.rank is not None and layer.same_as is None)
+
+    @property
+    def tied(self) -> tuple[LayerPlan, ...]:
+        """The layers that use the factors or codes of a table."""
+        compressed = {x.name for x in self.factorized} | {code.name for code in self.codes}
+        return tuple(layer for layer in self.layers if layer.same_as in compressed)
 
     @property
     def targeted(self) -> tuple[LayerPlan, ...]:
@@ -346,13 +368,13 @@ class Plan:
     def carried_out(self, found: Plan) -> Plan:
         """Return ``found``, a draft of the compressed model, with this plan's request and reasons.
 
-        A layer keeps its entry here if it has the rank that the plan gave it; its error is ``found``'s,
-        which was measured.
+        A layer keeps its entry here if it has the rank and the tie that the plan gave it; its error is
+        ``found``'s, which was measured.
         """
         layers = {}
         for layer in found:
             planned = self._index.get(layer.name)
-            if planned is not None and planned.rank == layer.rank:
+            if planned is not None and (planned.rank, planned.same_as) == (layer.rank, layer.same_as):
                 layers[layer.name] = replace(planned, relative_error=layer.relative_error)
         layers_now = found.with_layers(layers).layers
         return replace(self, model=found.model, layers=layers_now, codes=found.codes)
@@ -367,7 +389,7 @@ class Plan:
             rank: The new rank, ``1 .. min(out, in)``; ``None`` leaves the layers dense.
 
         Raises:
-            TargetError: If the pattern matches no layer of the plan.
+            TargetError: If the pattern matches no layer of the plan, or only one that uses a table's weight.
             RankError: If the rank is not a positive integer.
 
         Example:
@@ -380,6 +402,12 @@ class Plan:
         chosen = [layer for layer in self.layers if matches(layer.name, pattern)]
         if not chosen:
             raise no_match(pattern, list(self._index), "layers of the plan")
+        used = next((layer for layer in chosen if layer.same_as is not None), None)
+        if used is not None and len(chosen) == 1:
+            raise TargetError(
+                f"{used.name}: has the rank of {used.same_as}, whose weight it uses. Name that."
+            )
+        chosen = [layer for layer in chosen if layer.same_as is None]
         reason = "left dense by hand" if rank is None else "set by hand"
         edited = {layer.name: layer.edited(rank, reason) for layer in chosen}
         return self._parted_from(edited.keys()).with_layers(edited)
@@ -480,7 +508,7 @@ class Plan:
                 layer.name,
                 f"{layer.out_features}×{layer.in_features}",
                 "dense" if layer.rank is None else str(layer.rank),
-                *([schemes.get(layer.name, "float")] if self.codes else []),
+                *([schemes.get(layer.same_as or layer.name, "float")] if self.codes else []),
                 f"{layer.kept_fraction:.0%}",
                 "" if layer.relative_error is None else f"{layer.relative_error:.4f}",
                 layer.reason + (f"; down of {layer.down_of}" if layer.down_of is not None else ""),
@@ -489,9 +517,11 @@ class Plan:
         ]
         before = sum(layer.dense_parameters for layer in self.targeted)
         after = sum(layer.parameters for layer in self.targeted)
+        tables = any(layer.kind == "embedding" for layer in self.layers)
+        layers = "linear layers and tables" if tables else "linear layers"
         footer = (
-            f"{self.model}, {self.budget or 'no budget'}: {len(self.factorized)} of {len(self.layers)} linear"
-            f" layers factorized; {after:,} of {before:,} targeted parameters remain"
+            f"{self.model}, {self.budget or 'no budget'}: {len(self.factorized)} of {len(self.layers)} "
+            f"{layers} factorized; {after:,} of {before:,} targeted parameters remain"
             f" ({self.kept_fraction:.1%})."
         )
         if self.metric != "weight":
@@ -509,7 +539,8 @@ class Plan:
         found: dict[str, list[str]] = {}
         for code in self.codes:
             parent, _, _ = code.name.rpartition(".")
-            found.setdefault(code.name if code.name in self._index else parent, []).append(code.scheme)
+            whole = code.name in self._index or parent not in self._index
+            found.setdefault(code.name if whole else parent, []).append(code.scheme)
         return {name: " + ".join(dict.fromkeys(schemes)) for name, schemes in found.items()}
 
 
@@ -519,7 +550,9 @@ def _summary(layer: LayerPlan | None) -> str:
     if layer.rank is None:
         return "dense"
     kind = "residual of rank" if layer.residual else "rank"
-    return f"{kind} {layer.rank}" + (f", down of {layer.down_of}" if layer.down_of is not None else "")
+    shared = layer.down_of or layer.same_as
+    what = "down" if layer.down_of is not None else "weight"
+    return f"{kind} {layer.rank}" + (f", {what} of {shared}" if shared is not None else "")
 
 
 _TYPES: dict[str, tuple[type, ...]] = {

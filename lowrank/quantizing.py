@@ -15,10 +15,9 @@ from torch import nn
 from lowrank.errors import LowRankError, SchemeError, TargetError
 from lowrank.forms import Form
 from lowrank.linalg import Scheme
-from lowrank.nn import Coded, LowRankLinear, kind_of
+from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, kind_of
 from lowrank.obstacles import (
     check_model,
-    embeddings,
     find_embedding_obstacles,
     find_obstacles,
     linear_layers,
@@ -26,7 +25,8 @@ from lowrank.obstacles import (
 from lowrank.patterns import matches, no_match
 from lowrank.planning import CodedWeight, LayerPlan, Plan
 from lowrank.statistics import Stats
-from lowrank.targets import check_patterns, not_wanted
+from lowrank.targets import check_patterns, left_alone, not_wanted, spells
+from lowrank.ties import embeddings, tied_heads
 
 
 def with_codes(
@@ -60,7 +60,18 @@ def with_codes(
             Scheme(code.scheme, code.group_size).check(code.rows, code.columns)
         except SchemeError as error:
             raise SchemeError(f"{code.name}: {error}") from error
-    return replace(plan, codes=(*plan.codes, *chosen))
+    return with_heads(model, replace(plan, codes=(*plan.codes, *chosen)))
+
+
+def with_heads(model: nn.Module, plan: Plan) -> Plan:
+    """Return ``plan`` with the heads that are tied to tables which it codes: they use the codes."""
+    tables = {code.name for code in plan.codes if code.kind == "embedding"}
+    using = {
+        head: replace(plan[head], same_as=table, reason=f"uses the weight of {table}", targeted=False)
+        for head, table in tied_heads(model).items()
+        if table in tables and head in plan
+    }
+    return plan.with_layers(using)
 
 
 def _chosen(
@@ -85,22 +96,30 @@ def _chosen(
     uses = Counter(id(module) for module in modules.values())
     blocked = find_obstacles(model) | find_embedding_obstacles(model)
     done = {code.name for code in plan.codes}
+    tied = tied_heads(model)
     for name, module in modules.items():
-        if not_wanted(name, targets, ignore or (), heads.get(name)):
+        group = [head for head, table in tied.items() if table == name]
+        named = any(spells(pattern, head) for head in group for pattern in targets or ())
+        if name in tied and tied[name] not in blocked:
+            continue  # its table decides
+        if (not_wanted(name, targets, ignore or (), heads.get(name)) and not named) or left_alone(
+            name, group, ignore or ()
+        ):
             continue
         layer = layers.get(name)
         known = stats is not None and name in stats
-        if isinstance(module, LowRankLinear):
+        if isinstance(module, (LowRankLinear, LowRankEmbedding)):
             plain = all(
-                type(part) is nn.Linear and not part.weight.is_meta for part in (module.down, module.up)
+                type(part) in (nn.Linear, nn.Embedding) and not part.weight.is_meta
+                for part in (module.down, module.up)
             )
             if layer is not None and plain and uses[id(module)] == 1:
                 yield from _linear(layer, plan, scheme, known, done)
+        elif name not in blocked and layer is not None:
+            yield from _linear(layer, plan, scheme, known, done)
         elif name not in blocked and isinstance(module, nn.Embedding):
             if name not in done:
                 yield _table(name, module, scheme)
-        elif name not in blocked and layer is not None:
-            yield from _linear(layer, plan, scheme, known, done)
         elif name in (targets or ()):
             raise TargetError(
                 f"{name}: this weight cannot be coded: it {blocked[name]}. Take it out of targets."

@@ -1,9 +1,9 @@
 """Recover: distil what compression has lost from the dense model back into the factors.
 
 The compressed model is trained to match its teacher's outputs and hidden states. Only factors, biases
-and norms are trained, and the codes of linear layers straight through their rounding; embeddings and heads
-stay. Held-out batches decide which state is kept, so the
-model that comes back is never worse on them than the one that was given.
+and norms are trained, factors of embeddings among them, and the codes of linear layers straight through their
+rounding; what else there is of embeddings and heads stays. Held-out batches decide which state is kept, so
+the model that comes back is never worse on them than the one that was given.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lowrank.distillation import Lesson
 from lowrank.distributed import check_alike, check_whole, copy_from_first, processes, unwrapped
 from lowrank.errors import DataError, LowRankError
 from lowrank.modes import eval_mode, training_only
-from lowrank.nn import LowRankLinear, QuantizedLinear
+from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedLinear
 from lowrank.obstacles import check_model
 from lowrank.runs import Course, Pace, Run
 
@@ -153,7 +153,7 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     factors = {
         id(parameter)
         for module in model.modules()
-        if isinstance(module, (LowRankLinear, QuantizedLinear))
+        if isinstance(module, (LowRankLinear, LowRankEmbedding, QuantizedLinear))
         for parameter in module.parameters()
     }
     return [p for p in model.parameters() if p.is_floating_point() and (id(p) in factors or p.ndim == 1)]
@@ -198,7 +198,8 @@ def _check(model: nn.Module, teacher: nn.Module, minutes: float | None, steps: i
     check_model(teacher)
     if model is teacher:
         raise LowRankError("The teacher is the compressed model itself. Keep a copy of the dense model.")
-    if not any(isinstance(module, (LowRankLinear, QuantizedLinear)) for module in model.modules()):
+    own = LowRankLinear, LowRankEmbedding, QuantizedLinear
+    if not any(isinstance(module, own) for module in model.modules()):
         raise LowRankError(
             "The model has no factorized or coded layer, so there is nothing to recover. Compress it first."
         )

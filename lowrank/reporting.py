@@ -14,7 +14,7 @@ from lowrank._transformers import plugin
 from lowrank.checkpoint import stored_tensors
 from lowrank.errors import LowRankError
 from lowrank.evaluation import loss_increase
-from lowrank.nn import Coded, LowRankLinear, QuantizedLinear
+from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, QuantizedLinear
 from lowrank.obstacles import check_model
 from lowrank.planning import LayerPlan, Plan
 from lowrank.targets import draft
@@ -36,6 +36,8 @@ class LayerReport:
         bytes_before, bytes: In the dtype that the layer computes in, and as it is stored.
         added_parameters: Of a bias that the dense layer did not have.
         scheme: How the weight or both factors are coded, ``"int8"`` or ``"int4"``; ``None`` if they are not.
+        kind: ``"linear"``, ``"conv1d"``, or ``"embedding"`` for a factorized table, whose rows are looked up.
+        same_as: The table whose weight it uses; its parameters and bytes are then counted there, here none.
     """
 
     name: str
@@ -48,15 +50,21 @@ class LayerReport:
     bytes: int
     added_parameters: int = 0
     scheme: str | None = None
+    kind: str = "linear"
+    same_as: str | None = None
 
     @property
     def macs_before(self) -> int:
-        """Multiply-accumulates per token of the dense layer."""
-        return self.parameters_before
+        """Multiply-accumulates per token of the dense layer; looking up takes none."""
+        return 0 if self.kind == LowRankEmbedding.kind else self.shape[0] * self.shape[1]
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates per token as the layer is now."""
+        if self.kind == LowRankEmbedding.kind:
+            return (self.rank or 0) * self.shape[1]
+        if self.same_as is not None:
+            return self.macs_before if self.rank is None else self.rank * sum(self.shape)
         return self.parameters
 
 
@@ -108,8 +116,8 @@ class Report:
 
     @property
     def factorized(self) -> tuple[LayerReport, ...]:
-        """The layers with a rank."""
-        return tuple(layer for layer in self.layers if layer.rank is not None)
+        """The layers with a rank of their own."""
+        return tuple(layer for layer in self.layers if layer.rank is not None and layer.same_as is None)
 
     @property
     def kept_fraction(self) -> float:
@@ -124,22 +132,34 @@ class Report:
         data["kept_fraction"] = self.kept_fraction
         return json.dumps(data, indent=2)
 
+    def _macs(self) -> str:
+        if all(layer.macs == layer.parameters for layer in self.layers):
+            return "as many MACs per token"
+        now, before = (sum(getattr(x, key) for x in self.layers) for key in ("macs", "macs_before"))
+        return f"{now:,} of {before:,} MACs per token"
+
     def __str__(self) -> str:
         header = ("layer", "out×in", "rank", "error", "parameters", "before", "kept", "bytes")
         rows = [_row(layer) for layer in self.layers]
-        linear_before = sum(layer.parameters_before for layer in self.layers)
-        linear = sum(layer.parameters for layer in self.layers)
+        tables = [layer for layer in self.layers if layer.kind == LowRankEmbedding.kind]
+        linear_before = sum(layer.parameters_before for layer in self.layers if layer not in tables)
+        linear = sum(layer.parameters for layer in self.layers if layer not in tables)
         lines = [
             format_table(header, rows),
             "",
-            f"{self.model}: {len(self.factorized)} of {len(self.layers)} linear layers factorized.",
+            f"{self.model}: {len(self.factorized)} of {len(self.layers)} layers factorized."
+            if tables
+            else f"{self.model}: {len(self.factorized)} of {len(self.layers)} linear layers factorized.",
             f"  linear weights  {linear:,} of {linear_before:,} parameters remain "
-            f"({linear / max(1, linear_before):.1%}); as many MACs per token",
+            f"({linear / max(1, linear_before):.1%}); {self._macs()}",
             f"  whole model     {self.parameters:,} of {self.parameters_before:,} parameters remain "
             f"({self.kept_fraction:.1%})",
             f"  checkpoint      {format_bytes(self.checkpoint_bytes)}, "
             f"dense {format_bytes(self.checkpoint_bytes_before)}",
         ]
+        if tables:
+            before, now = sum(x.parameters_before for x in tables), sum(x.parameters for x in tables)
+            lines.append(f"  tables          {now:,} of {before:,} parameters remain ({now / before:.1%})")
         for kind in sorted({(code.scheme, code.runs_on) for code in self.coded}):
             those = [code for code in self.coded if (code.scheme, code.runs_on) == kind]
             now, before = sum(code.bytes for code in those), sum(code.bytes_before for code in those)
@@ -195,10 +215,13 @@ def report(
     if plan is None and hf is not None:
         plan = hf.recorded(model)
     coded = tuple(_describe_code(n, m) for n, m in model.named_modules() if isinstance(m, Coded))
-    tables = [code for code in coded if code.runs_on == "lookup"]
+    factors = {f"{layer.name}.down" for layer in layers}
+    tables = [code for code in coded if code.runs_on == "lookup" and code.name not in factors]
     parameters = sum(p.numel() for p in model.parameters()) + sum(code.elements for code in coded)
     added = sum(x.added_parameters for x in layers)
-    added_bytes = sum(x.added_parameters * (x.bytes_before // x.parameters_before) for x in layers)
+    added_bytes = sum(
+        x.added_parameters * (x.bytes_before // x.parameters_before) for x in layers if x.added_parameters
+    )
     size = safetensors_bytes(tensors)
     return Report(
         model=type(model).__name__,
@@ -235,7 +258,9 @@ def _describe(model: nn.Module, layer: LayerPlan) -> LayerReport:
     module = model.get_submodule(layer.name)
     width = module.weight.element_size()  # type: ignore[operator,union-attr]
     parts: list[nn.Module] = [module]
-    if isinstance(module, LowRankLinear):
+    if isinstance(module, LowRankEmbedding):
+        parts = [module.up, module.down]
+    elif isinstance(module, LowRankLinear):
         parts = [module.up, module.down] if module.owns_down else [module.up]
     schemes = {part.scheme.name if isinstance(part, Coded) else None for part in parts}
     return LayerReport(
@@ -243,12 +268,14 @@ def _describe(model: nn.Module, layer: LayerPlan) -> LayerReport:
         shape=(layer.out_features, layer.in_features),
         rank=layer.rank,
         relative_error=layer.relative_error,
-        parameters_before=layer.dense_parameters,
+        parameters_before=0 if layer.same_as is not None else layer.dense_parameters,
         parameters=layer.parameters,
-        bytes_before=layer.dense_parameters * width,
+        bytes_before=0 if layer.same_as is not None else layer.dense_parameters * width,
         bytes=sum(_stored_bytes(part) for part in parts),
-        added_parameters=layer.out_features if layer.added_bias else 0,
+        added_parameters=layer.bias_features if layer.added_bias else 0,
         scheme=schemes.pop() if len(schemes) == 1 else None,
+        kind=layer.kind,
+        same_as=layer.same_as,
     )
 
 

@@ -21,6 +21,8 @@ from torch import Tensor
 from lowrank.errors import CheckpointError, StatsError
 from lowrank.folders import staged
 from lowrank.linalg import Diagonal, Gram, Metric, PulledBack
+from lowrank.linalg.shrinkage import shrunk
+from lowrank.lookups import Lookups
 from lowrank.tensorfile import METADATA, read_header
 
 STATS_FORMAT = 1
@@ -73,30 +75,7 @@ class Moments:
 
 
 def _side(matrix: Tensor, samples: float) -> Diagonal | Gram:
-    return Diagonal(matrix.clamp(min=0)) if matrix.ndim == 1 else Gram(_shrunk(matrix, samples))
-
-
-def _shrunk(matrix: Tensor, samples: float) -> Tensor:
-    """Shrink a second moment estimated from few ``samples`` towards its diagonal.
-
-    With fewer samples than features some directions were never seen, but not because they do not
-    exist. The amount is the oracle-approximating one for the correlation matrix; it vanishes as one
-    over the samples. Shrinking to the diagonal, and not to the identity, respects features whose
-    scales differ by orders of magnitude.
-
-    Source: Chen, Wiesel, Eldar & Hero 2010 (OAS, arXiv:0907.4698), with the diagonal as the target.
-    """
-    size = len(matrix)
-    scale = matrix.diagonal().clamp(min=0).sqrt()
-    inverse = torch.where(scale > 0, 1 / scale.clamp(min=torch.finfo(scale.dtype).tiny), 0.0)
-    features = float((scale > 0).sum())  # the trace of the correlation matrix
-    squares = float((matrix * inverse[:, None] * inverse).square().sum())
-    spread = squares - features**2 / max(1.0, features)
-    if spread <= 0 or samples <= 0:
-        return matrix
-    amount = ((1 - 2 / size) * squares + features**2) / ((samples + 1 - 2 / size) * spread)
-    amount = min(1.0, max(0.0, amount))
-    return matrix * (1 - amount) + torch.diag(amount * matrix.diagonal())
+    return Diagonal(matrix.clamp(min=0)) if matrix.ndim == 1 else Gram(shrunk(matrix, samples))
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,6 +157,7 @@ class Stats:
         tokens: Real tokens seen.
         terms: Independent terms of the objective: samples, or tokens of a language model.
         held_out: By layer, how a trial factorization fared on tokens that it had not seen.
+        tables: By name of an embedding table, how its rows are used.
     """
 
     fingerprint: Fingerprint
@@ -187,9 +167,10 @@ class Stats:
     tokens: int = 0
     terms: int = 0
     held_out: Mapping[str, Held] = field(default_factory=dict)
+    tables: Mapping[str, Lookups] = field(default_factory=dict)
 
     def __contains__(self, layer: object) -> bool:
-        return layer in self.sources
+        return layer in self.sources or layer in self.tables
 
     def __repr__(self) -> str:
         return (
@@ -202,6 +183,7 @@ class Stats:
         """Memory that the sums take."""
         tensors = [t for m in self.inputs.values() for t in (m.total, m.products)]
         tensors += [g.products for g in self.gradients.values()]
+        tensors += [tensor for table in self.tables.values() for tensor in table.tensors.values()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def moments(self, layer: str) -> Moments:
@@ -212,15 +194,20 @@ class Stats:
 
     def is_diagonal(self, layer: str, metric: str) -> bool:
         """Tell whether ``metric`` knows only a diagonal of ``layer``'s moments, since it is very wide."""
+        if layer in self.tables:
+            return False
         coarse = self.moments(layer).products.ndim == 1 and metric in ("inputs", "loss")
         return coarse or (metric == "loss" and self.gradients[layer].products.ndim == 1)
 
     def best_metric(self) -> str:
         """Name the metric that makes the most of what is here."""
-        return "loss" if self.gradients else "inputs"
+        felt = self.gradients or any(table.gradients is not None for table in self.tables.values())
+        return "loss" if felt else "inputs"
 
     def lacks(self, layer: str, metric: str) -> str | None:
         """Return why ``layer`` cannot be measured by ``metric``, or ``None``."""
+        if layer in self.tables:
+            return self.tables[layer].lacks(metric)
         if layer not in self.sources:
             return "was not called during calibration"
         if metric == "loss" and layer not in self.gradients:
@@ -228,7 +215,7 @@ class Stats:
         return None
 
     def metric(self, layer: str, kind: str, centred: bool) -> Metric:
-        """Return the metric of one layer.
+        """Return the metric of one layer, or of a table, whose rows weigh as often as they are read.
 
         Args:
             layer: Its name.
@@ -240,6 +227,8 @@ class Stats:
         """
         if kind == "weight":
             return Metric()
+        if layer in self.tables:
+            return self.tables[layer].metric(kind)
         moments = self.moments(layer)
         inputs = moments.centred if centred else moments.raw
         if kind == "diagonal":
@@ -259,7 +248,8 @@ class Stats:
         To second order, a change ``δy`` of the layer's output costs ``½ Σ (gᵀδy)²``, and the squared
         error is a mean over tokens.
         """
-        return 0.5 * self.held_out_ratio(layer) * self.gradients[layer].tokens / max(1, self.terms)
+        tokens = self.tables[layer].tokens if layer in self.tables else self.gradients[layer].tokens
+        return 0.5 * self.held_out_ratio(layer) * tokens / max(1, self.terms)
 
     def held_out_ratio(self, layer: str) -> float:
         """Return the squared error measured on held-out tokens over the predicted one; 1 if not known."""
@@ -274,7 +264,9 @@ class Stats:
         mine, its = self.fingerprint, other.fingerprint
         if (mine.layers, mine.tokenizer) != (its.layers, its.tokenizer):
             raise StatsError("Statistics of different models or tokenizers cannot be added.")
-        if self.sources != other.sources or self.gradients.keys() != other.gradients.keys():
+        tables = [{name: table.tensors.keys() for name, table in x.tables.items()} for x in (self, other)]
+        gradients = self.gradients.keys(), other.gradients.keys()
+        if self.sources != other.sources or gradients[0] != gradients[1] or tables[0] != tables[1]:
             raise StatsError("The statistics know different layers. Calibrate both in the same way.")
         data = (int(mine.data, 16) + int(its.data, 16)) % 2**64
         return Stats(
@@ -288,6 +280,7 @@ class Stats:
                 name: self.held_out[name] + other.held_out[name]
                 for name in self.held_out.keys() & other.held_out.keys()
             },
+            {name: table + other.tables[name] for name, table in self.tables.items()},
         )
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
@@ -302,6 +295,8 @@ class Stats:
             tensors[f"inputs.{key}.products"] = moments.products
         for name, gradients in self.gradients.items():
             tensors[f"gradients.{name}.products"] = gradients.products
+        for name, table in self.tables.items():
+            tensors |= {f"tables.{name}.{part}": tensor for part, tensor in table.tensors.items()}
         structure = {
             "format": STATS_FORMAT,
             "fingerprint": vars(self.fingerprint),
@@ -313,6 +308,10 @@ class Stats:
             "gradients": {
                 name: {"tokens": gradients.tokens, "pulled_back": gradients.pulled_back}
                 for name, gradients in self.gradients.items()
+            },
+            "tables": {
+                name: {"parts": list(table.tensors), "head_tokens": table.head_tokens}
+                for name, table in self.tables.items()
             },
         }
         with staged(Path(folder), overwrite) as staging:
@@ -362,6 +361,13 @@ def _assembled(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> S
         )
         for name, entry in structure["gradients"].items()
     }
+    tables = {
+        name: Lookups(
+            **{part: tensors[f"tables.{name}.{part}"] for part in entry["parts"]},
+            head_tokens=int(entry["head_tokens"]),
+        )
+        for name, entry in structure.get("tables", {}).items()  # absent before there were any
+    }
     for layer, key in structure["sources"].items():
         if key not in inputs or not isinstance(layer, str):
             raise ValueError(f"layer {layer!r} reads the input {key!r}, which is not there")
@@ -383,4 +389,5 @@ def _assembled(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> S
         int(structure["tokens"]),
         int(structure["terms"]),
         held,
+        tables,
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -18,15 +19,27 @@ from tqdm import tqdm
 
 from lowrank.coding import base_of, check_codes, coded, rotate, scheme_of
 from lowrank.errors import LowRankError, PlanError, WeightError
-from lowrank.factoring import check_stats, corrected, factorized, jointly_factorized
+from lowrank.factoring import check_stats, corrected, factorized, jointly_factorized, weight_of
 from lowrank.linalg.svd import check_options, checked_weight
 from lowrank.menus import largest_shared_rank
-from lowrank.nn import Coded, LowRankLinear, QuantizedEmbedding, QuantizedLinear, kind_named, kind_of
-from lowrank.obstacles import check_model, find_obstacles
+from lowrank.nn import (
+    Coded,
+    LowRankEmbedding,
+    LowRankLinear,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    TiedLinear,
+    kind_named,
+    kind_of,
+)
+from lowrank.obstacles import check_model, find_embedding_obstacles, find_obstacles
 from lowrank.planning import CodedWeight, LayerPlan, Plan
 from lowrank.statistics import Stats
+from lowrank.ties import followers, tied_heads
 
 _Module = TypeVar("_Module", bound=nn.Module)
+
+_Factorized = LowRankLinear, LowRankEmbedding
 
 
 def apply(
@@ -57,12 +70,13 @@ def encode(
     todo.sort(key=lambda code: code.name.endswith(".up"))  # a down needs its up in floating point
     names = {code.name for code in todo}
     for name, module in model.named_modules():
-        if isinstance(module, LowRankLinear) and {f"{name}.down", f"{name}.up"} <= names:
+        if isinstance(module, _Factorized) and {f"{name}.down", f"{name}.up"} <= names:
             rotate(module, seed)
     for code in tqdm(todo, desc="coding", unit="weight", disable=None if progress else True):
         old = model.get_submodule(code.name)
         new, mean = coded(model, code, stats)
         replace_module(model, code.name, adopt(new, old))
+        _follow(model, plan, code.name)
         if mean is not None:
             holder = model.get_submodule(code.name.rpartition(".")[0])
             taker = holder.bias if isinstance(holder, LowRankLinear) else new.bias
@@ -88,6 +102,7 @@ def _factorize(
 ) -> None:
     """Replace one layer, or those that share a ``down``."""
     dense = [model.get_submodule(layer.name) for layer in layers]
+    new: Sequence[nn.Module]
     if layers[0].residual:
         new = [corrected(dense[0], layers[0], scheme_of(base_of(plan, layers[0])), plan, stats, seed)]
     elif len(layers) == 1:
@@ -97,6 +112,18 @@ def _factorize(
         new = jointly_factorized(dense, layers, plan, stats, seed)
     for layer, old, small in zip(layers, dense, new, strict=True):
         replace_module(model, layer.name, adopt(small, old))
+        _follow(model, plan, layer.name)
+
+
+def _follow(model: nn.Module, plan: Plan, owner: str) -> None:
+    """Let the layers that use the table called ``owner`` use it as it is now."""
+    table = model.get_submodule(owner)
+    for layer in plan.layers:
+        old = model.get_submodule(layer.name) if layer.same_as == owner else None
+        if old is not None and not isinstance(old, TiedLinear):
+            bias: nn.Parameter | None = old.bias  # type: ignore[assignment]
+            new = TiedLinear(table, bias, kind=layer.kind)  # type: ignore[arg-type]
+            replace_module(model, layer.name, adopt(new, old))
 
 
 def _together(plan: Plan, todo: Sequence[LayerPlan]) -> Iterator[tuple[LayerPlan, ...]]:
@@ -141,6 +168,9 @@ def restructure(model: nn.Module, plan: Plan) -> nn.Module:
     shared = plan.shared
     for layer in itertools.chain.from_iterable(_together(plan, _validate(model, plan, loading=True))):
         dense = model.get_submodule(layer.name)
+        if isinstance(dense, nn.Embedding):
+            replace_module(model, layer.name, adopt(_table_without_data(layer, dense), dense))
+            continue
         kind = kind_of(dense)
         assert kind is not None  # _validate has refused everything else
         weight = kind.weight(dense)
@@ -164,7 +194,20 @@ def restructure(model: nn.Module, plan: Plan) -> nn.Module:
         old = model.get_submodule(code.name)
         if not isinstance(old, Coded):
             replace_module(model, code.name, adopt(_without_data(code, old), old))
+    for owner in {layer.same_as for layer in plan.tied}:
+        _follow(model, plan, owner)  # type: ignore[arg-type]
     return model
+
+
+def _table_without_data(layer: LayerPlan, dense: nn.Embedding) -> LowRankEmbedding:
+    new = LowRankEmbedding(
+        *(layer.out_features, layer.in_features, layer.rank or 0, layer.has_bias),
+        padding_idx=dense.padding_idx,
+        device="meta",
+        dtype=dense.weight.dtype,
+    )
+    new.relative_error = layer.relative_error
+    return new
 
 
 def _without_data(code: CodedWeight, old: nn.Module) -> Coded:
@@ -211,6 +254,12 @@ def decompress(model: nn.Module) -> nn.Module:
             "The model is itself a LowRankLinear, and no module can replace itself. "
             "Its dense weight is model.dense_weight(); or pass the module that holds it."
         )
+    users = followers(model)
+    lost = next((name for name, owner in users.items() if not owner), None)
+    if lost is not None:
+        raise LowRankError(
+            f"{lost}: uses the weight of a table outside of this module. Pass the model that has both."
+        )
     layers = {n: module for n, module in model.named_modules() if isinstance(module, LowRankLinear)}
     kinds = {
         name: kind_named(module.kind) for name, module in layers.items()
@@ -219,8 +268,19 @@ def decompress(model: nn.Module) -> nn.Module:
         with torch.no_grad():
             weight = module.dense_weight()
         replace_module(model, name, adopt(kinds[name].layer(weight, module.dense_bias()), module))
+    for name, table in [(n, m) for n, m in model.named_modules() if isinstance(m, LowRankEmbedding)]:
+        sizes = table.num_embeddings, table.embedding_dim
+        rows = table.dense_weight().detach()
+        dense = nn.Embedding(*sizes, table.padding_idx, _weight=rows, _freeze=False)
+        replace_module(model, name, adopt(dense, table))
     for name, code in [(n, m) for n, m in model.named_modules() if isinstance(m, Coded)]:
         replace_module(model, name, adopt(_decoded(code), code))
+    for name, owner in users.items():
+        head = model.get_submodule(name)
+        whole: nn.Parameter = model.get_submodule(owner).weight  # type: ignore[assignment]
+        layer = adopt(kind_named("linear").layer(whole.detach(), head.bias), head)  # type: ignore[arg-type]
+        layer.weight = whole
+        replace_module(model, name, layer)
     return model
 
 
@@ -268,21 +328,27 @@ def adopt(new: _Module, old: nn.Module) -> _Module:
 
 def _validate(model: nn.Module, plan: Plan, loading: bool = False) -> list[LayerPlan]:
     """Return the layers to factorize, or raise before anything has changed."""
-    blocked = find_obstacles(model)
+    blocked = find_obstacles(model) | find_embedding_obstacles(model)
     modules = dict(model.named_modules())
     shared = plan.shared
     todo = []
+    if not loading:
+        _check_heads(model, plan)
     for layer in plan:
         module = modules.get(layer.name)
-        if layer.rank is None and not isinstance(module, LowRankLinear):
+        if layer.same_as is not None:
+            _check_follower(layer, plan, modules)
+            continue
+        if layer.rank is None and not isinstance(module, _Factorized):
             continue
         if module is None:
             raise PlanError(
                 f"{layer.name}: {type(model).__name__} has no such layer. The plan is for {plan.model}."
             )
-        if isinstance(module, LowRankLinear):
-            if (module.rank, module.base is not None) != (layer.rank, layer.residual):
-                found = f"{'as a residual, ' if module.base is not None else ''}at rank {module.rank}"
+        if isinstance(module, _Factorized):
+            corrects = isinstance(module, LowRankLinear) and module.base is not None
+            if (module.rank, corrects) != (layer.rank, layer.residual):
+                found = f"{'as a residual, ' if corrects else ''}at rank {module.rank}"
                 raise PlanError(
                     f"{layer.name}: factorized already, {found}; the plan says "
                     f"{'residual, ' if layer.residual else ''}{layer.rank or 'dense'}. "
@@ -336,11 +402,44 @@ def _check_shared(
         )
 
 
+def _check_heads(model: nn.Module, plan: Plan) -> None:
+    """Check that no table is replaced without the heads that are tied to it."""
+    compressed = {layer.name for layer in plan.factorized} | {code.name for code in plan.codes}
+    for head, table in tied_heads(model).items():
+        if table in compressed and (head not in plan or plan[head].same_as != table):
+            raise PlanError(
+                f"{table}: the plan changes this table, but not {head}, which is tied to it. Make the plan "
+                f"for this model, so that {head} is the same as {table} in it."
+            )
+
+
+def _check_follower(layer: LayerPlan, plan: Plan, modules: Mapping[str, nn.Module]) -> None:
+    """Check that ``layer`` can use the table that the plan names."""
+    module, table = modules.get(layer.name), modules.get(layer.same_as or "")
+    if isinstance(module, TiedLinear):
+        if module.owner is not table:
+            raise PlanError(f"{layer.name}: the plan says that it uses {layer.same_as}, but it uses another.")
+        return
+    if not isinstance(table, (nn.Embedding, LowRankEmbedding, QuantizedEmbedding)):
+        raise PlanError(f"{layer.name}: is to use the weight of {layer.same_as}, which is no table here.")
+    if module is None or (layer.rank is not None and layer.same_as not in plan):
+        raise PlanError(
+            f"{layer.name}: the model or the plan lacks it, or {layer.same_as}, which it is to use."
+        )
+    _check_layer(module, replace(layer, rank=None), shared=False)
+    if (layer.out_features, layer.in_features) != (table.num_embeddings, table.embedding_dim):
+        raise PlanError(
+            f"{layer.name}: is to use the weight of {layer.same_as}, which has another shape: "
+            f"{table.num_embeddings} rows of {table.embedding_dim}."
+        )
+
+
 def _check_layer(module: nn.Module, layer: LayerPlan, shared: bool) -> None:
     kind = kind_of(module)
-    if kind is None or kind.name != layer.kind:
+    name = LowRankEmbedding.kind if isinstance(module, nn.Embedding) else getattr(kind, "name", None)
+    if name != layer.kind:
         raise PlanError(f"{layer.name}: the plan says {layer.kind}, the model has a {type(module).__name__}.")
-    shape = tuple(kind.weight(module).shape)
+    shape = tuple(weight_of(module).shape)
     if shape != (layer.out_features, layer.in_features):
         raise PlanError(
             f"{layer.name}: the plan is for a weight (out={layer.out_features}, in={layer.in_features}), "

@@ -1,22 +1,25 @@
 """Draft a plan: list every linear layer of a model, and say which may change and why others may not.
 
+Embedding tables are listed where a target spells them, and with each the heads that are tied to it.
+
 A layer is left alone, with the reason in the plan, if it is a head, if its weight is tied or read
 by value elsewhere, or if it is no plain floating-point linear layer. Naming such a layer is an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
 
 from lowrank.coding import described
 from lowrank.errors import TargetError
-from lowrank.nn import Coded, LowRankLinear, QuantizedLinear, kind_of
-from lowrank.obstacles import embeddings, find_obstacles, linear_layers
+from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear, kind_of
+from lowrank.obstacles import find_embedding_obstacles, find_obstacles, linear_layers
 from lowrank.patterns import matches, no_match
 from lowrank.planning import LayerPlan, Plan
+from lowrank.ties import embeddings, followers, pads_with_zeros, tied_heads
 
 HEADS = frozenset(
     {
@@ -41,7 +44,8 @@ def draft(
     Args:
         model: Any module, on any device; only names, shapes and dtypes are read.
         targets: Unix-style patterns on module names; ``None`` means every layer but the heads. A head
-            is a target only if a pattern spells its name (``"classifier"``, ``"lm_head*"``).
+            is a target only if a pattern spells its name (``"classifier"``, ``"lm_head*"``), and so is an
+            embedding table (``"*.word_embeddings"``, ``"*embed*"``). A table and its tied heads are one.
         ignore: Patterns of layers to leave alone; they win over ``targets``.
         heads: ``{layer name: head}`` of layers that belong to a head, beside those that `HEADS` tells.
 
@@ -58,18 +62,22 @@ def draft(
             "Use LowRankLinear.from_linear(layer, rank), or pass the module that holds the layer."
         )
     layers = dict(linear_layers(model))
-    for pattern in check_patterns("targets", targets):
-        if not any(matches(name, pattern) for name in layers):
-            raise no_match(pattern, list(layers), f"linear layers of {type(model).__name__}")
-    weights = [*layers, *(name for name, _ in embeddings(model))]  # these may be coded, or not
-    for pattern in check_patterns("ignore", ignore):
-        if not any(matches(name, pattern) for name in weights):
-            raise no_match(pattern, weights, f"linear layers and embeddings of {type(model).__name__}")
+    tables = dict(embeddings(model))
+    known = [*layers, *tables]
+    for pattern in [*check_patterns("targets", targets), *check_patterns("ignore", ignore)]:
+        if not any(matches(name, pattern) for name in known):
+            where = "linear layers and tables" if tables else "linear layers"
+            raise no_match(pattern, known, f"{where} of {type(model).__name__}")
+    plans = {plan.name: plan for plan in _tables(model, tables, targets or (), ignore or ())}
+    targeted = {plan.name for plan in plans.values() if plan.targeted}
+    users = followers(model) | {head: x for head, x in tied_heads(model).items() if x in targeted}
     blocked = find_obstacles(model)
-    plans = []
     owners = {id(x.down): n for n, x in layers.items() if isinstance(x, LowRankLinear) and x.owns_down}
     for name, module in layers.items():
         plan = _describe(name, module, owners)
+        if name in users:
+            plans[name] = _following(plan, users[name])
+            continue
         reason = blocked.get(name)
         if reason and name in (targets or ()):
             raise TargetError(
@@ -78,9 +86,65 @@ def draft(
             )
         head = heads.get(name) if heads is not None else None
         reason = reason or not_wanted(name, targets, ignore or (), head)
-        plans.append(replace(plan, reason=reason or "", targeted=reason is None))
+        plans[name] = replace(plan, reason=reason or "", targeted=reason is None)
+    ordered = tuple(plans[n] for n, _ in model.named_modules(remove_duplicate=False) if n in plans)
     codes = tuple(described(n, m) for n, m in model.named_modules() if isinstance(m, Coded))
-    return Plan(model=type(model).__name__, layers=tuple(plans), codes=codes)
+    return Plan(model=type(model).__name__, layers=ordered, codes=codes)
+
+
+def _tables(
+    model: nn.Module,
+    tables: Mapping[str, nn.Embedding | LowRankEmbedding],
+    targets: Sequence[str],
+    ignore: Sequence[str],
+) -> Iterator[LayerPlan]:
+    """Yield the tables that are factorized, or that a target spells, by their own name or that of a head."""
+    blocked = find_embedding_obstacles(model)
+    heads = tied_heads(model)
+    for name, table in tables.items():
+        plan = _describe_table(name, table)
+        group = [head for head, owner in heads.items() if owner == name]
+        spelled = any(spells(pattern, one) for pattern in targets for one in (name, *group))
+        if not spelled and plan.rank is None:
+            continue
+        reason = blocked.get(name) or left_alone(name, group, ignore)
+        named = next((one for one in (name, *group) if one in targets), None)
+        if reason and named is not None:
+            raise TargetError(
+                f"{named}: the table {name} cannot be factorized: it {reason}. Take it out of targets."
+            )
+        yield replace(plan, reason=reason or "", targeted=reason is None)
+
+
+def spells(pattern: str, name: str) -> bool:
+    """Tell whether ``pattern`` names a table or its head, as a target must: ``"*"`` alone does not."""
+    return matches(name, pattern) and (name.rpartition(".")[2] in pattern or "embed" in pattern)
+
+
+def left_alone(name: str, heads: Sequence[str], ignore: Sequence[str]) -> str | None:
+    """Return why ``ignore`` leaves a table with its heads alone; reads on from "it …"."""
+    for one in (name, *heads):
+        if any(matches(one, pattern) for pattern in ignore):
+            return "is ignored" if one == name else f"is tied to {one}, which is ignored"
+    return None
+
+
+def _describe_table(name: str, table: nn.Embedding | LowRankEmbedding) -> LayerPlan:
+    rows, columns = table.num_embeddings, table.embedding_dim
+    if isinstance(table, LowRankEmbedding):
+        centred = table.bias is not None
+        return LayerPlan(
+            *(name, table.kind, columns, rows, False, table.rank, table.relative_error), added_bias=centred
+        )
+    return LayerPlan(name, LowRankEmbedding.kind, columns, rows, False, added_bias=not pads_with_zeros(table))
+
+
+def _following(plan: LayerPlan, owner: str) -> LayerPlan:
+    if not owner:
+        raise TargetError(
+            f"{plan.name}: uses the weight of a table outside of this module. Pass the model that has both."
+        )
+    return replace(plan, same_as=owner, reason=f"uses the weight of {owner}", targeted=False)
 
 
 def _describe(name: str, module: nn.Module, owners: Mapping[int, str]) -> LayerPlan:
@@ -97,7 +161,7 @@ def _describe(name: str, module: nn.Module, owners: Mapping[int, str]) -> LayerP
             down_of=None if module.owns_down else owners.get(id(module.down)),
             residual=module.base is not None,
         )
-    if isinstance(module, QuantizedLinear):
+    if isinstance(module, (QuantizedLinear, TiedLinear)):
         sizes = module.in_features, module.out_features
         return LayerPlan(name, module.kind, *sizes, module.bias is not None)
     kind = kind_of(module)

@@ -35,7 +35,8 @@ from lowrank.checkpoint import checked, digest_of, plan_shapes, stored_tensors
 from lowrank.coding import PARTS
 from lowrank.errors import BudgetError, CheckpointError, LowRankError, PlanError
 from lowrank.folders import TENSORS
-from lowrank.nn import Coded, LowRankLinear
+from lowrank.hf.ties import rewrite_ties, with_tied_heads
+from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, TiedLinear
 from lowrank.pipeline import compress
 from lowrank.planning import Budget, Plan
 from lowrank.surgery import restructure
@@ -43,6 +44,9 @@ from lowrank.targets import draft
 from lowrank.tensorfile import DTYPE_NAMES, Stored, read_header
 
 METHOD = "lowrank"
+
+_OWN = LowRankLinear, LowRankEmbedding, TiedLinear, Coded
+"""Modules that `lowrank` puts into a model."""
 
 
 @register_quantization_config(METHOD)
@@ -150,14 +154,14 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         self._headers = {file: read_header(file) for file in checkpoint_files or ()}
         for file, header in self._headers.items():
             _check_shapes(file, {name: stored.shape for name, stored in header.items()}, plan)
-        self._plan = _localized(plan, model)
-        _check_ties(model, self._plan)
+        self._plan = with_tied_heads(model, _localized(plan, model))
         try:
             restructure(model, self._plan)
         except PlanError as error:
             raise CheckpointError(f"config.json does not fit the architecture: {error}") from error
+        rewrite_ties(model)
         for module in model.modules():
-            if isinstance(module, (LowRankLinear, Coded)):  # some models initialise whatever is called Linear
+            if isinstance(module, _OWN):  # some models initialise whatever is called Linear
                 module._is_hf_initialized = True  # type: ignore[assignment]
 
     def update_weight_conversions(
@@ -195,11 +199,12 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def record(model: nn.Module, plan: Plan | None = None) -> None:
-    """Write into the config of each transformers model in ``model`` what is factorized in it.
+    """Write into the config of each transformers model in ``model`` what is factorized in it; fit its ties.
 
     ``save_pretrained`` stores the config, so that ``from_pretrained`` finds the structure again. What
     counts is the model; the ``plan`` that was carried out adds the request and the reasons.
     """
+    rewrite_ties(model)
     for part in _pretrained_models(model):
         found = draft(part)
         if found.factorized or found.codes:
@@ -261,15 +266,15 @@ def _check_shapes(file: str, shapes: Mapping[str, tuple[int, ...]], plan: Plan) 
     A sharded checkpoint has each tensor in one of its files, and some models store other names.
     """
     expected = plan_shapes(plan)
-    coded = {code.name for code in plan.codes}
+    coded, tied = {code.name for code in plan.codes}, {layer.name for layer in plan.tied}
     for layer in plan:
         marker = f"{layer.name}.weight"  # without elements where the layer is factorized
-        if layer.rank is None and layer.name not in coded and shapes.get(marker) == (0,):
+        if layer.rank is None and layer.name not in coded | tied and 0 in shapes.get(marker, ()):
             raise CheckpointError(
                 f"{file}: the tensor {marker} belongs to a factorized layer, but by config.json the layer "
                 "is dense. One of the two files has been changed."
             )
-        if layer.rank is None:
+        if layer.rank is None or layer.same_as is not None:
             continue
         known = {*expected, f"{layer.name}.up.bias"}
         strange = next((n for n in shapes if n.startswith(f"{layer.name}.") and n not in known), None)
@@ -380,7 +385,8 @@ def _localized(plan: Plan, model: PreTrainedModel) -> Plan:
     for layer in plan:
         name = translated(layer.name)
         if name is not None:
-            layers.append(replace(layer, name=name, down_of=translated(layer.down_of)))
+            owner, table = translated(layer.down_of), translated(layer.same_as) or layer.same_as
+            layers.append(replace(layer, name=name, down_of=owner, same_as=table))
     codes = []
     for code in plan.codes:
         parent, _, part = code.name.rpartition(".")
@@ -396,27 +402,15 @@ def _localized(plan: Plan, model: PreTrainedModel) -> Plan:
     return replace(plan, layers=tuple(layers), codes=tuple(codes))
 
 
-def _check_ties(model: PreTrainedModel, plan: Plan) -> None:
-    """Refuse a head that is tied to an embedding whose weight is codes."""
-    coded = {f"{code.name}.weight": code for code in plan.codes}
-    for pair in (model.all_tied_weights_keys or {}).items():
-        for name in pair:
-            if name in coded:
-                raise CheckpointError(
-                    f"config.json: {coded[name].name} is coded as {coded[name].scheme}, but "
-                    f"{type(model).__name__} ties it to its head. Load the base model, or call "
-                    "decompress(model) on that and save it."
-                )
-
-
 def _check_loaded(model: PreTrainedModel) -> None:
     """Refuse a model whose tensors were not all in the checkpoint: transformers only warns.
 
     A model of another class than the saved one may lack its head, but no factor.
     """
     same_class = _is_saved_class(model)
-    own = LowRankLinear, Coded
-    factorized = tuple(f"{n}." for n, module in model.named_modules() if isinstance(module, own))
+    factorized = tuple(
+        f"{n}." for n, m in model.named_modules() if isinstance(m, _OWN) and not isinstance(m, TiedLinear)
+    )
     for name, parameter in model.named_parameters():
         required = same_class or name.startswith(factorized)
         offloaded = parameter.is_meta  # to disk, by a device_map
@@ -431,7 +425,7 @@ def _check_finite(model: PreTrainedModel) -> None:
     """Refuse factors with NaN or infinity; what is offloaded stays where it is, unread."""
     for layer, module in model.named_modules():
         own: dict[str, Tensor] = {}
-        if isinstance(module, LowRankLinear):
+        if isinstance(module, (LowRankLinear, LowRankEmbedding)):
             own = dict(module.named_parameters())
         elif isinstance(module, Coded):
             own = {n: b for n, b in module.named_buffers() if b.is_floating_point()}

@@ -49,6 +49,23 @@ def factors_noise(
     return _share(lost, low, metric) + inputs_noise(weight.shape[1], scheme) + inputs_noise(rank, scheme)
 
 
+def rows_noise(table: Tensor, lost: Tensor, metric: Metric = Metric()) -> float:
+    """Return the share of the norm of a ``table`` that codes lose; its rows are looked up, not multiplied."""
+    return _share(lost, table, metric)
+
+
+def table_noise(table: Tensor, rank: int, scheme: Scheme, metric: Metric = Metric()) -> float:
+    """Return the share of ``‖LR‖²`` that coding the factors of ``table (rows, columns)`` loses, at one rank.
+
+    Rows of ``L`` are coded and rows of ``Rᵀ``, after a rotation that evens the latter out.
+    """
+    left, right, *_ = truncated_svd(table.detach().float(), rank, metric)
+    low = product(left, right)
+    up, down = rotated(right.T, left.T, seed=0)  # (columns, rank), (rank, rows)
+    up, down = up - lost_by_codes(up, scheme), down.T - lost_by_codes(down.T, scheme)
+    return _share(low - product(down, up.T), low, metric) + inputs_noise(rank, scheme)
+
+
 def inputs_noise(features: int, scheme: Scheme) -> float:
     """Return the share that rounding the inputs loses, of those schemes that multiply integers."""
     return 2 * math.log(features + 1) / (12 * 127**2) if scheme.name == "int8" else 0.0

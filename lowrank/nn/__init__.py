@@ -1,15 +1,19 @@
 """Modules that run at inference. They know tensors, not plans."""
 
 from lowrank.nn.dense import DenseKind, kind_named, kind_of, register
+from lowrank.nn.embedding import LowRankEmbedding
 from lowrank.nn.linear import LowRankLinear
 from lowrank.nn.quantized import Coded, QuantizedEmbedding, QuantizedLinear
+from lowrank.nn.tied import TiedLinear
 
 __all__ = [
     "Coded",
     "DenseKind",
+    "LowRankEmbedding",
     "LowRankLinear",
     "QuantizedEmbedding",
     "QuantizedLinear",
+    "TiedLinear",
     "kind_named",
     "kind_of",
     "register",

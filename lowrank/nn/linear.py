@@ -159,7 +159,7 @@ class LowRankLinear(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """Multiply the factors back into a weight ``(out, in)``, and add the one that they correct."""
-        product = _weight_of(self.up) @ _weight_of(self.down)
+        product = weight_of(self.up) @ weight_of(self.down)
         return product if self.base is None else product + self.base.dense_weight()
 
     def dense_bias(self) -> nn.Parameter | None:
@@ -171,7 +171,7 @@ class LowRankLinear(nn.Module):
             return self.bias
         bias = self.bias.detach().float()
         if shifts[0] is not None:
-            bias = bias - _weight_of(self.up).float() @ shifts[0]
+            bias = bias - weight_of(self.up).float() @ shifts[0]
         if shifts[1] is not None:
             bias = bias - shifts[1]
         return nn.Parameter(bias.to(self.bias.dtype), requires_grad=self.bias.requires_grad)
@@ -185,7 +185,8 @@ class LowRankLinear(nn.Module):
         )
 
 
-def _weight_of(factor: nn.Module) -> Tensor:
+def weight_of(factor: nn.Module) -> Tensor:
+    """Return the weight of a factor, decoded if it is coded."""
     weight: Tensor = factor.dense_weight() if isinstance(factor, Coded) else factor.weight  # type: ignore[assignment]
     return weight
 

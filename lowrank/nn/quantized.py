@@ -178,12 +178,14 @@ class QuantizedLinear(Coded):
         """Map ``(…, in)`` to ``(…, out)``."""
         if self.latent is None and self._multiplies_integers(input):
             return self._by_integers(input)
-        weight = self._trained_weight() if self.latent is not None else self._decoded()
-        weight = weight.to(input.dtype)
+        weight = self._decoded().to(input.dtype)
         bias = self.bias.to(input.dtype) if self.bias is not None else None
         return linear(self._prepared(input), weight, bias)
 
     def _decoded(self) -> Tensor:
+        """Return ``scale · codes``, of loosened codes with the gradient of what they are rounded from."""
+        if self.latent is not None:
+            return self._trained_weight()
         return decode(self.codes, self.scale, self.scheme)
 
     def loosen(self) -> None:
@@ -192,7 +194,7 @@ class QuantizedLinear(Coded):
         The gradient passes the rounding as if it were not there; the scales stay. Source: straight-through
         estimators (Bengio et al. 2013, arXiv:1308.3432).
         """
-        self.latent = nn.Parameter(self._decoded())
+        self.latent = nn.Parameter(self._decoded().detach())
 
     def fasten(self) -> None:
         """Round what `loosen` has made trainable to codes again."""
@@ -219,7 +221,7 @@ class QuantizedLinear(Coded):
 
     def dense_weight(self) -> Tensor:
         """Return the weight that multiplies the layer's input, ``(out, in)``, in the dtype of ``weight``."""
-        weight = decode(self.codes, self.scale, self.scheme)
+        weight = self._decoded()
         return (weight if self.smooth is None else weight * self.smooth).to(self.weight.dtype)
 
     def shift(self) -> Tensor | None:
