@@ -202,10 +202,10 @@ def weight_of(dense: nn.Module) -> Tensor:
 
 def matrix_of(dense: nn.Module, layer: LayerPlan, metric: Metric) -> Tensor:
     """Return what the factors are to approximate: the weight; of a centred table, less its mean row."""
-    weight = weight_of(dense)
+    weight = weight_of(dense).detach()
     if layer.kind != LowRankEmbedding.kind or not layer.has_bias:
         return weight
-    return weight.detach() - _mean_row(weight, metric)
+    return weight - _mean_row(weight, metric)
 
 
 def _mean_row(table: Tensor, metric: Metric) -> Tensor:

@@ -22,9 +22,12 @@ from lowrank import (
 )
 from lowrank.errors import BudgetError, PlanError, TargetError
 from lowrank.evaluation import loss_increase
+from lowrank.forms import FLOAT, forms_of
 from lowrank.linalg import truncated_svd
 from lowrank.lookups import Lookups, nearest_product
 from lowrank.nn import TiedLinear
+from lowrank.outlooks import outlooks_of
+from lowrank.targets import draft
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 ROWS = 99
@@ -508,3 +511,45 @@ def test_tables_that_are_factorized_are_coded_by_another_call():
     assert isinstance(small.model.embed_tokens.down, QuantizedEmbedding)
     assert (logits(small) - before).norm() < 0.02 * before.norm()
     assert are_one(small, "model.embed_tokens", "lm_head")
+
+
+@pytest.mark.parametrize("targets", [None, ["*", "*embed_tokens"]], ids=["table-as-rest", "table-as-target"])
+@pytest.mark.parametrize("residual", [False, True], ids=["codes", "residual"])
+@pytest.mark.parametrize("quantize", ["int8", "int4", "auto"])
+def test_a_budget_of_bytes_counts_coded_tables(targets, residual, quantize, tmp_path):
+    dense = built(llama)
+    limit = 90_000 if quantize != "int4" else 70_000
+    stats = lowrank.calibrate(dense, batches_of(4), targets=targets)
+    ask = {"quantize": quantize, "residual": residual, "targets": targets, "stats": stats}
+    plan = lowrank.plan(dense, max_bytes=limit, **ask)
+    assert plan["lm_head"].same_as == "model.embed_tokens"
+    small = compress(dense, max_bytes=limit, **ask)
+    tensors = [*small.parameters(), *small.buffers()]
+    assert sum(tensor.numel() * tensor.element_size() for tensor in tensors) <= limit
+    assert are_one(small, "model.embed_tokens", "lm_head")
+    small.save_pretrained(tmp_path)
+    assert torch.equal(logits(type(small).from_pretrained(tmp_path).eval()), logits(small))
+
+
+def test_the_predicted_loss_of_a_coded_table_is_that_of_its_codes():
+    """A whole table and its factors, as `allocate` compares them, against the modules that are made."""
+    model, table = built(llama), "model.embed_tokens"
+    dense = model.model.embed_tokens.weight.detach().clone()
+    drafted = draft(model, [table])
+    found = outlooks_of(model, drafted, forms_of("auto"), None, progress=False)
+    assert found.pop(FLOAT) == {}
+    for form, outlooks in found.items():
+        coded = quantize(copy.deepcopy(model), form.scheme.name, targets=[table]).model.embed_tokens
+        lost = float((coded.dense_weight() - dense).square().sum() / dense.square().sum())
+        assert outlooks[table].whole == pytest.approx(lost, rel=0.01)
+
+
+def test_recovery_goes_through_the_coded_factors_of_a_table():
+    dense = built(llama)
+    small = compress(copy.deepcopy(dense), rank=32, targets=["*embed_tokens"])
+    quantize(small, "int4", targets=["*embed_tokens"])
+    data = batches_of(12)
+    before = loss_increase(small, dense, data)
+    lowrank.recover(small, dense, data, steps=60, learning_rate=3e-3)
+    assert loss_increase(small, dense, data) <= before
+    assert isinstance(small.model.embed_tokens.down, QuantizedEmbedding)
