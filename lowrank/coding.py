@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lowrank.errors import PlanError, StatsError, WeightError
 from lowrank.factoring import check_layer_of
-from lowrank.linalg import Scheme, rotated
+from lowrank.linalg import Scheme, rotated, smoothing
 from lowrank.linalg.svd import checked_weight
 from lowrank.nn import (
     Coded,
@@ -101,8 +101,6 @@ def check_codes(model: nn.Module, plan: Plan, stats: Stats | None, loading: bool
             raise PlanError(
                 f"{code.name}: a {code.kind} cannot be centred without being smooth, nor a table."
             )
-        if code.smooth and code.name.endswith(".base"):
-            raise PlanError(f"{code.name}: what factors correct is coded without scaling its inputs.")
         if code.smooth and not loading:
             _check_stats(code, modules, plan, stats)
 
@@ -139,7 +137,8 @@ def _check_stats(
 ) -> None:
     """Refuse to scale inputs without statistics, or by those of another model."""
     parent, _, part = code.name.rpartition(".")
-    reader = parent if part == "down" and parent in plan and plan[parent].rank is not None else code.name
+    within = part in ("base", "down") and parent in plan and plan[parent].rank is not None
+    reader = parent if within else code.name
     if stats is None or reader not in stats:
         raise PlanError(
             f"{code.name}: the plan scales this layer's inputs by their statistics: pass "
@@ -201,19 +200,8 @@ def coded(model: nn.Module, code: CodedWeight, stats: Stats | None) -> tuple[Cod
 
 
 def _scaling(weight: Tensor, moments: Moments, centred: bool) -> tuple[Tensor, Tensor | None]:
-    """Return by what to scale the inputs, and what to take from them then.
-
-    Half of the unevenness of the features goes into the weight, as in SmoothQuant; a feature that is
-    constant stays as it is. Both are float16, so they stay well within its range.
-    """
-    second = moments.second(centred)
-    spread = (second if second.ndim == 1 else second.diagonal()).clamp(min=0).sqrt().to(weight.device)
-    largest = weight.abs().amax(0).double()
-    alive = (spread > 0) & (largest > 0)
-    smooth = torch.where(alive, (largest / torch.where(alive, spread, 1.0)).sqrt(), 1.0)
-    if alive.any():
-        smooth = torch.where(alive, smooth / smooth[alive].log().mean().exp(), smooth)
-    smooth = smooth.clamp(1e-2, 1e2).to(torch.float16)
+    """Return by what to scale the inputs, and what to take from them then, within the range of float16."""
+    smooth = smoothing(weight, moments.variances(centred))
     if not centred:
         return smooth, None
     center = moments.mean.to(weight.device) * smooth.double()

@@ -22,13 +22,14 @@ from lowrank.linalg import (
     Stacked,
     coded_with_residual,
     joint_spectra,
+    smoothing,
     truncated_svd,
 )
 from lowrank.linalg.metric import Side
 from lowrank.linalg.svd import small_side_gram
 from lowrank.menus import importance
 from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedLinear, kind_of
-from lowrank.planning import LayerPlan, Plan
+from lowrank.planning import CodedWeight, LayerPlan, Plan
 from lowrank.statistics import Stats
 from lowrank.ties import pads_with_zeros
 
@@ -126,20 +127,30 @@ def factorized(
 
 
 def corrected(
-    dense: nn.Module, layer: LayerPlan, scheme: Scheme, plan: Plan, stats: Stats | None = None, seed: int = 0
+    dense: nn.Module,
+    layer: LayerPlan,
+    code: CodedWeight,
+    plan: Plan,
+    stats: Stats | None = None,
+    seed: int = 0,
 ) -> LowRankLinear:
     """Return a dense layer with its weight coded, and factors that correct what the codes lost.
 
-    The arguments are those of `factorized`; ``scheme`` is how the weight is coded.
+    The arguments are those of `factorized`; ``code`` says how the weight is coded.
     """
     assert layer.rank is not None
+    scheme = Scheme(code.scheme, code.group_size)
     weight = weight_of(dense).detach()
     metric = error_metric_of(layer, weight, plan.metric, stats)
     moments = input_moments(stats, layer) if plan.metric != "weight" else None
+    smooth = None
+    if code.smooth:
+        assert stats is not None  # checked
+        smooth = smoothing(weight, stats.moments(layer.name).variances(layer.has_bias))
     found = coded_with_residual(
-        weight, layer.rank, scheme, metric, moments, tolerance=plan.tolerance, seed=seed
+        *(weight, layer.rank, scheme, metric, moments), smooth=smooth, tolerance=plan.tolerance, seed=seed
     )
-    base = QuantizedLinear.from_codes(found.codes, found.scale, scheme, weight.dtype)
+    base = QuantizedLinear.from_codes(found.codes, found.scale, scheme, weight.dtype, smooth)
     left, right = found.left.to(weight.dtype), found.right.to(weight.dtype)
     return _layer(dense, layer, left, right, found.relative_error, plan, stats, base=base)
 

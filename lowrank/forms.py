@@ -58,7 +58,7 @@ class Form:
         made = []
         if self.residual:
             sizes = layer.out_features, layer.in_features
-            made.append(_coded(f"{layer.name}.base", "linear", sizes, False, self.scheme, False, False))
+            made.append(_coded(f"{layer.name}.base", "linear", sizes, False, self.scheme, calibrated, False))
         if layer.down_of is None and not shared:
             sizes = layer.rank, layer.in_features
             centred = layer.has_bias

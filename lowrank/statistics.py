@@ -60,6 +60,11 @@ class Moments:
             return second
         return second - (self.mean.square() if second.ndim == 1 else torch.outer(self.mean, self.mean))
 
+    def variances(self, centred: bool) -> Tensor:
+        """Return the diagonal of `second`, shape ``(n,)``."""
+        second = self.second(centred)
+        return second if second.ndim == 1 else second.diagonal()
+
     @cached_property
     def centred(self) -> Diagonal | Gram:
         """The centred second moment as one side of a metric, made once for all layers that share it."""

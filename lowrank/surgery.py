@@ -104,7 +104,7 @@ def _factorize(
     dense = [model.get_submodule(layer.name) for layer in layers]
     new: Sequence[nn.Module]
     if layers[0].residual:
-        new = [corrected(dense[0], layers[0], scheme_of(base_of(plan, layers[0])), plan, stats, seed)]
+        new = [corrected(dense[0], layers[0], base_of(plan, layers[0]), plan, stats, seed)]
     elif len(layers) == 1:
         new = [factorized(dense[0], layers[0], plan, stats, seed)]
     else:

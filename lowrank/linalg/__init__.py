@@ -1,6 +1,6 @@
 """The mathematics: pure functions of tensors that know nothing of modules or plans."""
 
-from lowrank.linalg.codes import Scheme, decode, encode, recode
+from lowrank.linalg.codes import Scheme, decode, decode_smoothed, encode, encode_smoothed, recode, smoothing
 from lowrank.linalg.joint import joint_spectra
 from lowrank.linalg.metric import Diagonal, Gram, Identity, Metric, PulledBack, Stacked
 from lowrank.linalg.noise import factors_noise, lost_by_codes, rotated, whole_noise
@@ -23,7 +23,9 @@ __all__ = [
     "choose_solver",
     "coded_with_residual",
     "decode",
+    "decode_smoothed",
     "encode",
+    "encode_smoothed",
     "factors_noise",
     "joint_spectra",
     "linear",
@@ -32,6 +34,7 @@ __all__ = [
     "recode",
     "residual_spectrum",
     "rotated",
+    "smoothing",
     "spectrum",
     "truncated_svd",
     "whole_noise",

@@ -109,6 +109,48 @@ def encode(weight: Tensor, scheme: Scheme, moments: Tensor | None = None) -> tup
     return _packed(codes.flatten(1)), scale
 
 
+def smoothing(weight: Tensor, variances: Tensor) -> Tensor:
+    """Return by what to multiply the inputs, and divide the columns of ``weight (rows, columns)``.
+
+    Half of the unevenness of the features goes into the weight, as in SmoothQuant (Xiao et al. 2022,
+    arXiv:2211.10438): columns that meet large inputs get more of a group's steps. A feature that is constant
+    stays as it is.
+
+    Args:
+        weight: What is to be coded.
+        variances: Of the features, ``(columns,)``.
+
+    Returns:
+        ``(columns,)``, positive, with a geometric mean of 1; float16, well within its range.
+    """
+    spread = variances.clamp(min=0).sqrt().to(weight.device)
+    largest = weight.abs().amax(0).double()
+    alive = (spread > 0) & (largest > 0)
+    smooth = torch.where(alive, (largest / torch.where(alive, spread, 1.0)).sqrt(), 1.0)
+    if alive.any():
+        smooth = torch.where(alive, smooth / smooth[alive].log().mean().exp(), smooth)
+    return smooth.clamp(1e-2, 1e2).to(torch.float16)
+
+
+def encode_smoothed(
+    weight: Tensor, scheme: Scheme, smooth: Tensor | None = None, moments: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return codes and scales of ``W diag(s)⁻¹``, which reads ``s·x``; ``moments`` are those of ``x``."""
+    exact = weight.detach().float()
+    if smooth is None:
+        return encode(exact, scheme, moments)
+    scale = smooth.to(torch.float64)
+    return encode(
+        exact / smooth.float(), scheme, moments * scale[:, None] * scale if moments is not None else None
+    )
+
+
+def decode_smoothed(codes: Tensor, scale: Tensor, scheme: Scheme, smooth: Tensor | None = None) -> Tensor:
+    """Return the weight ``(rows, columns)`` in float32 that `encode_smoothed` has coded."""
+    weight = decode(codes, scale, scheme)
+    return weight if smooth is None else weight * smooth
+
+
 def recode(weight: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
     """Return the codes nearest to ``weight (rows, columns)`` for scales that are given, as `encode` does."""
     if scheme.group_size is None:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank.linalg.codes import Scheme, decode, encode
+from lowrank.linalg.codes import Scheme, decode_smoothed, encode_smoothed
 from lowrank.linalg.metric import Metric
 from lowrank.linalg.products import product
 from lowrank.linalg.spectra import Spectrum, spectrum
@@ -31,7 +31,7 @@ ROUNDS = 2
 class Corrected(NamedTuple):
     """``W ≈ scale · codes + left · right``."""
 
-    codes: Tensor  # as `Scheme.shapes` says
+    codes: Tensor  # as `Scheme.shapes` says, of Q diag(s)⁻¹ where inputs are scaled
     scale: Tensor
     left: Tensor  # (out, rank)
     right: Tensor  # (rank, in)
@@ -45,6 +45,7 @@ def coded_with_residual(
     metric: Metric = Metric(),
     moments: Tensor | None = None,
     *,
+    smooth: Tensor | None = None,
     rounds: int = ROUNDS,
     tolerance: float = 1e-3,
     seed: int = 0,
@@ -59,6 +60,7 @@ def coded_with_residual(
         scheme: How Q is coded.
         metric: What the error measures; not one pulled back through the weight.
         moments: Second moment of the inputs for the rounding of Q; see `lowrank.linalg.encode`.
+        smooth: What the layer multiplies its inputs by before they meet the codes, ``(in,)``.
         rounds: How often both are made, at least once.
         tolerance: As for `lowrank.linalg.truncated_svd`.
         seed: The same.
@@ -77,8 +79,8 @@ def coded_with_residual(
     low = torch.zeros_like(weight)
     norm = metric.squared_norm(weight)
     for _ in range(rounds):
-        codes, scale = encode(weight - low, scheme, moments)
-        lost = weight - decode(codes, scale, scheme)
+        codes, scale = encode_smoothed(weight - low, scheme, smooth, moments)
+        lost = weight - decode_smoothed(codes, scale, scheme, smooth)
         left, right, *_ = truncated_svd(lost, rank, metric, tolerance=tolerance, seed=seed)
         low = product(left, right)
         error = math.sqrt(metric.squared_norm(lost - low) / norm) if norm > 0 else 0.0

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.errors import WeightError
-from lowrank.linalg import Scheme, decode, encode, linear, recode
+from lowrank.linalg import Scheme, decode, encode, encode_smoothed, linear, recode
 from lowrank.linalg.products import transformed
 
 PART = 2**20
@@ -80,9 +80,9 @@ class Coded(nn.Module):
                 self._buffers[name] = old.to(new.device)
         return self
 
-    def _set(self, weight: Tensor, dtype: torch.dtype, moments: Tensor | None = None) -> None:
-        self.codes, self.scale = encode(weight, self.scheme, moments)
-        self.weight = torch.empty(self.weight.shape, device=weight.device, dtype=dtype)
+    def _take(self, coded: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
+        self.codes, self.scale = coded
+        self.weight = torch.empty(self.weight.shape, device=self.codes.device, dtype=dtype)
 
 
 class QuantizedLinear(Coded):
@@ -147,23 +147,25 @@ class QuantizedLinear(Coded):
             tensor([[1., 2., 3., 4.]])
         """
         layer = cls(weight.shape[1], weight.shape[0], False, scheme, kind=kind, device="meta")
-        exact = weight.float()
-        if smooth is not None:
-            exact = exact / smooth.float()
-            scale = smooth.to(torch.float64)
-            moments = moments * scale[:, None] * scale if moments is not None else None
-        layer._set(exact, weight.dtype, moments)
+        layer._take(encode_smoothed(weight, scheme, smooth, moments), weight.dtype)
         layer.smooth, layer.center = smooth, center
         layer.register_parameter("bias", bias)
         return layer
 
     @classmethod
-    def from_codes(cls, codes: Tensor, scale: Tensor, scheme: Scheme, dtype: torch.dtype) -> QuantizedLinear:
-        """Wrap what `lowrank.linalg.encode` gave, without a bias; the layer computes in ``dtype``."""
+    def from_codes(
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        scheme: Scheme,
+        dtype: torch.dtype,
+        smooth: Tensor | None = None,
+    ) -> QuantizedLinear:
+        """Wrap what `encode_smoothed` gave, without a bias; the layer computes in ``dtype``."""
         columns = codes.shape[1] * (1 if scheme.group_size is None else 2)
         layer = cls(columns, len(codes), False, scheme, device="meta")
-        layer.codes, layer.scale = codes, scale
-        layer.weight = torch.empty(0, device=codes.device, dtype=dtype)
+        layer._take((codes, scale), dtype)
+        layer.smooth = smooth
         return layer
 
     def runs_on(self) -> str:
@@ -305,7 +307,7 @@ class QuantizedEmbedding(Coded):
             raise WeightError("an embedding with max_norm changes its weight as it is read.")
         sizes = table.num_embeddings, table.embedding_dim
         new = cls(*sizes, scheme, padding_idx=table.padding_idx, device="meta")
-        new._set(table.weight, table.weight.dtype)
+        new._take(encode(table.weight, scheme), table.weight.dtype)
         return new
 
     def forward(self, input: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from lowrank.linalg import (
     lost_by_codes,
     residual_spectrum,
     rotated,
+    smoothing,
     whole_noise,
 )
 
@@ -72,8 +73,9 @@ def test_the_spectrum_predicts_one_round_at_every_rank():
     weight, gram = some(24, 32).float(), gram_of(32)
     metric = Metric(Gram(gram))
     predicted = residual_spectrum(weight, lost_by_codes(weight, INT4, gram), metric)
+    smooth = smoothing(weight, gram.diagonal())
     for rank in (1, 5, 20):
-        found = coded_with_residual(weight, rank, INT4, metric, gram, rounds=1)
+        found = coded_with_residual(weight, rank, INT4, metric, gram, smooth=smooth, rounds=1)
         assert found.relative_error == pytest.approx(predicted.relative_error(rank), rel=1e-3)
     assert predicted.squared_norm == pytest.approx(metric.squared_norm(weight), rel=1e-6)
 
