@@ -104,15 +104,15 @@ def residual(data: Path, count: int) -> list[dict[str, Any]]:
     for layer in lowrank.plan(dense, rank=8).targeted:
         _round_to_nearest(nearest.get_submodule(layer.name).weight)
     rows = [row("dense", dense), row("int4, groups of 32, round to nearest", nearest)]
-    plain = lowrank.quantize(copy.deepcopy(dense), "int4")
+    layers: dict[str, Any] = {"ignore": ["*embed_tokens"]}  # which is the head, too, and stays as it is
+    plain = lowrank.quantize(copy.deepcopy(dense), "int4", **layers)
     limit = _bytes(plain)
     rows[1]["bytes"] = limit  # it would be stored like the next one
     rows.append(row("int4, groups of 32, searched scales", plain))
     del plain, nearest
-    rows.append(
-        row("int4, groups of 32, calibrated", lowrank.quantize(copy.deepcopy(dense), "int4", stats=stats))
-    )
-    how: dict[str, Any] = {"stats": stats, "max_bytes": limit}
+    small = lowrank.quantize(copy.deepcopy(dense), "int4", stats=stats, **layers)
+    rows.append(row("int4, groups of 32, calibrated", small))
+    how: dict[str, Any] = {"stats": stats, "max_bytes": limit, **layers}
     small = lowrank.compress(copy.deepcopy(dense), quantize="int4", group_size=96, residual=True, **how)
     rows.append(row("int4, groups of 96, with low-rank correction, at the same bytes", small))
     small = lowrank.compress(copy.deepcopy(dense), quantize="auto", group_size=96, **how)
