@@ -105,11 +105,15 @@ class Request:
         return self.metric
 
 
-def drafted(model: nn.Module, request: Request, stats: Stats | None) -> Plan:
-    """List the layers; with statistics, leave alone those that these do not cover."""
+def drafted(model: nn.Module, request: Request, stats: Stats | None, tables: bool = False) -> Plan:
+    """List the layers; with statistics, leave alone those that these do not cover.
+
+    Where forms compete, and with ``tables``, embedding tables are targets, too.
+    """
     hf = plugin()
     heads = hf.head_layers(check_model(model)) if hf is not None else None
-    plan = draft(check_model(model), request.targets, request.ignore, heads)
+    every = tables or len(request.forms) > 1
+    plan = draft(check_model(model), request.targets, request.ignore, heads, every)
     if request.residual and request.budget is not None and request.budget.kind == "rank":
         plan = plan.with_layers({x.name: replace(x, residual=True) for x in plan.targeted if x.kind != TABLE})
     metric = request.metric_with(stats)

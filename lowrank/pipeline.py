@@ -296,7 +296,7 @@ def calibrate(
         >>> stats.tokens, sorted(stats.gradients)
         (64, ['0', '2'])
     """
-    layers = drafted(model, Request(None, "weight", False, targets, ignore), None)
+    layers = drafted(model, Request(None, "weight", False, targets, ignore), None, tables=True)
     stream = _stream(model, data, tokenizer, device, batch_size, max_length)
     names = [layer.name for layer in layers.targeted]
     heads = {layer.name: layer.same_as for layer in layers if layer.same_as is not None}

@@ -38,6 +38,7 @@ def draft(
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
     heads: Mapping[str, str] | None = None,
+    tables: bool = False,
 ) -> Plan:
     """List every linear layer of ``model`` as a plan without ranks.
 
@@ -48,6 +49,7 @@ def draft(
             embedding table (``"*.word_embeddings"``, ``"*embed*"``). A table and its tied heads are one.
         ignore: Patterns of layers to leave alone; they win over ``targets``.
         heads: ``{layer name: head}`` of layers that belong to a head, beside those that `HEADS` tells.
+        tables: Whether all embedding tables are targets, too, unless ``targets`` are given.
 
     Returns:
         A `Plan` with a `LayerPlan` for each linear layer, in the model's order.
@@ -62,13 +64,14 @@ def draft(
             "Use LowRankLinear.from_linear(layer, rank), or pass the module that holds the layer."
         )
     layers = dict(linear_layers(model))
-    tables = dict(embeddings(model))
-    known = [*layers, *tables]
+    lookups = dict(embeddings(model))
+    known = [*layers, *lookups]
     for pattern in [*check_patterns("targets", targets), *check_patterns("ignore", ignore)]:
         if not any(matches(name, pattern) for name in known):
-            where = "linear layers and tables" if tables else "linear layers"
+            where = "linear layers and tables" if lookups else "linear layers"
             raise no_match(pattern, known, f"{where} of {type(model).__name__}")
-    plans = {plan.name: plan for plan in _tables(model, tables, targets or (), ignore or ())}
+    every = tables and targets is None
+    plans = {plan.name: plan for plan in _tables(model, lookups, targets or (), ignore or (), every)}
     targeted = {plan.name for plan in plans.values() if plan.targeted}
     users = followers(model) | {head: x for head, x in tied_heads(model).items() if x in targeted}
     blocked = find_obstacles(model)
@@ -97,14 +100,18 @@ def _tables(
     tables: Mapping[str, nn.Embedding | LowRankEmbedding],
     targets: Sequence[str],
     ignore: Sequence[str],
+    every: bool,
 ) -> Iterator[LayerPlan]:
-    """Yield the tables that are factorized, or that a target spells, by their own name or that of a head."""
+    """Yield the tables that are factorized, or that a target spells, by their own name or that of a head.
+
+    With ``every`` all tables are as if spelled.
+    """
     blocked = find_embedding_obstacles(model)
     heads = tied_heads(model)
     for name, table in tables.items():
         plan = _describe_table(name, table)
         group = [head for head, owner in heads.items() if owner == name]
-        spelled = any(spells(pattern, one) for pattern in targets for one in (name, *group))
+        spelled = every or any(spells(pattern, one) for pattern in targets for one in (name, *group))
         if not spelled and plan.rank is None:
             continue
         reason = blocked.get(name) or left_alone(name, group, ignore)
