@@ -53,7 +53,8 @@ def collect(
     generator = torch.Generator(_device(model)).manual_seed(seed)
     differentiate = loss is not None
     tables = [name for name in layers if isinstance(model.get_submodule(name), nn.Embedding)]
-    lookups = LookupSums(model, tables, heads or {}, differentiate)
+    users = dict(heads or {}) if differentiate else {}  # without gradients, logits have another unit
+    lookups = LookupSums(model, tables, users, differentiate)
     collector = _Collector(model, [name for name in layers if name not in tables], differentiate, lookups)
     held: list[Batch] = []
     held_tokens = terms = 0
@@ -68,7 +69,7 @@ def collect(
                 collector.start(batch)
                 terms += _pass(model, batch, loss, generator)
                 bar.update()
-        trials = make_trials(model, collector.stats(tokenizer, terms)) if held else {}
+        trials = make_trials(model, collector.stats(tokenizer, terms), users) if held else {}
         run = TrialRun(model, trials, differentiate)
         with run.listening(), collector.listening():
             for batch in held:

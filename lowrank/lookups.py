@@ -158,7 +158,7 @@ class LookupSums:
         try:
             for name, table in self.tables.items():
                 handles.append(table.register_forward_hook(self._read(name), with_kwargs=True))
-            for head, name in self._heads.items() if self._differentiate else ():
+            for head, name in self._heads.items():
                 handles.append(head.register_forward_hook(self._answer(name), with_kwargs=True))
             yield
         finally:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.batches import Batch
-from lowrank.linalg import spectrum, truncated_svd
+from lowrank.linalg import Metric, spectrum, truncated_svd
 from lowrank.nn import kind_of
 from lowrank.statistics import Held, Stats
 
@@ -36,21 +36,34 @@ class Trial:
         right: ``(rank, in)``.
         shift: The corrected bias, ``(out,)``.
         predicted: The squared error under the metric, a mean over tokens.
+        table: The table that the layer is tied to, with whose errors its own count.
     """
 
     left: Tensor
     right: Tensor
     shift: Tensor
     predicted: float
+    table: str | None = None
 
     def error(self, inputs: Tensor, outputs: Tensor) -> Tensor:
         """Return ``ΔW x`` of shape ``(…, out)`` from what the dense layer read and returned."""
         return outputs - (inputs @ self.right.T @ self.left.T + self.shift)
 
 
-def make_trials(model: nn.Module, stats: Stats) -> dict[str, Trial]:
-    """Factorize every layer at half of its parameters; layers that are too small are left out."""
-    made = {}
+class TableTrial(Trial):
+    """One table's trial factorization: it returns rows of ``L R``."""
+
+    def error(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """Return what is missing from the rows ``(…, columns)`` that the dense table returned for indices."""
+        return outputs - self.left[inputs] @ self.right
+
+
+def make_trials(model: nn.Module, stats: Stats, heads: Mapping[str, str]) -> dict[str, Trial]:
+    """Factorize every layer at half of its parameters; layers that are too small are left out.
+
+    Of tables, ``heads`` says by name which layers are tied to them.
+    """
+    made: dict[str, Trial] = {}
     kind_of_metric = stats.best_metric()
     for name in stats.gradients or stats.sources:
         layer = model.get_submodule(name)
@@ -66,6 +79,27 @@ def make_trials(model: nn.Module, stats: Stats) -> dict[str, Trial]:
             bias: Tensor | None = layer.bias  # type: ignore[assignment]
             shift = shift if bias is None else shift + bias.detach()
             made[name] = Trial(left, right, shift, spectrum(weight, metric).squared_error(rank))
+    for name in stats.tables:
+        if stats.lacks(name, kind_of_metric) is None:
+            made |= _trials_of_table(model, name, heads, stats.metric(name, kind_of_metric, centred=False))
+    return made
+
+
+def _trials_of_table(
+    model: nn.Module, name: str, heads: Mapping[str, str], metric: Metric
+) -> dict[str, Trial]:
+    """Factorize a table, and try the factors on the layers that are tied to it, too."""
+    weight: Tensor = model.get_submodule(name).weight.detach()  # type: ignore[operator,union-attr,assignment]
+    rank = weight.numel() // (2 * sum(weight.shape))
+    if not rank:
+        return {}
+    left, right, *_ = truncated_svd(weight, rank, metric)
+    nothing = weight.new_zeros(())
+    made: dict[str, Trial] = {}
+    made[name] = TableTrial(left, right, nothing, spectrum(weight, metric).squared_error(rank))
+    for head in [head for head, table in heads.items() if table == name]:
+        bias: Tensor | None = model.get_submodule(head).bias  # type: ignore[assignment]
+        made[head] = Trial(left, right, nothing if bias is None else bias.detach(), 0.0, name)
     return made
 
 
@@ -118,8 +152,9 @@ class TrialRun:
 
     def added_to(self, stats: Stats) -> Stats:
         """Return the statistics with what was measured, and what was predicted for the same tokens."""
-        held = {
-            name: Held(self._measured[name], self._tokens[name] * trial.predicted)
-            for name, trial in self._trials.items()
-        }
+        held: dict[str, Held] = {}
+        for name, trial in self._trials.items():
+            found = Held(self._measured[name], self._tokens[name] * trial.predicted)
+            owner = trial.table or name
+            held[owner] = held[owner] + found if owner in held else found
         return replace(stats, held_out=held)
