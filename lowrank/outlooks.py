@@ -32,7 +32,8 @@ def outlooks_of(
     found: dict[Form, dict[str, Outlook]] = {form: {} for form in forms}
     bar = tqdm(drafted.targeted, desc="codes", unit="layer", disable=None if progress else True)
     for layer in bar:
-        mine = [form for form in forms if form is not FLOAT and _divides(form, layer)]
+        competing = [form for form in forms if _divides(form, layer)] if len(forms) > 1 else forms
+        mine = [form for form in competing if form is not FLOAT]
         try:
             for form, outlook in _outlooks(model, layer, mine, drafted.metric, stats).items():
                 found[form][layer.name] = outlook

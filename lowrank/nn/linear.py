@@ -36,10 +36,7 @@ class LowRankLinear(nn.Module):
         relative_error: ``‖W − LR‖ / ‖W‖`` under the plan's metric when it was made from a dense weight,
             before any training; ``None`` if not known.
         added_bias: Whether the bias is one that the dense layer did not have.
-        base: The coded weight ``Q (out, in)`` that the factors correct, without a bias; mostly ``None``.
     """
-
-    base: QuantizedLinear | None
 
     def __init__(
         self,
@@ -70,7 +67,6 @@ class LowRankLinear(nn.Module):
         down = SharedDown if shared else nn.Linear
         self.down = down(in_features, rank, bias=False, device=device, dtype=dtype)  # type: ignore[misc]
         self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
-        self.register_module("base", None)
         self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
 
     @property
@@ -102,7 +98,8 @@ class LowRankLinear(nn.Module):
         layer.weight = left.new_empty(0)
         layer.relative_error = relative_error
         layer.added_bias = added_bias
-        layer.base = base
+        if base is not None:
+            layer.base = base  # type: ignore[misc]
         return layer
 
     @classmethod
@@ -140,6 +137,11 @@ class LowRankLinear(nn.Module):
         """The first factor; another layer's, as that layer has it now, after `use_down_of`."""
         own = self._modules.get("down")
         return own if own is not None else self.__dict__["_owner"].down  # type: ignore[return-value]
+
+    @property
+    def base(self) -> QuantizedLinear | None:
+        """The coded weight ``Q (out, in)`` that the factors correct, without a bias; mostly ``None``."""
+        return self._modules.get("base")  # type: ignore[return-value]
 
     @property
     def owns_down(self) -> bool:
