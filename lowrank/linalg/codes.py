@@ -230,5 +230,5 @@ def _packed(codes: Tensor) -> Tensor:
 
 
 def _unpacked(codes: Tensor) -> Tensor:
-    halves = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
+    halves = torch.stack([codes & 15, codes // 16], dim=-1).flatten(-2)  # in ONNX, >> of bytes is signed
     return halves.to(torch.int8) - 8
