@@ -8,7 +8,7 @@ CHECKED := lowrank tests benchmarks
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all lint types docs bench bench-accuracy bench-calibration bench-quantize clean
+.PHONY: demo test test-all lint types docs bench bench-accuracy bench-calibration bench-quantize bench-frontier clean
 
 demo: $(VENV)/.demo  ## shrink a real BERT checkpoint, save it, load it in another process
 	$(PY) -m lowrank demo
@@ -45,6 +45,12 @@ bench-calibration: $(VENV)/.dev  ## about an hour; needs DATA=folder, see benchm
 bench-quantize: $(VENV)/.dev  ## half an hour; needs DATA=folder with stsb-train.csv and stsb-dev.csv
 	$(PY) benchmarks/quantize.py --part speed --out benchmarks/results/quantize.json
 	$(PY) benchmarks/quantize.py --part minilm --data $(DATA) --minutes 4 --out benchmarks/results/quantize.json
+
+bench-frontier: $(VENV)/.dev  ## needs DATA=folder, see benchmarks/frontier.py; torchao, which writes to stderr, stays apart
+	$(PIP) install --quiet --upgrade --no-deps -c constraints.txt --target $(VENV)/torchao torchao
+	for model in minilm smollm2; do \
+	  PYTHONPATH=$(VENV)/torchao $(PY) benchmarks/frontier.py --model $$model --data $(DATA) --compile \
+	    --out benchmarks/results/frontier.json || exit 1; done
 
 clean:
 	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,197 @@
+"""Compressed models leave PyTorch: `torch.export`, `torch.compile`, and ONNX, run by ONNX Runtime.
+
+The truth is the decompressed model in eager mode: ordinary dense layers, none of this library's.
+"""
+
+import copy
+import io
+import warnings
+from contextlib import redirect_stdout
+
+import pytest
+import torch
+from torch import nn
+
+import lowrank
+from lowrank.nn import Coded
+
+transformers = pytest.importorskip("transformers")
+
+SHAPES = [(3, 10), (1, 7), (5, 33)]
+"""Batch and sequence that exported models are run with; the first is what they are traced with."""
+
+SETTINGS = {
+    "shared": {"keep": 0.3, "share": "inputs"},
+    "int8": {"keep": 0.5, "quantize": "int8"},
+    "int4": {"rank": 32, "quantize": "int4"},
+}
+"""Factors, some of them shared; and factors, dense layers and embeddings as integers."""
+
+only_bert = pytest.mark.parametrize("dense", ["bert"], indirect=True)
+
+
+def bert() -> nn.Module:
+    config = transformers.BertConfig(
+        hidden_size=128, num_hidden_layers=1, num_attention_heads=4, intermediate_size=256, vocab_size=99
+    )
+    return transformers.BertModel(config)
+
+
+def llama() -> nn.Module:
+    config = transformers.LlamaConfig(
+        hidden_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=256,
+        vocab_size=99,
+        use_cache=False,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def inputs(batch: int, tokens: int) -> dict[str, torch.Tensor]:
+    """Make token ids and a mask; the first sequence is padded to its second half."""
+    generator = torch.Generator().manual_seed(batch)
+    mask = torch.ones(batch, tokens, dtype=torch.int64)
+    mask[0, (tokens + 1) // 2 :] = 0
+    return {"input_ids": torch.randint(5, 99, (batch, tokens), generator=generator), "attention_mask": mask}
+
+
+@pytest.fixture(scope="module", params=["bert", "llama"])
+def dense(request):
+    """A model and its statistics."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = {"bert": bert, "llama": llama}[request.param]().eval()
+        return model, lowrank.calibrate(model, [inputs(4 + i, 12) for i in range(6)])
+
+
+def made(dense, setting: str) -> nn.Module:
+    """Compress a copy, and run it: what it keeps from one call to the next must not be exported."""
+    model, stats = dense
+    model = lowrank.compress(copy.deepcopy(model), stats=stats, **SETTINGS[setting])
+    with torch.no_grad():
+        model(**inputs(*SHAPES[0]))
+    return model
+
+
+def main_output(outputs) -> torch.Tensor:
+    return outputs["logits"] if "logits" in outputs else outputs["last_hidden_state"]
+
+
+def expected(model: nn.Module, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        return main_output(lowrank.decompress(copy.deepcopy(model))(**given))
+
+
+def assert_rounded_alike(found, wanted, given):
+    """Compare real tokens: products of 256 terms lose about √256 roundings, and a dozen follow each other."""
+    real = given["attention_mask"].bool()
+    error = (found - wanted).abs()[real].max()
+    assert error <= 12 * 256**0.5 * torch.finfo(torch.float32).eps * wanted.abs().max()
+
+
+def exported_to_onnx(model: nn.Module, **options):
+    pytest.importorskip("onnxscript", reason="needs torch-lowrank[export]")
+    pytest.importorskip("onnxruntime", reason="needs torch-lowrank[export]")
+    from transformers.exporters import OnnxConfig, OnnxExporter
+
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        return OnnxExporter().export(model, inputs(*SHAPES[0]), config=OnnxConfig(dynamic=True, **options))
+
+
+def bytes_by_dtype(exported) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for value in exported.program.graph.initializers.values():
+        name = value.const_value.dtype.name
+        found[name] = found.get(name, 0) + value.const_value.nbytes
+    return found
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_onnx_runtime_computes_the_same_for_any_batch_and_length(dense, setting):
+    model = made(dense, setting)
+    exported = exported_to_onnx(model)
+    for shape in SHAPES:
+        given = inputs(*shape)
+        assert_rounded_alike(main_output(exported(**given)), expected(model, given), given)
+
+
+@only_bert
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_onnx_file_holds_what_the_checkpoint_holds(dense, setting, tmp_path):
+    model = made(dense, setting)
+    exported = exported_to_onnx(model, optimize=False)
+    exported.save_pretrained(tmp_path)
+    held, given = bytes_by_dtype(exported), inputs(5, 33)
+    owned = [m.owns_down for m in model.modules() if isinstance(m, lowrank.LowRankLinear)]
+    assert all(owned) == (setting != "shared")
+    for dtype, name in {torch.int8: "INT8", torch.uint8: "UINT8"}.items():
+        codes = [m.codes for m in model.modules() if isinstance(m, Coded) and m.codes.dtype == dtype]
+        assert held.get(name, 0) == sum(tensor.nbytes for tensor in codes)
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    positions = 2 * 512 * 8  # BERT's, which its checkpoint leaves out
+    assert sum(held.values()) <= weights + positions + 1024
+    assert (tmp_path / "model.onnx.data").stat().st_size <= 1.1 * sum(held.values())  # aligned
+    assert_rounded_alike(main_output(exported(**given)), expected(model, given), given)
+
+
+@only_bert
+def test_onnx_runtime_can_code_the_factors_itself(dense):
+    pytest.importorskip("onnxruntime", reason="needs torch-lowrank[export]")
+    from transformers.exporters import OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
+
+    model = made(dense, "shared")
+    quantizer = OnnxRuntimeQuantizer(OnnxRuntimeDynamicConfig(per_channel=True))
+    exported = exported_to_onnx(model, quantizer=quantizer)
+    integers = [node for node in exported.program.graph if node.op_type == "MatMulInteger"]
+    factorized = [m for m in model.modules() if isinstance(m, lowrank.LowRankLinear)]
+    assert len(integers) >= 2 * len(factorized) > 0
+    given = inputs(5, 33)
+    found, wanted = main_output(exported(**given)), expected(model, given)
+    assert torch.cosine_similarity(found.flatten(), wanted.flatten(), dim=0) > 0.99
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_torch_export_gives_plain_layers_for_any_batch_and_length(dense, setting):
+    model = made(dense, setting)
+    axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    with torch.no_grad():
+        program = torch.export.export(
+            model, (), inputs(*SHAPES[0]), dynamic_shapes={"input_ids": axes, "attention_mask": axes}
+        )
+    operators = {node.target.namespace for node in program.graph.nodes if hasattr(node.target, "namespace")}
+    assert operators <= {"aten", "_operator", "higher_order", "prim"}, operators  # nothing of one machine
+    for shape in SHAPES:
+        given = inputs(*shape)
+        with torch.no_grad():
+            found = main_output(program.module()(**given))
+        assert_rounded_alike(found, expected(model, given), given)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_one_compiled_graph_serves_any_batch_and_length(dense, setting):
+    model = made(dense, setting)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    with torch.no_grad():
+        for shape in [(3, 10), (4, 7), (5, 33)]:
+            given = inputs(*shape)
+            assert_rounded_alike(main_output(compiled(**given)), expected(model, given), given)
+    assert len(graphs) == 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_inductor_computes_the_same(dense, setting):
+    model, given = made(dense, setting), inputs(4, 7)
+    with torch.no_grad():
+        found = main_output(torch.compile(model, fullgraph=True)(**given))
+    assert_rounded_alike(found, expected(model, given), given)
