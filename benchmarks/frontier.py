@@ -2,7 +2,7 @@
 
 Two models: all-MiniLM-L6-v2 (``minilm``) and SmolLM2-135M (``smollm2``). Beside each dense model stand
 
-- ``lowrank``: int8, int4, low rank, and low rank with int8, all calibrated;
+- ``lowrank``: int8, int4, int4 with a low-rank residual, low rank, and low rank with int8, all calibrated;
 - PyTorch: ``torch.ao.quantization.quantize_dynamic``;
 - torchao: int8 weights, and int8 weights with dynamic int8 activations; int4 where it runs;
 - ONNX Runtime: float32, and dynamic int8 of the dense model and of this library's factors.
@@ -56,9 +56,6 @@ from lowrank.textfiles import read_pairs, read_text
 COMPILED = ("dense", "low rank", "torchao int8 weights", "torchao int8 dynamic")
 """Rows that are also timed under ``torch.compile``; accuracy and bytes are the same."""
 
-RESIDUAL = False
-"""Whether int4 with a low-rank residual is among the rows."""
-
 CALIBRATION_WINDOWS = 32
 """Windows of 512 tokens that SmolLM2 is calibrated on."""
 
@@ -71,7 +68,8 @@ class Task:
         dense: The model; never changed.
         stats: What calibration learned of it.
         keep: The fraction of parameters that low rank keeps.
-        inputs: What latency is measured with, by name; the first is also what an export is traced with.
+        inputs: What latency is measured with, by name.
+        sample: What an export is traced with: two rows, since an axis of one is taken for fixed.
         measure: A model's accuracy, by name.
         options: Further arguments of `lowrank.compress`.
     """
@@ -80,6 +78,7 @@ class Task:
     stats: lowrank.Stats
     keep: float
     inputs: dict[str, dict[str, Tensor]]
+    sample: dict[str, Tensor]
     measure: Callable[[nn.Module], dict[str, float]]
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -117,7 +116,7 @@ def minilm(data: Path, limit: int | None, cache: Path | None) -> Task:
 
     stats = statistics(cache, lambda: lowrank.calibrate(dense, [train[i] for i in order.tolist()], tokenizer))
     timed = {"8 × 128 tokens": inputs(8, 128), "1 × 16 tokens": inputs(1, 16)}
-    return Task(dense, stats, 0.5, timed, measure)
+    return Task(dense, stats, 0.5, timed, inputs(2, 16), measure)
 
 
 def smollm(data: Path, limit: int | None, cache: Path | None) -> Task:
@@ -140,7 +139,8 @@ def smollm(data: Path, limit: int | None, cache: Path | None) -> Task:
     stats = statistics(cache, lambda: lowrank.calibrate(dense, seen))
     sizes = ((1, 512), (1, 16))
     timed = {f"{b} × {t} tokens": {"input_ids": random_ids(len(tokenizer), b, t)} for b, t in sizes}
-    return Task(dense, stats, 0.8, timed, measure, {"add_bias": True})
+    sample = {"input_ids": random_ids(len(tokenizer), 2, 16)}
+    return Task(dense, stats, 0.8, timed, sample, measure, {"add_bias": True})
 
 
 def random_ids(vocabulary: int, rows: int, tokens: int) -> Tensor:
@@ -161,23 +161,26 @@ def makers(task: Task) -> dict[str, Callable[[], Made]]:
     """Return the rows, by name, and what makes each one's model."""
     import torchao.quantization as ao  # writes to stderr when imported
 
-    sample = next(iter(task.inputs.values()))
-
     def low_rank(**options: Any) -> nn.Module:
         given = {"keep": task.keep, **task.options, **options}
         return lowrank.compress(copy.deepcopy(task.dense), stats=task.stats, **given)
+
+    def corrected() -> nn.Module:
+        options = {"rank": 16, "residual": True, "quantize": "int4"}
+        return lowrank.compress(copy.deepcopy(task.dense), stats=task.stats, **options)
 
     def coded(scheme: str) -> nn.Module:
         return lowrank.quantize(copy.deepcopy(task.dense), scheme, stats=task.stats)
 
     def onnx(model: nn.Module, **options: Any) -> Made:
         quantizer = OnnxRuntimeQuantizer(OnnxRuntimeDynamicConfig(**options)) if options else None
-        return on_onnx_runtime(model, sample, quantizer)
+        return on_onnx_runtime(model, task.sample, quantizer)
 
-    rows: dict[str, Callable[[], Made]] = {
+    return {
         "dense": lambda: saved(task.dense),
         "int8": lambda: saved(coded("int8")),
         "int4": lambda: saved(coded("int4")),
+        "int4 with residual": lambda: saved(corrected()),
         "low rank": lambda: saved(low_rank()),
         "low rank, int8": lambda: saved(low_rank(quantize="int8")),
         "torch dynamic int8": lambda: torch_dynamic(task.dense),
@@ -189,13 +192,6 @@ def makers(task: Task) -> dict[str, Callable[[], Made]]:
         "ONNX Runtime int8 by channel": lambda: onnx(task.dense, per_channel=True),
         "low rank, ONNX Runtime int8 by channel": lambda: onnx(low_rank(), per_channel=True),
     }
-    if RESIDUAL:
-        rows["int4 with residual"] = lambda: saved(
-            lowrank.compress(
-                copy.deepcopy(task.dense), rank=16, residual=True, quantize="int4", stats=task.stats
-            )
-        )
-    return rows
 
 
 def saved(model: nn.Module) -> Made:
