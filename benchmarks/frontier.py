@@ -7,8 +7,8 @@ Two models: all-MiniLM-L6-v2 (``minilm``) and SmolLM2-135M (``smollm2``). Beside
 - torchao: int8 weights, and int8 weights with dynamic int8 activations; int4 where it runs;
 - ONNX Runtime: float32, and dynamic int8 of the dense model and of this library's factors.
 
-Every tool is used as it comes, on what it takes by default: the others code SmolLM2's output head, which
-`lowrank` leaves tied to the embedding in floating point. Bytes are those of the file that holds the weights:
+Every tool is used as it comes, on what it takes by default: PyTorch and torchao leave embeddings alone, so
+that SmolLM2's head, coded, is no longer tied to its table. Bytes are those of the file with the weights:
 ``model.safetensors``, ``torch.save`` of the state dict where a model has no other file, ``model.onnx`` with
 its data. Accuracy is on text that calibration has not seen:
 

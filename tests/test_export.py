@@ -29,6 +29,7 @@ SETTINGS = {
 """Factors, some of them shared; the same and embeddings as integers; integers that factors correct."""
 
 only_bert = pytest.mark.parametrize("dense", ["bert"], indirect=True)
+only_llama = pytest.mark.parametrize("dense", ["llama"], indirect=True)
 
 
 def bert() -> nn.Module:
@@ -47,6 +48,7 @@ def llama() -> nn.Module:
         intermediate_size=256,
         vocab_size=99,
         use_cache=False,
+        tie_word_embeddings=True,
     )
     return transformers.LlamaForCausalLM(config)
 
@@ -118,6 +120,17 @@ def test_onnx_runtime_computes_the_same_for_any_batch_and_length(dense, setting)
     for shape in SHAPES:
         given = inputs(*shape)
         assert_rounded_alike(main_output(exported(**given)), expected(model, given), given)
+
+
+@only_llama
+def test_a_factorized_table_and_the_head_tied_to_it_are_exported(dense):
+    model = copy.deepcopy(dense[0])
+    lowrank.compress(model, rank=16, targets=["*", "model.embed_tokens"], quantize="int8")
+    assert isinstance(model.model.embed_tokens, lowrank.LowRankEmbedding)
+    assert isinstance(model.lm_head, lowrank.nn.TiedLinear)
+    given = inputs(5, 33)
+    exported = exported_to_onnx(model)
+    assert_rounded_alike(main_output(exported(**given)), expected(model, given), given)
 
 
 @only_bert
