@@ -52,8 +52,12 @@ Ignore = Annotated[list[str] | None, typer.Option(help="Pattern of layers to lea
 Allocation = Annotated[str, typer.Option(help="How --keep is spread: global or uniform.")]
 RoundTo = Annotated[int, typer.Option(help="Chosen ranks are multiples of this.")]
 Share = Annotated[
-    str | None, typer.Option(help="inputs: layers that read the same input may share a factor.")
+    str | None,
+    typer.Option(
+        help="Who may share a factor: inputs, readers of one input; layers, a role in adjacent blocks."
+    ),
 ]
+ShareSize = Annotated[int | None, typer.Option(help="Blocks that share, with --share layers.")]
 Quantize = Annotated[
     str | None,
     typer.Option(help="int8 or int4: store the weights as integers; auto, with --max-bytes, chooses."),
@@ -86,6 +90,7 @@ def plan(
     allocation: Allocation = "global",
     round_to: RoundTo = 8,
     share: Share = None,
+    share_size: ShareSize = None,
     quantize: Quantize = None,
     group_size: GroupSize = None,
     residual: Residual = False,
@@ -115,6 +120,7 @@ def plan(
         allocation=allocation,
         round_to=round_to,
         share=share,
+        share_size=share_size,
         quantize=quantize,
         group_size=group_size,
         residual=residual,
@@ -149,6 +155,7 @@ def compress(
     allocation: Allocation = "global",
     round_to: RoundTo = 8,
     share: Share = None,
+    share_size: ShareSize = None,
     quantize: Quantize = None,
     group_size: GroupSize = None,
     residual: Residual = False,
@@ -171,6 +178,7 @@ def compress(
     budget |= {"max_bytes": max_bytes, "speedup": speedup}
     choice: dict[str, Any] = {"targets": targets, "ignore": ignore, "allocation": allocation}
     choice |= {"metric": metric, "add_bias": add_bias, "round_to": round_to, "share": share}
+    choice |= {"share_size": share_size}
     choice |= {"quantize": quantize, "group_size": group_size, "residual": residual}
     if plan_file is not None:
         _check_plan_says_all(budget | choice)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from lowrank import surgery
@@ -19,17 +18,17 @@ from lowrank.batches import Batch, batches
 from lowrank.costs import byte_costs
 from lowrank.errors import BudgetError, WeightError
 from lowrank.evaluation import evaluating
-from lowrank.factoring import check_layer_of, joint_metric, matrix_of, metric_of, weight_of
+from lowrank.factoring import check_layer_of, matrix_of, metric_of
 from lowrank.forms import FLOAT, TABLE, Form, forms_of
 from lowrank.latency import LatencyTable, latency_costs, seconds_of
-from lowrank.linalg import Spectrum, joint_spectra, spectrum
+from lowrank.linalg import Spectrum, spectrum
 from lowrank.linalg.svd import check_options
-from lowrank.menus import Group
 from lowrank.obstacles import check_model
 from lowrank.outlooks import outlooks_of, residual_errors
 from lowrank.patterns import is_wildcard
-from lowrank.planning import METRICS, Budget, CodedWeight, LayerPlan, Plan
+from lowrank.planning import METRICS, Budget, CodedWeight, Plan
 from lowrank.ranks import select
+from lowrank.sharing import check_share, groups_of
 from lowrank.statistics import Stats
 from lowrank.targets import draft
 
@@ -53,13 +52,11 @@ class Request:
     quantize: str | None = None
     group_size: int | None = None
     residual: bool = False
+    share_size: int | None = None
 
     def __post_init__(self) -> None:
         self._check_codes()
-        if self.share not in (None, "inputs"):
-            raise BudgetError(
-                f'share={self.share!r}: give "inputs", to let layers that read the same input share a factor.'
-            )
+        check_share(self.share, self.share_size)
 
     def _check_codes(self) -> None:
         """Refuse combinations of codes and budgets that have no meaning."""
@@ -178,7 +175,7 @@ def decide(
             f"{table.name}: a table is looked up, not multiplied, so it has no latency to choose a rank by. "
             "Take it out of targets, or give another budget than speedup."
         )
-    groups = _groups_of(model, drafted, request, stats, predict)
+    groups = groups_of(model, drafted, request.share, request.share_size, request.budget, stats, predict)
     forms = request.forms
     corrects = request.budget.kind == "rank" and request.residual
     measured = spectra_of(model, drafted, stats, progress, forms[0] if corrects else FLOAT) if predict else {}
@@ -209,56 +206,15 @@ def decide(
         decided = _fast_enough(model, drafted, choose, request.budget.value, timing)
     else:
         decided = choose()
+    if request.share == "layers":
+        decided = _with_own_inputs(decided)
     return _say_what_is_coarse(decided, stats)
 
 
-def _groups_of(
-    model: nn.Module, drafted: Plan, request: Request, stats: Stats | None, predict: bool
-) -> list[Group]:
-    """Find the targeted layers that read the same tensor; with ``predict`` measure joint factors for them.
-
-    Raises:
-        BudgetError: If there are no statistics to tell, or the budget is a latency.
-    """
-    if request.share is None:
-        return []
-    if stats is None:
-        raise BudgetError(
-            'share="inputs" finds the layers that read the same input by calibration: pass data=, or '
-            "stats=calibrate(model, data)."
-        )
-    if request.budget is not None and request.budget.kind == "speedup":
-        raise BudgetError('share="inputs" has no latencies to choose by. Give another budget than speedup.')
-    readers: dict[object, list[LayerPlan]] = {}
-    for layer in drafted.targeted:
-        if layer.name in stats.sources:
-            weight: Tensor = model.get_submodule(layer.name).weight  # type: ignore[assignment]
-            alike = stats.sources[layer.name], layer.has_bias, layer.in_features, weight.dtype, weight.device
-            readers.setdefault(alike, []).append(layer)
-    groups = []
-    for layers in readers.values():
-        if len(layers) > 1:
-            joint: dict[tuple[str, ...], tuple[Spectrum, ...]] = {}
-            for some in _candidates(layers) if predict else [layers]:
-                names = tuple(layer.name for layer in some)
-                if not predict:
-                    joint[names] = ()
-                    continue
-                weights = [weight_of(model.get_submodule(layer.name)) for layer in some]
-                try:
-                    spectra = joint_spectra(weights, *joint_metric(some, weights, drafted.metric, stats))
-                except WeightError as error:
-                    raise WeightError(f"{some[0].name} or a layer beside it: {error}") from error
-                joint[names] = spectra
-            groups.append(Group(tuple(layer.name for layer in layers), joint))
-    return groups
-
-
-def _candidates(layers: Sequence[LayerPlan]) -> Iterator[Sequence[LayerPlan]]:
-    """Yield the sets of layers that may share a factor: all of them, and any two of three."""
-    if len(layers) == 3:
-        yield from itertools.combinations(layers, 2)
-    yield layers
+def _with_own_inputs(plan: Plan) -> Plan:
+    """Say of the layers which use a ``down`` from another block that they do not read the same input."""
+    users = [layer for layer in plan.targeted if layer.down_of is not None]
+    return plan.with_layers({layer.name: replace(layer, same_input=False) for layer in users})
 
 
 def _say_what_is_coarse(plan: Plan, stats: Stats | None) -> Plan:

@@ -19,9 +19,13 @@ from lowrank.linalg import (
     Metric,
     PulledBack,
     Scheme,
+    SharedFactors,
+    Spectrum,
     Stacked,
+    basis_spectra,
     coded_with_residual,
     joint_spectra,
+    shared_basis,
     smoothing,
     truncated_svd,
 )
@@ -43,7 +47,11 @@ def check_stats(model: nn.Module, plan: Plan, stats: Stats | None) -> None:
     """
     factors = LowRankLinear, LowRankEmbedding
     dense = {x.name for x in plan.factorized if not isinstance(model.get_submodule(x.name), factors)}
-    shared = [layers for layers in plan.shared.values() if dense.issuperset(x.name for x in layers)]
+    shared = [
+        layers
+        for layers in plan.shared.values()
+        if layers[-1].same_input and dense.issuperset(layer.name for layer in layers)
+    ]
     if plan.metric == "weight" and not shared:
         return
     if stats is None:
@@ -81,26 +89,49 @@ def metric_of(layer: LayerPlan, metric: str, stats: Stats | None) -> Metric:
     return stats.metric(layer.name, metric, layer.has_bias) if stats is not None else Metric()
 
 
-def joint_metric(
-    layers: Sequence[LayerPlan], weights: Sequence[Tensor], metric: str, stats: Stats
-) -> tuple[Side, Stacked]:
-    """Return the metric under which layers that read the same input are decomposed together.
-
-    The squared error of each counts as it does for the allocator (`lowrank.menus.importance`).
+def joint_errors(
+    layers: Sequence[LayerPlan],
+    weights: Sequence[Tensor],
+    metric: str,
+    stats: Stats | None,
+    estimate: bool = False,
+) -> tuple[Spectrum, ...]:
+    """Return the error of each layer at every rank of the first factor that they would share.
 
     Args:
-        layers: Their entries in the plan.
+        layers: Their entries in the plan; the first one owns the factor.
         weights: Their weights ``(out, in)``.
         metric: One of `lowrank.planning.METRICS`.
-        stats: Where they were seen to read the same input.
+        stats: The statistics, unless the metric is ``"weight"``.
+        estimate: Whether errors may be estimates where bounds are known (`lowrank.linalg.basis_spectra`).
     """
-    each = [stats.metric(layer.name, metric, layer.has_bias) for layer in layers]
+    each, scales = _metrics_and_scales(layers, weights, metric, stats)
+    if _one_metric_of_inputs(layers, metric):
+        return joint_spectra(weights, *_stacked(weights, each, scales))
+    return basis_spectra(weights, each, scales, refined=estimate)
+
+
+def _one_metric_of_inputs(layers: Sequence[LayerPlan], metric: str) -> bool:
+    return metric == "weight" or layers[-1].same_input
+
+
+def _metrics_and_scales(
+    layers: Sequence[LayerPlan], weights: Sequence[Tensor], metric: str, stats: Stats | None
+) -> tuple[list[Metric], list[float]]:
+    """Return each layer's metric, and how much its squared error counts: as it does for the allocator."""
+    each = [metric_of(layer, metric, stats) for layer in layers]
     scales = []
     for layer, weight, own in zip(layers, weights, each, strict=True):
         total = float(small_side_gram(weight.detach().to(torch.float64), own).trace())
-        scales.append(
-            importance(layer, total, stats.loss_per_square(layer.name) if metric == "loss" else None)
-        )
+        known = stats.loss_per_square(layer.name) if stats is not None and metric == "loss" else None
+        scales.append(importance(layer, total, known))
+    return each, scales
+
+
+def _stacked(
+    weights: Sequence[Tensor], each: Sequence[Metric], scales: Sequence[float]
+) -> tuple[Side, Stacked]:
+    """Return the metric under which layers that read the same input are decomposed together."""
     sizes = tuple(len(weight) for weight in weights)
     return each[0].inputs, Stacked(tuple(own.outputs for own in each), sizes, tuple(scales))
 
@@ -180,26 +211,35 @@ def input_moments(stats: Stats | None, layer: LayerPlan) -> Tensor | None:
 
 
 def jointly_factorized(
-    dense: Sequence[nn.Module], layers: Sequence[LayerPlan], plan: Plan, stats: Stats, seed: int = 0
+    dense: Sequence[nn.Module], layers: Sequence[LayerPlan], plan: Plan, stats: Stats | None, seed: int = 0
 ) -> list[LowRankLinear]:
-    """Return the factorized forms of layers that read the same input, with one ``down`` of the first one.
+    """Return the factorized forms of layers that share a ``down``, which is the first one's.
 
     The arguments are those of `factorized`.
     """
-    rank = layers[0].rank
-    assert rank is not None
-    weights = [weight_of(module) for module in dense]
-    inputs, outputs = joint_metric(layers, weights, plan.metric, stats)
-    stack = torch.cat([weight.detach() for weight in weights])
-    left, right, *_ = truncated_svd(stack, rank, Metric(inputs, outputs), tolerance=plan.tolerance, seed=seed)
+    lefts, right, errors = _joint_factors(layers, [weight_of(module) for module in dense], plan, stats, seed)
     made: list[LowRankLinear] = []
-    errors = [each.relative_error(rank) for each in joint_spectra(weights, inputs, outputs)]
-    for module, layer, part, error in zip(dense, layers, outputs.split(left), errors, strict=True):
-        new = _layer(module, layer, part.contiguous(), right, error, plan, stats, shared=True)
+    for module, layer, left, error in zip(dense, layers, lefts, errors, strict=True):
+        new = _layer(module, layer, left, right, error, plan, stats, shared=True)
         if made:
-            new.use_down_of(made[0])
+            new.use_down_of(made[0], layer.same_input)
         made.append(new)
     return made
+
+
+def _joint_factors(
+    layers: Sequence[LayerPlan], weights: Sequence[Tensor], plan: Plan, stats: Stats | None, seed: int
+) -> SharedFactors:
+    rank = layers[0].rank
+    assert rank is not None
+    each, scales = _metrics_and_scales(layers, weights, plan.metric, stats)
+    if not _one_metric_of_inputs(layers, plan.metric):
+        return shared_basis(weights, rank, each, scales, none_worse=plan.bounds_errors)
+    inputs, outputs = _stacked(weights, each, scales)
+    stack = torch.cat([weight.detach() for weight in weights])
+    left, right, *_ = truncated_svd(stack, rank, Metric(inputs, outputs), tolerance=plan.tolerance, seed=seed)
+    errors = tuple(spectrum.relative_error(rank) for spectrum in joint_spectra(weights, inputs, outputs))
+    return SharedFactors(tuple(part.contiguous() for part in outputs.split(left)), right, errors)
 
 
 def weight_of(dense: nn.Module) -> Tensor:

@@ -52,6 +52,7 @@ def compress(
     allocation: str = "global",
     round_to: int = 8,
     share: str | None = None,
+    share_size: int | None = None,
     quantize: str | None = None,
     group_size: int | None = None,
     residual: bool = False,
@@ -92,6 +93,10 @@ def compress(
         share: ``"inputs"`` lets layers that read the same input (queries, keys and values; gate and up
             projections) share their first factor, where that is predicted to lose less at the same size;
             with a ``rank``, where all that read an input get the same one. Calibration sees which they are.
+            ``"layers"`` lets layers of one role in adjacent blocks (the queries of blocks 2 and 3) share it
+            as a common basis; with a ``rank``, wherever they get the same one.
+        share_size: How many adjacent blocks share a basis, at least 2; by default pairs or fours, whichever
+            is predicted to lose less (pairs with a ``rank``).
         quantize: ``"int8"`` or ``"int4"`` stores factors, dense layers and embeddings as integers afterwards,
             whatever ``targets`` names; `lowrank.quantize` does the same with more options. ``"auto"``, with
             ``max_bytes``, chooses for each layer whether it stays, is factorized, is coded, or both, by the
@@ -127,7 +132,7 @@ def compress(
     budget = Budget.of(rank=rank, keep=keep, energy=energy, error=error, max_bytes=max_bytes, speedup=speedup)
     request = Request(
         *(budget, metric, add_bias, targets, ignore, allocation, round_to, tolerance, share),
-        *(quantize, group_size, residual),
+        *(quantize, group_size, residual, share_size),
     )
     if sequential and (residual or quantize == "auto"):
         raise BudgetError("sequential=True fits factors that replace weights, not residuals: leave one out.")
@@ -338,6 +343,7 @@ def plan(
     allocation: str = "global",
     round_to: int = 8,
     share: str | None = None,
+    share_size: int | None = None,
     quantize: str | None = None,
     group_size: int | None = None,
     residual: bool = False,
@@ -357,7 +363,7 @@ def plan(
     budget = Budget.of(rank=rank, keep=keep, energy=energy, error=error, max_bytes=max_bytes, speedup=speedup)
     request = Request(
         *(budget, metric, add_bias, targets, ignore, allocation, round_to, tolerance, share),
-        *(quantize, group_size, residual),
+        *(quantize, group_size, residual, share_size),
     )
     layers = drafted(model, request, stats)
     return _decided(model, layers, request, stats, True, progress, Timing(inputs, latencies))

@@ -131,8 +131,9 @@ class LayerPlan:
         relative_error: ``‖W − LR‖ / ‖W‖`` at that rank under the plan's metric; ``None`` until measured.
         held_out_error: The same on tokens that calibration had not used, as a trial factorization fared
             there; ``None`` without statistics.
-        down_of: The layer whose ``down`` this one uses, since both read the same input; ``None`` if it has
-            its own.
+        down_of: The layer whose ``down`` this one uses; ``None`` if it has its own.
+        same_input: Whether that layer reads the same input, so that one product serves both; if not, they
+            are of adjacent blocks, and have a basis in common.
         same_as: The table whose weight this one uses, its factors or codes if it has some; ``None`` if it
             has a weight of its own. The rank is then that of the table.
         reason: Why the layer has this rank, or why it stays dense.
@@ -159,6 +160,7 @@ class LayerPlan:
     down_of: str | None = None
     residual: bool = False
     same_as: str | None = None
+    same_input: bool = True
 
     def __post_init__(self) -> None:
         if self.rank is not None:
@@ -220,6 +222,7 @@ class LayerPlan:
             held_out_error=None,
             down_of=None,
             residual=False,
+            same_input=True,
         )
 
 
@@ -349,6 +352,11 @@ class Plan:
         }
 
     @property
+    def bounds_errors(self) -> bool:
+        """Whether the request was a bound on every layer's error."""
+        return self.budget.startswith(("error=", "energy="))
+
+    @property
     def loss_increase(self) -> float | None:
         """Predicted increase of the objective per term: the sum over the layers; ``None`` if not known."""
         known = [layer.loss_increase for layer in self.layers if layer.loss_increase is not None]
@@ -423,7 +431,9 @@ class Plan:
             if left and len(left) < len(users):
                 for layer in left:
                     owner = None if layer is left[0] else left[0].name
-                    layers[layer.name] = replace(layer.edited(layer.rank, layer.reason), down_of=owner)
+                    alone = layer.edited(layer.rank, layer.reason)
+                    same = layer.same_input or owner is None
+                    layers[layer.name] = replace(alone, down_of=owner, same_input=same)
         return self.with_layers(layers)
 
     def diff(self, other: Plan) -> list[Change]:

@@ -108,7 +108,6 @@ def _factorize(
     elif len(layers) == 1:
         new = [factorized(dense[0], layers[0], plan, stats, seed)]
     else:
-        assert stats is not None  # checked
         new = jointly_factorized(dense, layers, plan, stats, seed)
     for layer, old, small in zip(layers, dense, new, strict=True):
         replace_module(model, layer.name, adopt(small, old))
@@ -188,7 +187,8 @@ def restructure(model: nn.Module, plan: Plan) -> nn.Module:
             base=_empty_linear(base_of(plan, layer), weight.dtype) if layer.residual else None,
         )
         if layer.down_of is not None:
-            new.use_down_of(model.get_submodule(layer.down_of))  # type: ignore[arg-type]
+            owner: LowRankLinear = model.get_submodule(layer.down_of)  # type: ignore[assignment]
+            new.use_down_of(owner, layer.same_input)
         replace_module(model, layer.name, adopt(new, dense))
     for code in plan.codes:
         old = model.get_submodule(code.name)
@@ -383,6 +383,11 @@ def _check_shared(
                 f"{layer.name}: is to use the down of {name}, but has rank {layer.rank} and "
                 f"{layer.in_features} inputs where that has rank {owner.rank} and {owner.in_features}."
             )
+    if len({layer.same_input for layer in layers if layer.down_of is not None}) > 1:
+        raise PlanError(
+            f"{name}: by the plan only some of the layers that use its down read the same input. "
+            "Set same_input of all of them, or of none."
+        )
     done = {layer.name for layer in layers if isinstance(modules.get(layer.name), LowRankLinear)}
     if done and len(done) < len(layers):
         raise PlanError(

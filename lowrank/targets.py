@@ -167,6 +167,7 @@ def _describe(name: str, module: nn.Module, owners: Mapping[int, str]) -> LayerP
             added_bias=module.added_bias,
             down_of=None if module.owns_down else owners.get(id(module.down)),
             residual=module.base is not None,
+            same_input=module.same_input,
         )
     if isinstance(module, (QuantizedLinear, TiedLinear)):
         sizes = module.in_features, module.out_features

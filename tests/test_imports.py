@@ -94,7 +94,7 @@ LAYERS = [
     {"factoring", "trials", "blockwise"},
     {"coding", "outlooks"},
     {"targets", "calibration", "ranks", "surgery", "recovery", "evaluation"},  # the stages
-    {"anchoring", "quantizing"},
+    {"anchoring", "quantizing", "sharing"},
     {"_transformers", "plot", "costs", "latency"},
     {"deciding"},
     {"checkpoint", "pipeline", "benchmarking"},

@@ -57,6 +57,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         rank, keep, energy, error, max_bytes: The budget, exactly one of them, as in `lowrank.compress`.
         targets, ignore, allocation, round_to, tolerance, seed: As in `lowrank.compress`.
         quantize, group_size, residual: As in `lowrank.compress`.
+        share, share_size: As in `lowrank.compress`; ``share="inputs"`` needs data.
         plan: The plan that was carried out, as `Plan.to_dict` gives it; then no budget is needed.
         tensors: The digests that `lowrank.save` leaves in ``config.json`` for `lowrank.load`. Not kept: the
             config of a model in memory must not vouch for tensors that may change.
@@ -88,6 +89,8 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         quantize: str | None = None,
         group_size: int | None = None,
         residual: bool = False,
+        share: str | None = None,
+        share_size: int | None = None,
     ) -> None:
         self.quant_method = quant_method
         self.plan = plan
@@ -104,6 +107,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.allocation, self.round_to = allocation, round_to
         self.tolerance, self.seed = tolerance, seed
         self.quantize, self.group_size, self.residual = quantize, group_size, residual
+        self.share, self.share_size = share, share_size
 
     @property
     def budget(self) -> Budget:

@@ -1,5 +1,6 @@
 """The mathematics: pure functions of tensors that know nothing of modules or plans."""
 
+from lowrank.linalg.basis import SharedFactors, basis_spectra, shared_basis
 from lowrank.linalg.codes import Scheme, decode, decode_smoothed, encode, encode_smoothed, recode, smoothing
 from lowrank.linalg.joint import joint_spectra
 from lowrank.linalg.metric import Diagonal, Gram, Identity, Metric, PulledBack, Stacked
@@ -18,8 +19,10 @@ __all__ = [
     "Metric",
     "PulledBack",
     "Scheme",
+    "SharedFactors",
     "Spectrum",
     "Stacked",
+    "basis_spectra",
     "choose_solver",
     "coded_with_residual",
     "decode",
@@ -34,6 +37,7 @@ __all__ = [
     "recode",
     "residual_spectrum",
     "rotated",
+    "shared_basis",
     "smoothing",
     "spectrum",
     "truncated_svd",

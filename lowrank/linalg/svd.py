@@ -128,7 +128,7 @@ def truncated_svd(
         left, right, error = found
         left = scale * left
         if weight.dtype == torch.float16:
-            left, right = _balanced(left, right)
+            left, right = balanced(left, right)
         left, right = left.to(weight.dtype), right.to(weight.dtype)
         if error is None or (metric.plain and rounding_of(weight.dtype)):
             error = _measure(matrix, left.to(matrix) / scale, right.to(matrix))
@@ -250,10 +250,10 @@ def _factors(matrix: Tensor, vectors: Tensor, squares: Tensor, metric: Metric) -
     else:
         basis = metric.inputs.root_times(vectors)  # S V
         left, right = product(matrix, basis), product(basis.T, metric.outputs.pull_back(matrix))
-    return _evened(left, inverse[:, None] * right)
+    return evened(left, inverse[:, None] * right)
 
 
-def _evened(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+def evened(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Share each component's norm evenly between the factors."""
     norms = torch.linalg.vector_norm(left, dim=0), torch.linalg.vector_norm(right, dim=1)
     shift = (norms[1] / norms[0]).sqrt()
@@ -261,7 +261,7 @@ def _evened(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return left * shift, right / shift[:, None]
 
 
-def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Move a power of two between the factors, so that neither leaves the narrow range of float16."""
     largest_left, largest_right = float(left.abs().max()), float(right.abs().max())
     if largest_left == 0 or largest_right == 0:

@@ -36,6 +36,7 @@ class LowRankLinear(nn.Module):
         relative_error: ``‖W − LR‖ / ‖W‖`` under the plan's metric when it was made from a dense weight,
             before any training; ``None`` if not known.
         added_bias: Whether the bias is one that the dense layer did not have.
+        same_input: Whether the layer whose ``down`` it uses reads the same input, if it uses another's.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class LowRankLinear(nn.Module):
         self.kind = kind
         self.relative_error: float | None = None
         self.added_bias = False
+        self.same_input = True
         down = SharedDown if shared else nn.Linear
         self.down = down(in_features, rank, bias=False, device=device, dtype=dtype)  # type: ignore[misc]
         self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
@@ -122,15 +124,21 @@ class LowRankLinear(nn.Module):
         new = cls.from_factors(left, right, bias, kind=kind.name, relative_error=error)
         return new.train(layer.training)
 
-    def use_down_of(self, owner: LowRankLinear) -> None:
+    def use_down_of(self, owner: LowRankLinear, same_input: bool = True) -> None:
         """Use the ``down`` of ``owner`` from now on, which must have been made ``shared``.
 
         It is not registered here: its parameters move, train and are saved with the owner.
+
+        Args:
+            owner: The other layer.
+            same_input: Whether both read the same tensor, one after the other: its product is then kept
+                from the one to the other. If not, each computes its own, and none is kept.
         """
         assert isinstance(owner.down, SharedDown)
         del self.down
         self.__dict__["_owner"] = owner
-        owner.down.readers += 1
+        self.same_input = same_input
+        owner.down.readers += same_input
 
     @property
     def down(self) -> nn.Linear:
@@ -200,7 +208,7 @@ def _apply(factor: nn.Linear, input: Tensor) -> Tensor:
     of a smaller one. Whoever hooks, wraps, replaces or traces a factor still sees it called.
     """
     watched = (
-        type(factor) is not nn.Linear
+        type(factor) not in (nn.Linear, SharedDown)
         or type(input) is not Tensor
         or factor._forward_pre_hooks
         or factor._forward_hooks
@@ -210,4 +218,6 @@ def _apply(factor: nn.Linear, input: Tensor) -> Tensor:
         or torch.compiler.is_compiling()
         or _has_any_global_hook()  # type: ignore[no-untyped-call]
     )
-    return factor(input) if watched else linear(input, factor.weight, factor.bias)
+    if watched:
+        return factor(input)
+    return factor.forward(input) if type(factor) is SharedDown else linear(input, factor.weight, factor.bias)

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lowrank.linalg import linear
+
 
 class _Result(NamedTuple):
     """What one layer has computed, for the others."""
@@ -42,7 +44,8 @@ class SharedDown(nn.Linear):
     """Compute ``R x`` for several `LowRankLinear` layers; in all other respects a `torch.nn.Linear`.
 
     Attributes:
-        readers: How many layers use it, its owner included.
+        readers: How many layers call it with the same input, its owner included. Where each reads an input
+            of its own, it is 1, and nothing is kept.
     """
 
     readers: int = 1
@@ -50,15 +53,17 @@ class SharedDown(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(…, in)`` to ``(…, rank)``."""
         traced = torch.compiler.is_compiling() or isinstance(input, torch.fx.Proxy)
-        if self.readers < 2 or traced or input.is_inference() or self.weight.is_inference():
+        if traced:
             return super().forward(input)
+        if self.readers < 2 or input.is_inference() or self.weight.is_inference():
+            return linear(input, self.weight)
         kept = _results.by_module.pop(self, None)
         state = self._state(input)
         if kept is not None and self._serves(kept, input, state):
             if kept.readers > 1:
                 _results.by_module[self] = kept._replace(readers=kept.readers - 1)
             return kept.output
-        output = super().forward(input)
+        output = linear(input, self.weight)
         used_up: list[bool] = []
         if output.requires_grad:
             output.register_hook(lambda _: used_up.append(True))  # type: ignore[no-untyped-call]
