@@ -8,7 +8,8 @@ CHECKED := lowrank tests benchmarks
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all lint types docs bench bench-accuracy bench-calibration bench-quantize bench-frontier clean
+.PHONY: demo test test-all lint types docs clean
+.PHONY: bench bench-accuracy bench-calibration bench-quantize bench-frontier bench-sharing
 
 demo: $(VENV)/.demo  ## shrink a real BERT checkpoint, save it, load it in another process
 	$(PY) -m lowrank demo
@@ -41,6 +42,9 @@ bench-accuracy: $(VENV)/.dev  ## needs DATA=folder with stsb-dev.csv and wikitex
 bench-calibration: $(VENV)/.dev  ## about an hour; needs DATA=folder, see benchmarks/calibration.py
 	for part in minilm smollm2 sequential sst2; do \
 	  $(PY) benchmarks/calibration.py --data $(DATA) --part $$part --out benchmarks/results/calibration.json || exit 1; done
+
+bench-sharing: $(VENV)/.dev  ## half an hour; needs DATA=folder, see benchmarks/sharing.py
+	$(PY) benchmarks/sharing.py --data $(DATA) --smollm2 --out benchmarks/results/sharing.json
 
 bench-quantize: $(VENV)/.dev  ## half an hour; needs DATA=folder with stsb-train.csv and stsb-dev.csv
 	$(PY) benchmarks/quantize.py --part speed --out benchmarks/results/quantize.json

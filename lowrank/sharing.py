@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lowrank.blocks import find_blocks
 from lowrank.errors import BudgetError, WeightError
 from lowrank.factoring import joint_errors, weight_of
+from lowrank.forms import TABLE
 from lowrank.linalg import Spectrum
 from lowrank.menus import Group
 from lowrank.planning import Budget, LayerPlan, Plan
@@ -138,7 +139,7 @@ def _adjacent(model: nn.Module, drafted: Plan, size: int) -> list[Sequence[Layer
     """
     blocks = list(find_blocks(model))
     roles: dict[object, list[tuple[int, LayerPlan]]] = {}
-    for layer in drafted.targeted:
+    for layer in (layer for layer in drafted.targeted if layer.kind != TABLE):
         for number, block in enumerate(blocks):
             if layer.name.startswith(f"{block}."):
                 role = layer.name.removeprefix(block), layer.kind, layer.out_features, *_alike(model, layer)

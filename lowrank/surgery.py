@@ -187,8 +187,7 @@ def restructure(model: nn.Module, plan: Plan) -> nn.Module:
             base=_empty_linear(base_of(plan, layer), weight.dtype) if layer.residual else None,
         )
         if layer.down_of is not None:
-            owner: LowRankLinear = model.get_submodule(layer.down_of)  # type: ignore[assignment]
-            new.use_down_of(owner, layer.same_input)
+            new.use_down_of(model.get_submodule(layer.down_of), layer.same_input)  # type: ignore[arg-type]
         replace_module(model, layer.name, adopt(new, dense))
     for code in plan.codes:
         old = model.get_submodule(code.name)
