@@ -32,12 +32,14 @@ class LayerReport:
         rank: Inner size; ``None`` for a dense layer.
         relative_error: ``‖W − LR‖ / ‖W‖`` under the metric that the layer was factorized with; ``None``
             for a dense layer, or if not known.
-        parameters_before, parameters: Counts; also the multiply-accumulates (MACs) per token.
+        parameters_before, parameters: Counts; mostly also the multiply-accumulates (MACs) per token.
         bytes_before, bytes: In the dtype that the layer computes in, and as it is stored.
         added_parameters: Of a bias that the dense layer did not have.
         scheme: How the weight or both factors are coded, ``"int8"`` or ``"int4"``; ``None`` if they are not.
         kind: ``"linear"``, ``"conv1d"``, or ``"embedding"`` for a factorized table, whose rows are looked up.
         same_as: The table whose weight it uses; its parameters and bytes are then counted there, here none.
+        same_input: Whether the layer whose ``down`` it uses, if it uses another's, reads the same input, and
+            so computes the product for both.
     """
 
     name: str
@@ -52,6 +54,7 @@ class LayerReport:
     scheme: str | None = None
     kind: str = "linear"
     same_as: str | None = None
+    same_input: bool = True
 
     @property
     def macs_before(self) -> int:
@@ -65,7 +68,7 @@ class LayerReport:
             return (self.rank or 0) * self.shape[1]
         if self.same_as is not None:
             return self.macs_before if self.rank is None else self.rank * sum(self.shape)
-        return self.parameters
+        return self.parameters + (0 if self.same_input else (self.rank or 0) * self.shape[1])
 
 
 @dataclass(frozen=True)
@@ -276,6 +279,7 @@ def _describe(model: nn.Module, layer: LayerPlan) -> LayerReport:
         scheme=schemes.pop() if len(schemes) == 1 else None,
         kind=layer.kind,
         same_as=layer.same_as,
+        same_input=layer.same_input,
     )
 
 

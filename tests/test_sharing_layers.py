@@ -337,11 +337,30 @@ def test_a_model_without_blocks_is_refused_and_speedup_too():
         plan(bert(), speedup=1.2, inputs=ids(1)[0], share="layers")
 
 
+def stack(*widths):
+    torch.manual_seed(0)
+    blocks = [torch.nn.Sequential(torch.nn.Linear(32, m), torch.nn.Linear(m, 32)) for m in widths]
+    return torch.nn.Sequential(*blocks)
+
+
+def test_the_report_counts_every_product_and_the_basis_once():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    small = compress(stack(48, 48, 48), rank=4, share="layers", share_size=3)
+    with FlopCounterMode(display=False) as counter:
+        small(torch.zeros(1, 32))
+    counted = report(small)
+    assert sum(layer.macs for layer in counted.layers) == counter.get_total_flops() // 2
+    assert (
+        sum(m.macs for m in small.modules() if isinstance(m, LowRankLinear)) == counter.get_total_flops() // 2
+    )
+    assert counted.parameters == sum(p.numel() for p in small.parameters())
+    assert "MACs per token" in str(counted) and "as many MACs" not in str(counted)
+
+
 def test_blocks_of_unlike_shape_do_not_share():
     """The third of four residual blocks is wider: only the first two are adjacent and alike."""
-    torch.manual_seed(0)
-    blocks = [torch.nn.Sequential(torch.nn.Linear(32, m), torch.nn.Linear(m, 32)) for m in (48, 48, 64, 48)]
-    decided = plan(torch.nn.Sequential(*blocks), rank=4, share="layers", share_size=4)
+    decided = plan(stack(48, 48, 64, 48), rank=4, share="layers", share_size=4)
     assert [[layer.name for layer in layers] for layers in decided.shared.values()] == [
         ["0.0", "1.0"],
         ["0.1", "1.1"],
