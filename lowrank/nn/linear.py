@@ -158,7 +158,7 @@ class LowRankLinear(nn.Module):
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates per token; of a ``down`` whose product serves several layers, with its owner."""
+        """Multiply-accumulates per token; a product that serves several layers counts with its owner."""
         computed = self.owns_down or not self.same_input
         factors = self.rank * (self.out_features + (self.in_features if computed else 0))
         return factors + (self.in_features * self.out_features if self.base is not None else 0)
