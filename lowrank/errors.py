@@ -30,6 +30,10 @@ class SchemeError(WeightError):
     """Codes are of an unknown kind, or their groups do not divide a weight's rows."""
 
 
+class SlowKernelWarning(UserWarning):
+    """int4 weights of linear layers have no kernel on their device, and are decoded at every call."""
+
+
 class PlanError(LowRankError):
     """A plan does not fit the model, or would not save anything."""
 

@@ -59,6 +59,7 @@ def compress(
     sequential: bool = False,
     spill: str | Path | None = None,
     tolerance: float = 1e-3,
+    slow: str = "warn",
     seed: int = 0,
     progress: bool = False,
 ) -> nn.Module:
@@ -108,6 +109,7 @@ def compress(
             was lost before it. Costs some six forward passes more, and no gradients.
         spill: A folder on a disk, for the hidden states of all data that this needs; by default they
             stay in memory, twice tokens × hidden size.
+        slow: What to do about int4 weights without a kernel, as in `quantize`.
         tolerance: Largest relative excess over each layer's optimal error, proven or measured.
         seed: Seed of the randomized solver; the global random state is not touched.
         progress: Show progress bars on a terminal.
@@ -162,6 +164,7 @@ def compress(
         data=data if sequential else None,
         tokenizer=tokenizer,
         spill=spill,
+        slow=slow,
         seed=seed,
         progress=progress,
     )
@@ -176,6 +179,7 @@ def quantize(
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
     stats: Stats | None = None,
+    slow: str = "warn",
     seed: int = 0,
     progress: bool = False,
 ) -> nn.Module:
@@ -184,14 +188,16 @@ def quantize(
     Args:
         model: Any module, compressed or not. Call it again with other ``targets`` to mix schemes.
         scheme: ``"int8"``: one scale per row; linear layers multiply integers by integers. ``"int4"``: one
-            scale per group of a row, 4.5 bits per weight; linear layers multiply by the decoded weight, so
-            it makes a model small and not fast.
+            scale per group of a row, 4.5 bits per weight; PyTorch's int4 kernels multiply the few tokens of
+            a text that is being generated, and the decoded weight multiplies many.
         group_size: Elements that share a scale under ``"int4"``; 32 by default.
         targets: Unix-style patterns of linear layers and embeddings, as `report` and ``named_modules`` call
             them; a factorized layer stands for both of its factors. By default all but the heads.
         ignore: Patterns to leave alone.
         stats: Statistics of the dense model, from `calibrate`: layers then scale and shift their inputs
             so that integers lose less.
+        slow: What to do where int4 weights of linear layers have no kernel on the model's device, and are
+            decoded at every call: ``"warn"`` (`SlowKernelWarning`), ``"refuse"`` or ``"allow"``.
         seed: Of the rotation between factors; the global random state is not touched.
         progress: Show a progress bar on a terminal.
 
@@ -200,7 +206,8 @@ def quantize(
         that serve several layers.
 
     Raises:
-        SchemeError: If the scheme is unknown, or a weight does not divide into its groups.
+        SchemeError: If the scheme is unknown, a weight does not divide into its groups, or int4 has no
+            kernel and ``slow="refuse"``.
         WeightError: If a weight is not finite.
         TargetError: If a pattern matches nothing, or names what cannot be coded.
         LowRankError: If nothing is left to code. The model is then as before.
@@ -218,7 +225,7 @@ def quantize(
     done = hf.recorded(model) if hf is not None else None
     known = done.carried_out(found) if done is not None else found
     plan = _coded(model, known, Scheme(scheme, group_size), targets, ignore, stats)
-    return apply(model, plan, stats, seed=seed, progress=progress)
+    return apply(model, plan, stats, slow=slow, seed=seed, progress=progress)
 
 
 def _coded(
@@ -401,6 +408,7 @@ def apply(
     data: Iterable[Any] | None = None,
     tokenizer: Callable[..., Any] | None = None,
     spill: str | Path | None = None,
+    slow: str = "warn",
     seed: int = 0,
     progress: bool = False,
 ) -> nn.Module:
@@ -418,6 +426,7 @@ def apply(
         data: What to do that on, as for `lowrank.calibrate`; only with ``sequential``.
         tokenizer: A tokenizer of transformers, for data that are strings.
         spill: A folder on a disk for the hidden states, as in `compress`.
+        slow: What to do about int4 weights without a kernel, as in `quantize`.
         seed: Seed of the randomized solver; results are reproducible for a seed.
         progress: Show a progress bar on a terminal.
 
@@ -439,6 +448,7 @@ def apply(
     hf = plugin()
     if hf is not None:
         hf.check_unquantized(check_model(model))
+    quantizing.check_kernels(model, plan, slow)
     try:
         if data is None:
             surgery.apply(model, plan, stats, seed=seed, progress=progress)

@@ -6,16 +6,19 @@ choice is made on a plan, for what the model will be once its layers are factori
 
 from __future__ import annotations
 
+import itertools
+import warnings
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
 
-from lowrank.errors import LowRankError, SchemeError, TargetError
+from lowrank.errors import LowRankError, SchemeError, SlowKernelWarning, TargetError
 from lowrank.forms import Form
 from lowrank.linalg import Scheme
 from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, kind_of
+from lowrank.nn.kernels import int4_obstacle
 from lowrank.obstacles import (
     check_model,
     find_embedding_obstacles,
@@ -72,6 +75,38 @@ def with_heads(model: nn.Module, plan: Plan) -> Plan:
         if table in tables and head in plan
     }
     return plan.with_layers(using)
+
+
+def check_kernels(model: nn.Module, plan: Plan, slow: str) -> None:
+    """Look for int4 weights of linear layers that ``plan`` is going to code, and no kernel multiplies by.
+
+    Raises:
+        SchemeError: If there are any and ``slow`` is ``"refuse"``, or if it is none of the three choices.
+            ``"warn"`` gives one `SlowKernelWarning` for all, ``"allow"`` nothing.
+    """
+    if slow not in ("warn", "refuse", "allow"):
+        raise SchemeError(f"slow={slow!r}: choose 'warn', 'refuse' or 'allow'.")
+    modules = dict(model.named_modules())
+    found: dict[str, list[str]] = {}
+    for code in plan.codes:
+        module = modules.get(code.name, modules.get(code.name.rpartition(".")[0]))
+        if code.group_size is None or code.kind == "embedding" or module is None or isinstance(module, Coded):
+            continue
+        device = next(itertools.chain(module.parameters(), module.buffers())).device
+        reason = int4_obstacle(code.rows, code.columns, code.group_size, device)
+        if reason is not None:
+            found.setdefault(reason, []).append(code.name)
+    if not found or slow == "allow":
+        return
+    reasons = ", ".join(f"{len(names)} since {why} (the first: {names[0]})" for why, names in found.items())
+    message = (
+        f"{sum(map(len, found.values()))} int4 weights of linear layers have to be decoded at every call, "
+        f"which is slower than floating point: {reasons}. Use int8, or ranks and a group_size that fit; or "
+        "accept it with slow='allow'."
+    )
+    if slow == "refuse":
+        raise SchemeError(message)
+    warnings.warn(message, SlowKernelWarning, stacklevel=3)
 
 
 def _chosen(

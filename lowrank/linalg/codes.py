@@ -104,9 +104,9 @@ def encode(weight: Tensor, scheme: Scheme, moments: Tensor | None = None) -> tup
         found = _rounded_in_turn(
             weight, feedback, scheme.group_size, lambda group: (_searched(group)[1][:, None], 7)
         )
-        return _packed(found.codes), torch.cat(found.scales, 1)
+        return joined(found.codes), torch.cat(found.scales, 1)
     codes, scale = _searched(weight.reshape(len(weight), -1, scheme.group_size))
-    return _packed(codes.flatten(1)), scale
+    return joined(codes.flatten(1)), scale
 
 
 def smoothing(weight: Tensor, variances: Tensor) -> Tensor:
@@ -156,15 +156,18 @@ def recode(weight: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
     if scheme.group_size is None:
         return (weight / scale).round_().clamp_(-127, 127).to(torch.int8)
     groups = weight.reshape(*scale.shape, scheme.group_size) / scale[..., None].to(weight.dtype)
-    return _packed(groups.round_().clamp_(-8, 7).to(torch.int8).flatten(1))
+    return joined(groups.round_().clamp_(-8, 7).to(torch.int8).flatten(1))
 
 
 def decode(codes: Tensor, scale: Tensor, scheme: Scheme, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return ``scale · codes`` for any leading dimensions: ``(…, columns)``."""
-    if scheme.group_size is None:
-        return (codes.to(torch.float32) * scale).to(dtype)
-    groups = _unpacked(codes).reshape(*scale.shape, scheme.group_size).to(torch.float32)
-    return (groups * scale[..., None].to(torch.float32)).flatten(-2).to(dtype)
+    return scaled(codes if scheme.group_size is None else split(codes), scale, dtype)
+
+
+def scaled(integers: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return ``scale · integers``: ``(…, groups)`` and ``(…, columns)``, one element to a number."""
+    groups = integers.unflatten(-1, (scale.shape[-1], -1)).to(torch.float32)
+    return groups.mul_(scale[..., None].to(torch.float32)).flatten(-2).to(dtype)
 
 
 class _Rounded(NamedTuple):
@@ -223,12 +226,13 @@ def _searched(groups: Tensor) -> tuple[Tensor, Tensor]:
     return best_codes, best_scale[..., 0]
 
 
-def _packed(codes: Tensor) -> Tensor:
-    """Put two codes into a byte: the even columns into the low half."""
-    halves = (codes + 8).to(torch.uint8)
-    return halves[:, 0::2] | (halves[:, 1::2] << 4)
+def joined(integers: Tensor) -> Tensor:
+    """Put two codes of int4, −8 … 7, into a byte: the even columns into the low half."""
+    halves = (integers + 8).to(torch.uint8)
+    return halves[..., 0::2] | (halves[..., 1::2] << 4)
 
 
-def _unpacked(codes: Tensor) -> Tensor:
+def split(codes: Tensor) -> Tensor:
+    """Return what `joined` joined, as int8: ``(…, columns / 2)`` bytes become ``(…, columns)``."""
     halves = torch.stack([codes & 15, codes // 16], dim=-1).flatten(-2)  # in ONNX, >> of bytes is signed
     return halves.to(torch.int8) - 8

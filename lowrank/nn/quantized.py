@@ -19,14 +19,9 @@ from torch import Tensor, nn
 
 from lowrank.errors import WeightError
 from lowrank.linalg import Scheme, decode, encode, encode_smoothed, linear, recode
+from lowrank.linalg.codes import joined, scaled
 from lowrank.linalg.products import transformed
-
-PART = 2**20
-"""Elements of the output that a CPU computes at a time, so that its integers stay in the cache."""
-
-FEWEST_ON_CUDA = 2**32
-"""From how many multiply-accumulates on integers are faster on CUDA: quantizing inputs takes six kernels."""
-
+from lowrank.nn import kernels
 
 class Coded(nn.Module):
     """A module with a weight ``(rows, columns)`` as integers. Its buffer ``weight`` has no elements.
@@ -124,6 +119,7 @@ class QuantizedLinear(Coded):
             "bias", nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         )
         self.register_parameter("latent", None)
+        self._kernel_scales: tuple[Tensor, Tensor] | None = None  # of which scales, and as int4 kernels read them
 
     @classmethod
     def from_weight(
@@ -169,26 +165,39 @@ class QuantizedLinear(Coded):
         return layer
 
     def runs_on(self) -> str:
-        """Name what multiplies at inference: ``"int8"``, or ``"decoded"`` for ``scale · codes``."""
-        if self.scheme.name != "int8":
+        """Name what multiplies at inference; rows of the input are tokens.
+
+        ``"int8"`` or ``"int8 (from … tokens)"`` for integers by integers, ``"int4 (up to … tokens)"`` for
+        PyTorch's weight-only kernel; otherwise, and always with ``"decoded"``, it is ``scale · codes``.
+        """
+        device, size = self.scale.device, self.scheme.group_size
+        if size is not None:
+            none = kernels.int4_obstacle(*self.shape, size, device) is not None
+            return "decoded" if none else f"int4 (up to {kernels.MOST_ROWS[device.type]} tokens)"
+        fewest = kernels.fewest_integer_rows(*self.shape, device)
+        if fewest is None:
             return "decoded"
-        if self.scale.is_cuda:
-            return "int8" if self.in_features % 8 == self.out_features % 8 == 0 else "decoded"
-        return "int8" if _KERNEL and self.scale.device.type == "cpu" else "decoded"
+        return "int8" if fewest == 1 else f"int8 (from {fewest:,} tokens)"
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(…, in)`` to ``(…, out)``."""
-        if self.latent is None and self._multiplies_integers(input):
-            return self._by_integers(input)
-        weight = self._decoded().to(input.dtype)
+        if self._plain_inference(input):
+            rows = input.reshape(-1, self.in_features)
+            output = self._by_integers(rows) if self.scheme.group_size is None else self._by_int4(rows)
+            if output is not None:
+                return output.to(input.dtype).reshape(*input.shape[:-1], self.out_features)
         bias = self.bias.to(input.dtype) if self.bias is not None else None
-        return linear(self._prepared(input), weight, bias)
+        given = kernels.prepared(input, self.smooth, self.center)
+        return linear(given, self._decoded().to(input.dtype), bias)
 
     def _decoded(self) -> Tensor:
         """Return ``scale · codes``, of loosened codes with the gradient of what they are rounded from."""
         if self.latent is not None:
             return self._trained_weight()
-        return decode(self.codes, self.scale, self.scheme)
+        codes = self.codes
+        if _as_stored(codes):
+            return decode(codes, self.scale, self.scheme)
+        return scaled(kernels.unpacked(codes, *self.shape), self.scale)
 
     def loosen(self) -> None:
         """Let the codes be trained: from now on they are a floating-point weight, ``latent``, rounded.
@@ -211,15 +220,14 @@ class QuantizedLinear(Coded):
             rounding = decode(codes, self.scale, self.scheme) - self.latent
         return self.latent + rounding
 
-    def _multiplies_integers(self, input: Tensor) -> bool:
-        if type(input) is not Tensor or transformed() or not input.numel() or self.runs_on() != "int8":
+    def _plain_inference(self, input: Tensor) -> bool:
+        """Return whether nothing but the output is asked for; kernels know neither gradients nor tracing."""
+        if self.latent is not None or type(input) is not Tensor or transformed() or not input.numel():
             return False
         if input.shape[-1] != self.in_features:
             return False  # for the error that PyTorch raises
         trains = input.requires_grad or (self.bias is not None and self.bias.requires_grad)
-        if torch.is_grad_enabled() and trains:
-            return False
-        return not input.is_cuda or input.numel() * self.out_features >= FEWEST_ON_CUDA
+        return not (trains and torch.is_grad_enabled())
 
     def dense_weight(self) -> Tensor:
         """Return the weight that multiplies the layer's input, ``(out, in)``, in the dtype of ``weight``."""
@@ -230,36 +238,66 @@ class QuantizedLinear(Coded):
         """Return what ``center`` takes from the output, ``(out,)``, so that ``y = Wx − shift + b``."""
         if self.center is None:
             return None
-        return decode(self.codes, self.scale, self.scheme) @ self.center.float()
+        return self._decoded() @ self.center.float()
 
-    def _prepared(self, input: Tensor) -> Tensor:
-        """Return ``s·x − c``, in the dtype of the input."""
-        if self.smooth is None:
-            return input
-        smooth = self.smooth.to(input.dtype)
-        if self.center is None:
-            return input * smooth
-        return torch.addcmul(-self.center.to(input.dtype), input, smooth)
+    def _by_integers(self, rows: Tensor) -> Tensor | None:
+        fewest = kernels.fewest_integer_rows(*self.shape, rows.device)
+        if fewest is None or len(rows) < fewest:
+            return None
+        given, step = kernels.quantized(rows, self.smooth, self.center)
+        bias = self.bias.detach().to(torch.float32) if self.bias is not None else None
+        return kernels.integer_product(given, step, self.codes, self.scale, bias)
 
-    def _by_integers(self, input: Tensor) -> Tensor:
-        """Quantize each row of the input, multiply, and scale back; NaN and infinity stay, in the step."""
-        rows = self._prepared(input.reshape(-1, self.in_features).float())
-        step = rows.abs().amax(1, keepdim=True).clamp_(min=1e-30).div_(127)
-        given = rows.mul(1 / step).round_().to(torch.int8)
-        bias = self._bias_in(torch.float32)
-        output = rows.new_empty(len(rows), self.out_features)
-        some = max(1, PART // self.out_features) if rows.device.type == "cpu" else len(rows)
-        for start in range(0, len(rows), some):
-            part = output[start : start + some]
-            torch.mul(_product(given[start : start + some], self.codes), self.scale[:, 0], out=part)
-            if bias is None:
-                part.mul_(step[start : start + some])
-            else:
-                torch.addcmul(bias, part, step[start : start + some], out=part)
-        return output.to(input.dtype).reshape(*input.shape[:-1], self.out_features)
+    def _by_int4(self, rows: Tensor) -> Tensor | None:
+        size, device = self.scheme.group_size, rows.device
+        assert size is not None
+        if kernels.int4_obstacle(*self.shape, size, device) or len(rows) > kernels.MOST_ROWS[device.type]:
+            return None
+        codes, scales = self._for_kernel()
+        output = kernels.int4_product(kernels.prepared(rows, self.smooth, self.center), codes, scales, size)
+        return output.to(rows.dtype) + (self.bias.to(rows.dtype) if self.bias is not None else 0)
 
-    def _bias_in(self, dtype: torch.dtype) -> Tensor | None:
-        return self.bias.detach().to(dtype) if self.bias is not None else None
+    def _for_kernel(self) -> tuple[Tensor, Tensor]:
+        """Return int4 codes and scales as the kernel reads them.
+
+        The codes are kept in that order only, so that they do not take their room twice; whatever leaves
+        the layer (its state, copies, moves) has them as they are stored.
+        """
+        codes, scale, kept = self.codes, self.scale, self._kernel_scales
+        if _as_stored(codes):
+            with torch.inference_mode(False):
+                codes = kernels.packed(codes)
+            self.codes = codes
+        if kept is None or kept[0] is not scale:
+            kept = scale, kernels.scales_and_zeros(scale)
+            self._kernel_scales = kept
+        return codes, kept[1]
+
+    def _restore(self) -> None:
+        """Bring the codes back into the order in which they are stored."""
+        self._kernel_scales = None
+        if not _as_stored(self.codes):
+            self.codes = joined(kernels.unpacked(self.codes, *self.shape))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._restore()  # the order is that of one device
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not _as_stored(self.codes):
+            destination[f"{prefix}codes"] = joined(kernels.unpacked(self.codes, *self.shape))
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._restore()
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles hold: the codes as they are stored."""
+        state = self.__dict__ | {"_buffers": dict(self._buffers), "_kernel_scales": None}
+        if not _as_stored(self.codes):
+            state["_buffers"]["codes"] = joined(kernels.unpacked(self.codes, *self.shape))
+        return state
 
     def extra_repr(self) -> str:
         """Describe the layer as `torch.nn.Linear` does, with its scheme."""
@@ -320,15 +358,6 @@ class QuantizedEmbedding(Coded):
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.scheme.name}"
 
 
-def _product(rows: Tensor, codes: Tensor) -> Tensor:
-    """Return ``rows · codesᵀ`` of int8 matrices as int32; on CUDA the kernel wants more than 16 rows."""
-    missing = max(0, 17 - len(rows)) if rows.is_cuda else 0
-    return torch._int_mm(nn.functional.pad(rows, (0, 0, 0, missing)), codes.T)[: len(rows)]
-
-
-def _has_kernel() -> bool:
-    """Return whether this processor has the instructions; without VNNI, sums can saturate."""
-    return torch._C._has_mkldnn and bool(getattr(torch.cpu, "_is_vnni_supported", lambda: False)())
-
-
-_KERNEL = _has_kernel()
+def _as_stored(codes: Tensor) -> bool:
+    """Return whether the codes are in the order of the file, and not in that of an int4 kernel."""
+    return codes.ndim == 2

@@ -87,14 +87,18 @@ class TiedLinear(nn.Module):
         return self.bias.to(dtype) if self.bias is not None else None
 
     def _around(self, table: QuantizedEmbedding) -> QuantizedLinear:
-        """Return a linear layer around the codes of ``table`` as they lie; made anew once they have moved."""
-        layer: QuantizedLinear | None = self.__dict__.get("_linear")
-        if layer is None or layer.codes is not table.codes or layer.scale is not table.scale:
+        """Return a linear layer around the codes of ``table``; made anew once they have moved.
+
+        Where an int4 kernel reads them in an order of its own, the layer comes to have its own copy of the
+        codes: rows are looked up in the table's, and decoding the whole table takes seven times that room.
+        """
+        codes, scale, layer = self.__dict__.get("_linear", (None, None, None))
+        if codes is not table.codes or scale is not table.scale:
             rows, columns = table.shape
             layer = QuantizedLinear(columns, rows, False, table.scheme, device="meta")
             layer.codes, layer.scale = table.codes, table.scale
             layer.weight = table.weight.new_empty(0)
-            self.__dict__["_linear"] = layer
+            self.__dict__["_linear"] = table.codes, table.scale, layer
         layer.register_parameter("bias", self.bias)
         return layer
 
