@@ -220,6 +220,9 @@ def _make_alike(model: nn.Module, every: list[Batch], device: torch.device) -> N
     if processes() == 1:
         return
     check_whole(model)
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.restore()  # a process that has called its model may have its codes in another order
     tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.numel()]
     shapes = hash(tuple(tuple(tensor.shape) for tensor in tensors))
     unlike = LowRankError("The processes have models of different shapes. Compress with one plan in all.")

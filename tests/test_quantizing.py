@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -10,8 +11,16 @@ from torch import nn
 
 import lowrank
 from lowrank import LowRankError, Plan, QuantizedEmbedding, QuantizedLinear, compress, quantize, report
-from lowrank.errors import CheckpointError, PlanError, TargetError, WeightError
+from lowrank.errors import (
+    CheckpointError,
+    PlanError,
+    SchemeError,
+    SlowKernelWarning,
+    TargetError,
+    WeightError,
+)
 from lowrank.nn import Coded
+from lowrank.nn.kernels import int4_obstacle
 
 IDS = torch.arange(96).reshape(4, 24) % 99
 
@@ -464,3 +473,37 @@ def test_factors_that_are_fitted_block_by_block_are_coded_last(tiny_bert):
     assert "encoder.layer.0.output.dense.up" in coded(small)
     assert "fitted anew" in str(Plan.from_dict(small.config.quantization_config.plan))
     assert cosine(outputs(small), outputs(uncoded)) > 0.999
+
+
+def narrow():
+    """Two layers, of which one has a number of outputs that no int4 kernel takes."""
+    return nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 20))
+
+
+def test_int4_without_a_kernel_warns_once_or_refuses_as_was_chosen():
+    x = torch.randn(3, 64)
+    with pytest.warns(SlowKernelWarning) as caught:
+        small = quantize(narrow(), "int4", targets=["*"])
+    (told,) = [w for w in caught if w.category is SlowKernelWarning]
+    kernel = int4_obstacle(64, 64, 32, torch.device("cpu")) is None
+    assert f"{1 if kernel else 2} int4 weights of linear layers have to be decoded" in str(told.message)
+    assert "since the kernel wants outputs in multiples of 16 (the first: 1)" in str(told.message)
+    assert small[1].runs_on() == "decoded"
+    untouched = narrow()
+    with pytest.raises(SchemeError, match=r"decoded at every call.*slow='allow'"):
+        quantize(untouched, "int4", targets=["*"], slow="refuse")
+    assert type(untouched[1]) is nn.Linear
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantize(narrow(), "int4", targets=["*"], slow="allow")(x)
+        quantize(narrow(), "int8", targets=["*"], slow="refuse")(x)
+    with pytest.raises(SchemeError, match=r"slow='quietly': choose 'warn', 'refuse' or 'allow'"):
+        quantize(narrow(), "int4", targets=["*"], slow="quietly")
+
+
+def test_factors_without_a_kernel_are_refused_before_they_are_made():
+    model = nn.Sequential(nn.Linear(128, 136), nn.Linear(136, 128))
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(SchemeError, match=r"1 int4 weights .* since .* \(the first: 0.up\)"):
+        compress(model, rank=32, quantize="int4", slow="refuse", ignore=["1"])
+    assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))

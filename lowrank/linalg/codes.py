@@ -166,7 +166,8 @@ def decode(codes: Tensor, scale: Tensor, scheme: Scheme, dtype: torch.dtype = to
 
 def scaled(integers: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return ``scale · integers``: ``(…, groups)`` and ``(…, columns)``, one element to a number."""
-    groups = integers.unflatten(-1, (scale.shape[-1], -1)).to(torch.float32)
+    size = integers.shape[-1] // scale.shape[-1]
+    groups = integers.reshape(*scale.shape, size).to(torch.float32)
     return groups.mul_(scale[..., None].to(torch.float32)).flatten(-2).to(dtype)
 
 

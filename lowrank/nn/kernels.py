@@ -48,16 +48,17 @@ def prepared(input: Tensor, smooth: Tensor | None, center: Tensor | None) -> Ten
 
 
 def quantized(rows: Tensor, smooth: Tensor | None, center: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return int8 codes of ``s·x − c`` for ``rows (n, in)``, and what a code is worth in each row, ``(n, 1)``.
+    """Return int8 codes of ``s·x − c`` for ``rows (n, in)``, and what one is worth in each row, ``(n, 1)``.
 
-    Of a row with NaN or infinity the latter is, too, and of zeros it is zero: the codes do not matter then.
+    The latter is NaN or infinite where the row is, and zero for zeros: the codes do not matter then.
     """
     count, features = rows.shape
     codes, step = rows.new_empty(rows.shape, dtype=torch.int8), rows.new_empty(count, 1, dtype=torch.float32)
     some = _rows_at_a_time(rows, features, PART_OF_INPUT)
     space = rows.new_empty(min(some, count), features, dtype=torch.float32)
     shift = torch.full((features,), ROUND, dtype=torch.float32, device=rows.device)
-    for part, given, worth in zip(rows.split(some), codes.split(some), step.split(some), strict=True):
+    parts = (torch.split(tensor, some) for tensor in (rows, codes, step))
+    for part, given, worth in zip(*parts, strict=True):
         values, room = prepared(part.to(torch.float32), smooth, center), space[: len(part)]
         torch.amax(torch.abs(values, out=room), 1, keepdim=True, out=worth).div_(127)
         torch.addcmul(shift, values, worth.reciprocal(), out=room)
@@ -65,15 +66,11 @@ def quantized(rows: Tensor, smooth: Tensor | None, center: Tensor | None) -> tup
     return codes, step
 
 
-def integer_product(
-    given: Tensor, step: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None
-) -> Tensor:
+def integer_product(given: Tensor, step: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``step · given · codesᵀ · scale + b`` in float32, ``(n, out)``.
 
-    Args:
-        given, step: From `quantized`.
-        codes, scale: Of the weight, ``(out, in)`` int8 and ``(out, 1)``.
-        bias: ``(out,)`` in float32.
+    The rows, ``given`` and ``step``, are from `quantized`; the weight is ``codes (out, in)``, int8, with
+    ``scale (out, 1)``, and ``bias (out,)`` in float32.
     """
     count, features = len(given), len(codes)
     missing = max(0, 17 - count) if given.is_cuda else 0  # CUDA's kernel wants more than 16 rows
@@ -82,7 +79,8 @@ def integer_product(
     some = _rows_at_a_time(given, features, PART)
     sums = torch.empty(min(some, len(given)), features, dtype=torch.int32, device=given.device)
     right, scale = codes.T, scale[:, 0]
-    for left, part, worth in zip(given.split(some), output.split(some), step.split(some), strict=True):
+    parts = (torch.split(tensor, some) for tensor in (given, output, step))
+    for left, part, worth in zip(*parts, strict=True):
         part.copy_(torch._int_mm(left, right, out=sums[: len(left)])[: len(part)])
         part.mul_(scale)  # in two steps: on a CPU, operations on two dtypes are slow
         if bias is None:
@@ -118,7 +116,7 @@ def int4_obstacle(rows: int, columns: int, group_size: int, device: torch.device
 
 
 def packed(codes: Tensor) -> Tensor:
-    """Return int4 codes ``(out, in / 2)`` in the order of the device's kernel: of other dimension, same bytes."""
+    """Return int4 codes ``(out, in / 2)`` in the order of the device's kernel: the same bytes, no matrix."""
     if not codes.is_cuda:
         integers = split(codes).to(torch.int32) + 8
         return torch._convert_weight_to_int4pack_for_cpu(integers, 1).flatten()
@@ -138,9 +136,8 @@ def _from_cpu(codes: Tensor, columns: int) -> Tensor:
 
     In the rest, that is no whole block, they are neighbours.
     """
-    block = 64 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 32
-    whole = len(codes) * 2 // columns // block * block
-    blocks = codes[: whole * columns // 2].view(-1, columns, block // 2)
+    whole = len(codes) * 2 // columns // _BLOCK * _BLOCK
+    blocks = codes[: whole * columns // 2].view(-1, columns, _BLOCK // 2)
     top = torch.stack([blocks & 15, blocks >> 4], 1).transpose(2, 3).reshape(whole, columns)
     rest = codes[whole * columns // 2 :].view(columns, -1)
     return torch.cat([top, torch.stack([rest & 15, rest >> 4], -1).flatten(1).T])
@@ -162,7 +159,7 @@ def _from_cuda(codes: Tensor) -> Tensor:
 
 
 def scales_and_zeros(scale: Tensor) -> Tensor:
-    """Return int4 scales ``(out, groups)`` as kernels read them: ``(groups, out, 2)``, the second all zero."""
+    """Return int4 scales ``(out, groups)`` as kernels read them: ``(groups, out, 2)``, the second zero."""
     turned = scale.T.to(torch.bfloat16)
     return torch.stack([turned, torch.zeros_like(turned)], -1)
 
@@ -195,9 +192,11 @@ def _int4_works(device: str) -> bool:
             found = int4_product(torch.eye(columns, device=device), there, scales, 32)
         except (RuntimeError, AttributeError):  # no such operator, or not for this processor
             return False
-        if not torch.equal(unpacked(there, 112, columns), weight) or not torch.equal(found.T, weight.to(found)):
+        if not torch.equal(unpacked(there, 112, columns), weight) or not torch.equal(
+            found.T, weight.to(found)
+        ):
             return False
-    return not device.startswith("cpu") or torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    return not device.startswith("cpu") or _CAPABILITY.startswith("AVX")
 
 
 def _has_integers() -> bool:
@@ -206,3 +205,5 @@ def _has_integers() -> bool:
 
 
 _INTEGERS = _has_integers()
+_CAPABILITY = torch.backends.cpu.get_cpu_capability()
+_BLOCK = 64 if _CAPABILITY.startswith("AVX512") else 32  # rows

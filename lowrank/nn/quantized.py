@@ -23,6 +23,7 @@ from lowrank.linalg.codes import joined, scaled
 from lowrank.linalg.products import transformed
 from lowrank.nn import kernels
 
+
 class Coded(nn.Module):
     """A module with a weight ``(rows, columns)`` as integers. Its buffer ``weight`` has no elements.
 
@@ -119,7 +120,9 @@ class QuantizedLinear(Coded):
             "bias", nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         )
         self.register_parameter("latent", None)
-        self._kernel_scales: tuple[Tensor, Tensor] | None = None  # of which scales, and as int4 kernels read them
+        self._kernel_scales: tuple[Tensor, Tensor] | None = (
+            None  # of which scales, and as int4 kernels read them
+        )
 
     @classmethod
     def from_weight(
@@ -273,14 +276,14 @@ class QuantizedLinear(Coded):
             self._kernel_scales = kept
         return codes, kept[1]
 
-    def _restore(self) -> None:
-        """Bring the codes back into the order in which they are stored."""
+    def restore(self) -> None:
+        """Bring int4 codes back into the order in which they are stored, if a kernel has them in its own."""
         self._kernel_scales = None
         if not _as_stored(self.codes):
             self.codes = joined(kernels.unpacked(self.codes, *self.shape))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._restore()  # the order is that of one device
+        self.restore()  # the order is that of one device
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -289,7 +292,7 @@ class QuantizedLinear(Coded):
             destination[f"{prefix}codes"] = joined(kernels.unpacked(self.codes, *self.shape))
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._restore()
+        self.restore()
         super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -31,6 +31,10 @@ def coded_parts(scheme: str, bias: bool) -> LowRankEmbedding:
     return made
 
 
+def coded(owner: nn.Module) -> bool:
+    return any(isinstance(module, QuantizedLinear) for module in owner.modules())
+
+
 OWNERS = {
     "factors": table,
     "factors-centred": lambda: table(bias=True),
@@ -49,7 +53,8 @@ def test_rows_and_outputs_are_those_of_one_dense_table(make):
     ids, hidden = torch.arange(ROWS).reshape(5, 10), random(3, 7, WIDTH)
     head = TiedLinear(owner, nn.Parameter(random(ROWS, seed=3)))
     with torch.no_grad():
-        torch.testing.assert_close(owner(ids), dense[ids], rtol=1e-4, atol=1e-4)
+        # a coded second factor reads a row or two at a time through kernels that round what they read
+        assert (owner(ids) - dense[ids]).norm() < (0.01 if coded(owner) else 1e-5) * dense.norm()
         exact = hidden @ dense.T + head.bias
         error = (head(hidden) - exact).norm() / exact.norm()
     assert head(hidden).shape == (3, 7, ROWS)

@@ -2,6 +2,9 @@
 
 import copy
 import io
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -13,6 +16,8 @@ from lowrank.nn import QuantizedEmbedding, QuantizedLinear
 from lowrank.nn import kernels as module
 
 SCHEMES = [Scheme("int8"), Scheme("int4")]
+INT4 = module.int4_obstacle(64, 64, 32, torch.device("cpu")) is None
+weight_only = pytest.mark.skipif(not INT4, reason="this processor has no int4 kernel")
 integers = pytest.mark.skipif(not module._INTEGERS, reason="this processor has no int8 kernel")
 
 
@@ -191,8 +196,134 @@ def test_threads_may_be_the_first_to_call():
 
 
 def test_what_runs_is_told(layer):
-    kernel = "int8" if module._INTEGERS else "decoded"
-    assert layer.runs_on() == (kernel if layer.scheme.name == "int8" else "decoded")
+    if layer.scheme.name == "int8":
+        assert layer.runs_on() == ("int8" if module._INTEGERS else "decoded")
+    else:
+        assert layer.runs_on() == ("int4 (up to 128 tokens)" if INT4 else "decoded")
+    assert QuantizedLinear(64, 40, False, Scheme("int4")).runs_on() == "decoded"
+    assert QuantizedLinear(64, 48, False, Scheme("int4", 16)).runs_on() == "decoded"
+    assert layer.to("meta").runs_on() == "decoded"
+
+
+@integers
+def test_the_integers_of_the_input_are_the_nearest(monkeypatch):
+    x = gaussian(30, 64) * torch.logspace(-20, 20, 30)[:, None]
+    monkeypatch.setattr(module, "PART_OF_INPUT", 64 * 7)
+    codes, step = module.quantized(x, None, None)
+    assert torch.equal(step, x.abs().amax(1, keepdim=True) / 127)
+    assert ((x.double() / step.double() - codes).abs() < 0.5001).all()
+    scale, center = gaussian(64, seed=1).abs().half(), gaussian(64, seed=2).half()
+    given = x[15:] * scale.float() - center.float()
+    codes, step = module.quantized(x[15:], scale, center)
+    assert ((given.double() / step.double() - codes).abs() < 0.501).all()
+
+
+@integers
+def test_rows_of_zeros_give_the_bias():
+    bias = nn.Parameter(gaussian(48))
+    layer = QuantizedLinear.from_weight(gaussian(48, 64), bias, Scheme("int8"))
+    with torch.no_grad():
+        assert torch.equal(layer(torch.zeros(3, 64)), bias.expand(3, 48))
+
+
+def coded4(rows=64, columns=128, size=32, seed=0, smooth=None):
+    weight, bias = gaussian(rows, columns, seed=seed), nn.Parameter(gaussian(rows))
+    return QuantizedLinear.from_weight(weight, bias, Scheme("int4", size), smooth=smooth).eval()
+
+
+@weight_only
+@pytest.mark.parametrize("smooth", [False, True], ids=["plain", "smooth"])
+@pytest.mark.parametrize("tokens", [1, 5, 128])
+@pytest.mark.parametrize(
+    ("rows", "columns", "size"), [(16, 32, 32), (48, 64, 64), (64, 128, 32), (112, 256, 256), (160, 256, 128)]
+)
+def test_the_int4_kernel_computes_what_the_decoded_weight_does(rows, columns, size, tokens, smooth):
+    scale = gaussian(columns, seed=5).abs().add(0.5).half() if smooth else None
+    layer, x = coded4(rows, columns, size, smooth=scale), gaussian(tokens, columns, seed=1)
+    expected = nn.functional.linear(x, layer.dense_weight(), layer.bias)
+    with torch.no_grad():
+        y = layer(x)
+    assert layer.codes.ndim == 1  # in the kernel's order
+    assert y.dtype == torch.float32
+    assert (y - expected).norm() < 0.005 * expected.norm()  # three roundings to bfloat16, each of 2⁻⁹ at most
+
+
+@weight_only
+def test_codes_that_a_kernel_has_used_leave_the_layer_as_they_were_stored():
+    layer, x = coded4(112), gaussian(3, 128, seed=1)
+    stored, many = {k: v.clone() for k, v in layer.state_dict().items()}, gaussian(200, 128, seed=2)
+    with torch.no_grad():
+        decoded, size = layer(many), layer.codes.nbytes
+        y = layer(x)
+        assert layer.codes.ndim == 1
+        assert layer.codes.nbytes == size
+        assert torch.equal(layer(many), decoded)  # more rows than the kernel is for
+        buffer = io.BytesIO()
+        torch.save(layer, buffer)
+        buffer.seek(0)
+        for other in (layer, copy.deepcopy(layer), torch.load(buffer, weights_only=False)):
+            assert {k for k, v in other.state_dict().items() if not torch.equal(v, stored[k])} == set()
+            assert torch.equal(other(x), y)
+        assert torch.equal(layer.double().codes, stored["codes"])
+        assert torch.equal(layer.float()(x), y)
+
+
+@weight_only
+def test_a_used_layer_loads_and_lends_itself():
+    layer, other, x = coded4(), coded4(seed=7), gaussian(3, 128, seed=1)
+    with torch.no_grad():
+        mine, theirs = layer(x), other(x)
+        state = other.state_dict()
+        assert torch.equal(torch.func.functional_call(layer, state, x), theirs)
+        assert torch.equal(layer(x), mine)
+        layer.load_state_dict(other.state_dict())
+        assert torch.equal(layer(x), theirs)
+        layer.load_state_dict(coded4().state_dict(), assign=True)
+        assert torch.equal(layer(x), mine)
+    x.requires_grad_()
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad[0], layer.dense_weight().sum(0), rtol=1e-4, atol=1e-4)
+
+
+@weight_only
+def test_what_is_compiled_and_exported_is_decoded_in_any_order():
+    layer, x = coded4(), gaussian(3, 128, seed=1)
+    expected = nn.functional.linear(x, layer.dense_weight(), layer.bias)
+    with torch.inference_mode():
+        layer(x)
+    with torch.no_grad():
+        exported = torch.export.export(layer, (x,)).module()(x)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(exported, expected)
+    torch.testing.assert_close(compiled, expected)
+
+
+@weight_only
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_int4_kernel_does_not_hide_nan_and_infinity(value):
+    layer, x = coded4(), gaussian(3, 128)
+    x[1, 3] = value
+    with torch.no_grad():
+        y = layer(x)
+    assert not y[1].isfinite().any()
+    assert y[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_processors_whose_order_of_codes_is_unknown_decode(capability):
+    script = (
+        "import torch; from lowrank.nn.kernels import *; from lowrank.linalg.codes import split\n"
+        "codes = torch.randint(256, (112, 64), dtype=torch.uint8)\n"
+        "print(torch.backends.cpu.get_cpu_capability(), int4_obstacle(112, 128, 32, codes.device) is None,"
+        " torch.equal(unpacked(packed(codes), 112, 128), split(codes)))"
+    )
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    found = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    name, works, same = found.stdout.split()
+    assert works == ("True" if name.startswith("AVX") else "False")
+    assert same == "True" or works == "False"
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -221,3 +352,37 @@ def test_cuda_computes_what_the_cpu_does(rows, monkeypatch):
         assert there.device.type == "cuda"
         assert (there.cpu() - here).norm() < 0.003 * here.norm()
         assert made(x.cuda().half()).dtype == torch.float16
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_tells_from_where_on_integers_multiply():
+    layer = QuantizedLinear(4096, 1024, False, Scheme("int8"), device="cuda")
+    assert layer.runs_on() == "int8 (from 1,024 tokens)"
+    assert QuantizedLinear(4096, 1001, False, Scheme("int8"), device="cuda").runs_on() == "decoded"
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 17, 64])
+@pytest.mark.parametrize(
+    ("rows", "columns", "size"), [(8, 32, 32), (48, 64, 64), (104, 96, 32), (64, 512, 256)]
+)
+def test_cuda_multiplies_int4_as_the_decoded_weight_does(rows, columns, size, tokens, dtype):
+    layer = coded4(rows, columns, size)
+    stored = layer.codes.clone()
+    layer.cuda().to(dtype)
+    x = gaussian(tokens, columns, seed=1).cuda().to(dtype)
+    exact = nn.functional.linear(x.double(), layer._decoded().double(), layer.bias.double())
+    with torch.no_grad():
+        y = layer(x)
+        assert layer.runs_on() == "int4 (up to 64 tokens)"
+        assert layer.codes.ndim == 4  # in the kernel's order
+        assert layer.codes.nbytes == stored.nbytes
+        assert y.dtype == dtype
+        assert (y.double() - exact).norm() < 0.008 * exact.norm()
+        assert torch.equal(layer.state_dict()["codes"].cpu(), stored)
+        many = gaussian(200, columns, seed=2).cuda().to(dtype)
+        assert torch.equal(layer(many), copy.deepcopy(layer)(many))  # decoded from either order
+        assert torch.equal(layer.cpu().codes, stored)
