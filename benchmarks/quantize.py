@@ -6,6 +6,8 @@
   300 to 323 of WikiText-2's validation text, which calibration has not seen.
 - ``speed``: ``BertModel(BertConfig())``, batch 8 × 128 tokens: latency of the dense model, of
   ``torch.ao.quantization.quantize_dynamic`` of it, and of ``keep=0.5`` in float32 and int8.
+- ``int4``: one layer at a time on a few tokens, on ``--device``: latency of floating point (float32, on CUDA
+  bfloat16), of int4 by PyTorch's kernel and decoded, and of int8.
 
 The folder given with ``--data`` holds ``stsb-train.csv``, ``stsb-dev.csv`` and ``wikitext2-valid.txt``.
 """
@@ -28,6 +30,8 @@ import lowrank
 from lowrank.batches import windows
 from lowrank.demo import minilm_folder
 from lowrank.evaluation import embed, perplexity, spearman
+from lowrank.linalg import Scheme
+from lowrank.nn import kernels
 from lowrank.textfiles import read_pairs, read_text
 
 SMALLEST = {
@@ -36,6 +40,13 @@ SMALLEST = {
     "keep 0.25, int4, tables in groups of 128": (0.25, "int4", 128),
 }
 """What is kept, how layers are coded, and the elements of a table's row that share a scale."""
+
+
+SIZES = {
+    "cpu": [(576, 576), (576, 1536), (1536, 384), (768, 3072), (3072, 768)],
+    "cuda": [(768, 3072), (4096, 4096), (4096, 11008)],
+}
+"""Layers that the part ``int4`` times, as (in, out)."""
 
 
 def minilm(data: Path, minutes: float) -> list[dict[str, Any]]:
@@ -167,27 +178,68 @@ def speed(repeats: int) -> dict[str, Any]:
     return figures
 
 
+def int4(device: str, repeats: int) -> list[dict[str, Any]]:
+    """Time layers by the number of tokens, which decides what multiplies."""
+    rows = []
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    most = kernels.MOST_ROWS[device]
+    for size in SIZES[device]:
+        dense = nn.Linear(*size).eval()
+        layers = [
+            lowrank.QuantizedLinear.from_weight(dense.weight, dense.bias, Scheme("int4")) for _ in range(2)
+        ]
+        integers = lowrank.QuantizedLinear.from_weight(dense.weight, dense.bias, Scheme("int8"))
+        dense, kernel, decoded, integers = (layer.to(device, dtype) for layer in (dense, *layers, integers))
+        for tokens in (1, 8, 32, 64, 128, 256, 1024):
+            inputs = torch.randn(tokens, size[0], device=device, dtype=dtype)
+
+            def run(layer: nn.Module, limit: int, inputs: torch.Tensor = inputs) -> None:
+                kernels.MOST_ROWS[device] = limit
+                for _ in range(10):
+                    layer(inputs)
+                if device == "cuda":
+                    torch.cuda.synchronize()
+
+            tasks = {
+                "float": lambda dense=dense: run(dense, most),
+                "int4 by the kernel": lambda kernel=kernel: run(kernel, 2**20),
+                "int4 decoded": lambda decoded=decoded: run(decoded, 0),
+                "int8": lambda integers=integers: run(integers, most),
+            }
+            with torch.no_grad():
+                seconds = interleaved_medians(tasks, repeats, warmup=2)
+            figures = {name: round(1e5 * value, 1) for name, value in seconds.items()}
+            rows.append({"in, out": size, "tokens": tokens, "microseconds": figures})
+            print(rows[-1], flush=True)
+    kernels.MOST_ROWS[device] = most
+    return rows
+
+
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--data", type=Path)
-    arguments.add_argument("--part", choices=("minilm", "residual", "speed"), required=True)
+    arguments.add_argument("--part", choices=("minilm", "residual", "speed", "int4"), required=True)
     arguments.add_argument("--minutes", type=float, default=0.0, help="of recovery; 0 for none")
     arguments.add_argument("--windows", type=int, default=96, help="of 512 tokens to calibrate residual on")
+    arguments.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the part int4")
     arguments.add_argument("--repeats", type=int, default=15)
     options = arguments.parse_args()
-    if options.part != "speed" and options.data is None:
+    if options.part in ("minilm", "residual") and options.data is None:
         arguments.error(f"--part {options.part} needs --data")
     figures: Any
     if options.part == "minilm":
         figures = minilm(options.data, options.minutes)
     elif options.part == "residual":
         figures = residual(options.data, options.windows)
+    elif options.part == "int4":
+        figures = int4(options.device, options.repeats)
     else:
         figures = speed(options.repeats)
     print(json.dumps(figures, indent=2))
     if options.out is not None:
         known = json.loads(options.out.read_text()) if options.out.exists() else {}
-        known[options.part] = {"environment": environment(), "figures": figures}
+        part = options.part if options.device == "cpu" else f"{options.part}, {options.device}"
+        known[part] = {"environment": environment(), "figures": figures}
         options.out.write_text(json.dumps(known, indent=2) + "\n")
 
 
