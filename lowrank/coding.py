@@ -10,7 +10,9 @@ costs nothing at inference. Statistics, where there are any, say how to scale an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import operator
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,9 @@ from lowrank.nn import (
     LowRankLinear,
     QuantizedEmbedding,
     QuantizedLinear,
+    SharedCodes,
+    SharedDown,
+    kind_named,
     kind_of,
 )
 from lowrank.planning import CodedWeight, LayerPlan, Plan
@@ -165,7 +170,7 @@ def coded(model: nn.Module, code: CodedWeight, stats: Stats | None) -> tuple[Cod
     scheme, module = scheme_of(code), model.get_submodule(code.name)
     if isinstance(module, nn.Embedding):
         return QuantizedEmbedding.from_embedding(module, scheme), None
-    kind = kind_of(module)
+    kind = kind_named("linear") if isinstance(module, SharedDown) else kind_of(module)
     assert kind is not None  # checked
     weight = kind.weight(module)
     bias: nn.Parameter | None = module.bias  # type: ignore[assignment]
@@ -174,12 +179,14 @@ def coded(model: nn.Module, code: CodedWeight, stats: Stats | None) -> tuple[Cod
     factor = part if isinstance(layer, LowRankLinear) else None
     reader = code.name if factor is None else parent
     if stats is None or reader not in stats:
-        return QuantizedLinear.from_weight(weight, bias, scheme, kind=kind.name), None
+        return _like(module).from_weight(weight, bias, scheme, kind=kind.name), None
     inputs = stats.inputs[stats.sources[reader]]
     if factor == "up":
         assert isinstance(layer, LowRankLinear)
         seen = _between(layer, inputs)
         return QuantizedLinear.from_weight(weight, bias, scheme, kind=kind.name, moments=seen), None
+    if factor == "down":
+        inputs = _of_all(model, layer, stats)
     smooth = center = mean = None
     if code.smooth:
         smooth, center = _scaling(weight, inputs, code.centred)
@@ -187,7 +194,7 @@ def coded(model: nn.Module, code: CodedWeight, stats: Stats | None) -> tuple[Cod
         mean = weight.float() @ (center.float() / smooth.float())
         if isinstance(layer, LowRankLinear):
             mean = layer.up.weight.float() @ mean  # of which there is a floating-point one still
-    new = QuantizedLinear.from_weight(
+    new = _like(module).from_weight(
         weight,
         bias,
         scheme,
@@ -224,10 +231,32 @@ def _between(layer: LowRankLinear, inputs: Moments) -> Tensor | None:
 
 
 @torch.no_grad()
-def rotate(module: LowRankLinear | LowRankEmbedding, seed: int) -> None:
-    """Mix the inner dimensions of the factors, so that integers hold them well; the product stays."""
-    down = module.down.weight
-    right = down.T if isinstance(module, LowRankEmbedding) else down  # (rank, …)
-    left, mixed = rotated(module.up.weight, right, seed)
-    module.up.weight.copy_(left)
+def rotate(layers: Sequence[LowRankLinear | LowRankEmbedding], seed: int) -> None:
+    """Mix the inner dimensions of the factors, so that integers hold them well; the products stay.
+
+    ``layers`` have one ``down``.
+    """
+    down, ups = layers[0].down.weight, [layer.up.weight for layer in layers]
+    right = down.T if isinstance(layers[0], LowRankEmbedding) else down  # (rank, …)
+    left, mixed = rotated(torch.cat(ups), right, seed)
+    for up, part in zip(ups, torch.split(left, [len(up) for up in ups]), strict=True):
+        up.copy_(part)
     right.copy_(mixed)
+
+
+def readers_of(model: nn.Module, layer: LowRankLinear) -> dict[str, LowRankLinear]:
+    """Return the layers that use the ``down`` of ``layer``, with their names, itself among them."""
+    every = ((n, m) for n, m in model.named_modules() if isinstance(m, LowRankLinear))
+    return {name: module for name, module in every if module.down is layer.down}
+
+
+def _like(module: nn.Module) -> type[QuantizedLinear]:
+    return SharedCodes if isinstance(module, SharedDown) else QuantizedLinear
+
+
+def _of_all(model: nn.Module, layer: nn.Module, stats: Stats) -> Moments:
+    """Return the moments of what all read that use the ``down`` of ``layer``; each input counts once."""
+    assert isinstance(layer, LowRankLinear)
+    sources = dict.fromkeys(stats.sources[n] for n in readers_of(model, layer) if n in stats)
+    moments = [stats.inputs[source] for source in sources]
+    return functools.reduce(operator.add, moments)

@@ -44,7 +44,7 @@ class Form:
 
         Args:
             layer: Its entry, with the rank that it will have.
-            shared: Whether other layers use its ``down``, which then stays in floating point.
+            shared: Whether other layers use its ``down``. No bias takes up the mean of its inputs then.
             calibrated: Whether there are statistics of its inputs, to scale and centre these by.
         """
         if self.scheme is None:
@@ -59,9 +59,9 @@ class Form:
         if self.residual:
             sizes = layer.out_features, layer.in_features
             made.append(_coded(f"{layer.name}.base", "linear", sizes, False, self.scheme, calibrated, False))
-        if layer.down_of is None and not shared:
+        if layer.down_of is None:
             sizes = layer.rank, layer.in_features
-            centred = layer.has_bias
+            centred = layer.has_bias and not shared
             made.append(_coded(f"{layer.name}.down", "linear", sizes, False, factors, calibrated, centred))
         sizes = layer.out_features, layer.rank
         made.append(_coded(f"{layer.name}.up", "linear", sizes, layer.has_bias, factors, False, False))

@@ -17,7 +17,7 @@ from torch import nn
 from lowrank.errors import LowRankError, SchemeError, SlowKernelWarning, TargetError
 from lowrank.forms import Form
 from lowrank.linalg import Scheme
-from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, kind_of
+from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, SharedDown, kind_of
 from lowrank.nn.kernels import int4_obstacle
 from lowrank.obstacles import (
     check_model,
@@ -144,10 +144,9 @@ def _chosen(
         layer = layers.get(name)
         known = stats is not None and name in stats
         if isinstance(module, (LowRankLinear, LowRankEmbedding)):
-            plain = all(
-                type(part) in (nn.Linear, nn.Embedding) and not part.weight.is_meta
-                for part in (module.down, module.up)
-            )
+            own = isinstance(module, LowRankEmbedding) or module.owns_down
+            parts = (module.down, module.up) if own else (module.up,)
+            plain = all(type(part) in _PLAIN and not part.weight.is_meta for part in parts)
             if layer is not None and plain and uses[id(module)] == 1:
                 yield from _linear(layer, plan, scheme, known, done)
         elif name not in blocked and layer is not None:
@@ -159,6 +158,9 @@ def _chosen(
             raise TargetError(
                 f"{name}: this weight cannot be coded: it {blocked[name]}. Take it out of targets."
             )
+
+
+_PLAIN = (nn.Linear, SharedDown, nn.Embedding)
 
 
 def _linear(

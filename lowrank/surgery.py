@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowrank.coding import base_of, check_codes, coded, rotate, scheme_of
+from lowrank.coding import base_of, check_codes, coded, readers_of, rotate, scheme_of
 from lowrank.errors import LowRankError, PlanError, WeightError
 from lowrank.factoring import check_stats, corrected, factorized, jointly_factorized, weight_of
 from lowrank.linalg.svd import check_options, checked_weight
@@ -28,6 +28,8 @@ from lowrank.nn import (
     LowRankLinear,
     QuantizedEmbedding,
     QuantizedLinear,
+    SharedCodes,
+    SharedDown,
     TiedLinear,
     kind_named,
     kind_of,
@@ -71,7 +73,9 @@ def encode(
     names = {code.name for code in todo}
     for name, module in model.named_modules():
         if isinstance(module, _Factorized) and {f"{name}.down", f"{name}.up"} <= names:
-            rotate(module, seed)
+            readers = readers_of(model, module) if isinstance(module, LowRankLinear) else {name: module}
+            if {f"{reader}.up" for reader in readers} <= names:
+                rotate(list(readers.values()), seed)
     for code in tqdm(todo, desc="coding", unit="weight", disable=None if progress else True):
         old = model.get_submodule(code.name)
         new, mean = coded(model, code, stats)
@@ -218,16 +222,18 @@ def _without_data(code: CodedWeight, old: nn.Module) -> Coded:
         return QuantizedEmbedding(
             code.rows, code.columns, scheme, padding_idx=padding, device="meta", dtype=dtype
         )
-    new = _empty_linear(code, dtype)
+    new = _empty_linear(code, dtype, SharedCodes if isinstance(old, SharedDown) else QuantizedLinear)
     bias: nn.Parameter | None = old.bias  # type: ignore[assignment]
     new.register_parameter("bias", bias)
     return new
 
 
-def _empty_linear(code: CodedWeight, dtype: torch.dtype) -> QuantizedLinear:
+def _empty_linear(
+    code: CodedWeight, dtype: torch.dtype, cls: type[QuantizedLinear] = QuantizedLinear
+) -> QuantizedLinear:
     flags = {"smooth": code.smooth, "centred": code.centred}
     sizes, scheme = (code.columns, code.rows), scheme_of(code)
-    return QuantizedLinear(*sizes, False, scheme, kind=code.kind, **flags, device="meta", dtype=dtype)
+    return cls(*sizes, False, scheme, kind=code.kind, **flags, device="meta", dtype=dtype)
 
 
 def check_structure(model: nn.Module, plan: Plan) -> None:
@@ -315,7 +321,9 @@ _HOOKS = (
 
 
 def adopt(new: _Module, old: nn.Module) -> _Module:
-    """Carry over what the user set on the old layer: training mode, frozen weights, hooks."""
+    """Carry over what is known of the old layer: training mode, frozen weights, hooks, who reads a factor."""
+    if isinstance(new, SharedCodes) and isinstance(old, (SharedDown, SharedCodes)):
+        new.readers = old.readers
     trainable = all(p.requires_grad for n, p in old.named_parameters() if n.endswith("weight"))
     for name, parameter in new.named_parameters():
         if name.endswith("weight"):

@@ -326,3 +326,57 @@ def test_symbolic_tracing_sees_plain_products():
             return SharedDown.forward(self.down, x)
 
     assert torch.equal(torch.fx.symbolic_trace(Reading())(x), down(x))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("share", ["inputs", "layers"])
+def test_a_shared_factor_is_coded_once_for_all_who_use_it(tiny_bert, scheme, share, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    data = [{"input_ids": torch.randint(99, (4, 24), generator=generator)} for _ in range(8)]
+    stats = lowrank.calibrate(tiny_bert, data)
+    group = 16 if scheme == "int4" else None
+    how = {"group_size": group, "ignore": ["embeddings.*"], "slow": "allow"}
+    floating = compress(copy.deepcopy(tiny_bert), rank=16, share=share, stats=stats)
+    small = lowrank.quantize(copy.deepcopy(floating), scheme, stats=stats, **how)
+    at_once = compress(tiny_bert, rank=16, share=share, stats=stats, quantize=scheme, **how)
+    with torch.no_grad():
+        expected, found, other = (m(**data[0]).last_hidden_state for m in (floating, small, at_once))
+    assert torch.equal(found, other)
+    least = 0.999 if scheme == "int8" else 0.9
+    assert torch.cosine_similarity(found, expected, dim=-1).mean() > least
+    owners = {plan.down_of for plan in lowrank.hf.recorded(small) if plan.down_of is not None}
+    assert owners
+    for owner in owners:
+        assert isinstance(small.get_submodule(owner).down, lowrank.nn.SharedCodes)
+    folder = lowrank.save(small, tmp_path / "small")
+    assert (folder / "model.safetensors").stat().st_size == lowrank.report(small).checkpoint_bytes
+    again = type(small).from_pretrained(folder).eval()
+    with torch.no_grad():
+        assert torch.equal(again(**data[0]).last_hidden_state, found)
+    expected_readers, readers = (
+        [module.readers for module in model.modules() if isinstance(module, lowrank.nn.SharedCodes)]
+        for model in (at_once, again)
+    )
+    assert readers == expected_readers
+    assert (max(readers) > 1) == (share == "inputs")
+
+
+def test_coded_shared_factors_are_computed_once_per_forward_pass(tiny_bert, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    data = [{"input_ids": torch.randint(99, (4, 24), generator=generator)} for _ in range(4)]
+    stats = lowrank.calibrate(tiny_bert, data)
+    small = compress(tiny_bert, rank=16, share="inputs", stats=stats, quantize="int8")
+    calls = []
+    original = lowrank.QuantizedLinear.forward
+
+    def counted(self, input):
+        calls.append(self)
+        return original(self, input)
+
+    monkeypatch.setattr(lowrank.QuantizedLinear, "forward", counted)
+    with torch.no_grad():
+        small(**data[0])
+    shared = [module for module in small.modules() if isinstance(module, lowrank.nn.SharedCodes)]
+    used = [module for module in shared if module.readers > 1]
+    assert used
+    assert all(sum(call is module for call in calls) == 1 for module in used)

@@ -4,6 +4,7 @@ from lowrank.nn.dense import DenseKind, kind_named, kind_of, register
 from lowrank.nn.embedding import LowRankEmbedding
 from lowrank.nn.linear import LowRankLinear
 from lowrank.nn.quantized import Coded, QuantizedEmbedding, QuantizedLinear
+from lowrank.nn.shared import SharedCodes, SharedDown
 from lowrank.nn.tied import TiedLinear
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "LowRankLinear",
     "QuantizedEmbedding",
     "QuantizedLinear",
+    "SharedCodes",
+    "SharedDown",
     "TiedLinear",
     "kind_named",
     "kind_of",

@@ -1,4 +1,4 @@
-"""`SharedDown`: one ``down`` for several layers that read the same input, computed once per forward pass.
+"""`SharedDown`, `SharedCodes`: one ``down`` for layers that read the same input, computed once per pass.
 
 The layers call it one after another with the same tensor. The first call computes, the others get its
 result, and the last one lets go of it. A result serves only while nothing has changed: input and
@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lowrank.linalg import linear
+from lowrank.nn.quantized import QuantizedLinear
 
 
 class _Result(NamedTuple):
@@ -52,36 +54,63 @@ class SharedDown(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(…, in)`` to ``(…, rank)``."""
-        traced = torch.compiler.is_compiling() or isinstance(input, torch.fx.Proxy)
-        if traced:
+        if _is_traced(input):
             return super().forward(input)
-        if self.readers < 2 or input.is_inference() or self.weight.is_inference():
-            return linear(input, self.weight)
-        kept = _results.by_module.pop(self, None)
-        state = self._state(input)
-        if kept is not None and self._serves(kept, input, state):
-            if kept.readers > 1:
-                _results.by_module[self] = kept._replace(readers=kept.readers - 1)
-            return kept.output
-        output = linear(input, self.weight)
-        used_up: list[bool] = []
-        if output.requires_grad:
-            output.register_hook(lambda _: used_up.append(True))  # type: ignore[no-untyped-call]
-        known = weakref.ref(input), weakref.ref(self.weight), state
-        _results.by_module[self] = _Result(*known, output, used_up, self.readers - 1)
-        return output
+        return _computed_once(self, self.readers, self.weight, input, lambda: linear(input, self.weight))
 
-    def _serves(self, kept: _Result, input: Tensor, state: tuple[object, ...]) -> bool:
-        same = kept.input() is input and kept.weight() is self.weight and kept.state == state
-        return same and not kept.used_up
 
-    def _state(self, input: Tensor) -> tuple[object, ...]:
-        """Return what the result depends on, beside the identity of input and weight."""
-        device = input.device.type
-        return (
-            input._version,
-            self.weight._version,
-            torch.is_grad_enabled(),
-            torch.is_autocast_enabled(device),
-            torch.get_autocast_dtype(device),
+class SharedCodes(QuantizedLinear):
+    """The same with ``R`` as integers."""
+
+    readers: int = 1
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map ``(…, in)`` to ``(…, rank)``."""
+        given = self.codes if self.latent is None else self.latent
+        if _is_traced(input):
+            return super().forward(input)
+        return _computed_once(
+            self, self.readers, given, input, lambda: super(SharedCodes, self).forward(input)
         )
+
+
+def _is_traced(input: Tensor) -> bool:
+    return torch.compiler.is_compiling() or isinstance(input, torch.fx.Proxy)
+
+
+def _computed_once(
+    module: nn.Module, readers: int, weight: Tensor, input: Tensor, compute: Callable[[], Tensor]
+) -> Tensor:
+    """Return what ``module`` makes of ``input``, computed or kept from another of its ``readers``."""
+    if readers < 2 or input.is_inference() or weight.is_inference():
+        return compute()
+    kept = _results.by_module.pop(module, None)
+    state = _state(weight, input)
+    if kept is not None and _serves(kept, weight, input, state):
+        if kept.readers > 1:
+            _results.by_module[module] = kept._replace(readers=kept.readers - 1)
+        return kept.output
+    output = compute()
+    used_up: list[bool] = []
+    if output.requires_grad:
+        output.register_hook(lambda _: used_up.append(True))  # type: ignore[no-untyped-call]
+    known = weakref.ref(input), weakref.ref(weight), state
+    _results.by_module[module] = _Result(*known, output, used_up, readers - 1)
+    return output
+
+
+def _serves(kept: _Result, weight: Tensor, input: Tensor, state: tuple[object, ...]) -> bool:
+    same = kept.input() is input and kept.weight() is weight and kept.state == state
+    return same and not kept.used_up
+
+
+def _state(weight: Tensor, input: Tensor) -> tuple[object, ...]:
+    """Return what the result depends on, beside the identity of input and weight."""
+    device = input.device.type
+    return (
+        input._version,
+        weight._version,
+        torch.is_grad_enabled(),
+        torch.is_autocast_enabled(device),
+        torch.get_autocast_dtype(device),
+    )
