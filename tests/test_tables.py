@@ -394,7 +394,7 @@ def test_statistics_from_before_there_were_tables_still_load(tiny_bert, tmp_path
 
 
 def test_a_table_that_was_not_calibrated_stays_with_a_reason(tiny_bert):
-    stats = lowrank.calibrate(tiny_bert, batches_of(2), loss=None)
+    stats = lowrank.calibrate(tiny_bert, batches_of(2), loss=None, targets=["*"])
     plan = lowrank.plan(tiny_bert, keep=0.5, stats=stats, targets=["*", "*.word_embeddings"])
     assert plan["embeddings.word_embeddings"].rank is None
     assert "not among those that were calibrated" in plan["embeddings.word_embeddings"].reason

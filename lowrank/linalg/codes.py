@@ -235,5 +235,10 @@ def joined(integers: Tensor) -> Tensor:
 
 def split(codes: Tensor) -> Tensor:
     """Return what `joined` joined, as int8: ``(…, columns / 2)`` bytes become ``(…, columns)``."""
-    halves = torch.stack([codes & 15, codes // 16], dim=-1).flatten(-2)  # in ONNX, >> of bytes is signed
-    return halves.to(torch.int8) - 8
+    return torch.stack(halves(codes), dim=-1).flatten(-2).to(torch.int8) - 8
+
+
+def halves(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the low and the high four bits of bytes."""
+    wide = codes.to(torch.int32)  # torch.onnx takes bytes for signed when they are shifted; // is slow
+    return codes & 15, (wide >> 4).to(torch.uint8)
