@@ -229,8 +229,8 @@ def _searched(groups: Tensor) -> tuple[Tensor, Tensor]:
 
 def joined(integers: Tensor) -> Tensor:
     """Put two codes of int4, −8 … 7, into a byte: the even columns into the low half."""
-    halves = (integers + 8).to(torch.uint8)
-    return halves[..., 0::2] | (halves[..., 1::2] << 4)
+    nibbles = (integers + 8).to(torch.uint8)
+    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
 
 
 def split(codes: Tensor) -> Tensor:

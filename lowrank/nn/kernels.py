@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lowrank.linalg.codes import split
+from lowrank.linalg.codes import halves, split
 
 PART = 2**20
 """Elements of the output that a CPU computes at a time, so that its integers stay in the cache."""
@@ -138,9 +138,9 @@ def _from_cpu(codes: Tensor, columns: int) -> Tensor:
     """
     whole = len(codes) * 2 // columns // _BLOCK * _BLOCK
     blocks = codes[: whole * columns // 2].view(-1, columns, _BLOCK // 2)
-    top = torch.stack([blocks & 15, blocks >> 4], 1).transpose(2, 3).reshape(whole, columns)
+    top = torch.stack(halves(blocks), 1).transpose(2, 3).reshape(whole, columns)
     rest = codes[whole * columns // 2 :].view(columns, -1)
-    return torch.cat([top, torch.stack([rest & 15, rest >> 4], -1).flatten(1).T])
+    return torch.cat([top, torch.stack(halves(rest), -1).flatten(1).T])
 
 
 def _from_cuda(codes: Tensor) -> Tensor:
@@ -151,9 +151,7 @@ def _from_cuda(codes: Tensor) -> Tensor:
     """
     tiles, outer, _, pairs = codes.shape
     words = codes.contiguous().view(torch.uint8).view(tiles, outer, 8, 4, pairs, 4)
-    even, odd = (
-        torch.stack([half & 15, half >> 4], -1).flatten(-2) for half in (words[..., :2], words[..., 2:])
-    )
+    even, odd = (torch.stack(halves(half), -1).flatten(-2) for half in (words[..., :2], words[..., 2:]))
     bytes_ = torch.stack([even, odd], -1)  # (tile, outer, row, column, pair, apart, even or odd)
     return bytes_.permute(0, 2, 1, 4, 5, 3, 6)
 
