@@ -36,15 +36,15 @@ ATTEMPTS = 4
 """How often ranks are chosen anew because the whole model was not as fast as its layers promised."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """What the user asked for; the arguments are those of `compress`."""
 
-    budget: Budget | None
+    budget: Budget | None = None
     metric: str
-    add_bias: bool
-    targets: Sequence[str] | None
-    ignore: Sequence[str] | None
+    add_bias: bool = False
+    targets: Sequence[str] | None = None
+    ignore: Sequence[str] | None = None
     allocation: str = "global"
     round_to: int = 8
     tolerance: float = 1e-3

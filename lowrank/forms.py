@@ -106,7 +106,9 @@ def coded_bytes(code: CodedWeight) -> int:
 
 
 def stored_bytes(layer: LayerPlan, codes: Iterable[CodedWeight], width: int) -> int:
-    """Return the bytes of a layer's weight or factors, of which ``codes`` are coded, without its bias.
+    """Return the bytes of a layer's weight or factors, of which ``codes`` are coded.
+
+    The bias that the dense layer has is left out.
 
     Args:
         layer: Its entry, with the rank that it will have.

@@ -1,8 +1,8 @@
-"""What the allocator picks from: for each layer, or for layers that read the same input, a menu of ranks.
+"""What the allocator picks from: for each layer, or for layers that may share ``down``, a menu of ranks.
 
 Where weights may be coded, a menu has the ranks of each form (`lowrank.forms`), and the coded whole weight.
 
-Of layers that read the same input, some may share ``down`` while others have factors of their own. Each
+Of layers that may share ``down``, some may share ``down`` while others have factors of their own. Each
 way to divide them is a partition, with one menu per part; which partition is best depends on the budget.
 """
 
@@ -22,7 +22,7 @@ from lowrank.planning import CodedWeight, LayerPlan
 
 
 class Group(NamedTuple):
-    """Layers that read the same input.
+    """Layers that may share ``down``: of one input, or of one role in adjacent blocks.
 
     Args:
         names: All of them, in the model's order.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
-from lowrank.errors import LowRankError
+from lowrank.errors import LowRankError, TargetError
 from lowrank.linalg.svd import FLOATING
 from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear, kind_of
 from lowrank.reads import layers_read
@@ -28,6 +28,29 @@ def check_model(model: object) -> nn.Module:
             "with AutoModel.from_pretrained(...)."
         )
     return model
+
+
+def check_holder(model: object) -> nn.Module:
+    """Return ``model`` if it is a module that holds layers, and not itself one that would be replaced.
+
+    Raises:
+        LowRankError: If it is no module.
+        TargetError: If it is a layer or a table.
+    """
+    module = check_model(model)
+    own = (nn.Linear, nn.Embedding, LowRankLinear, LowRankEmbedding, TiedLinear, Coded)
+    if isinstance(module, own) or kind_of(module) is not None:
+        made = isinstance(module, (LowRankLinear, LowRankEmbedding, TiedLinear, Coded))
+        way = (
+            "its weight is model.dense_weight()"
+            if made
+            else "LowRankLinear.from_linear(layer, rank) is for one"
+        )
+        raise TargetError(
+            f"The model is itself a {type(module).__name__}, and no module can replace itself. Pass the "
+            f"module that holds it; {way}."
+        )
+    return module
 
 
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

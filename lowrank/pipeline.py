@@ -133,8 +133,19 @@ def compress(
     """
     budget = Budget.of(rank=rank, keep=keep, energy=energy, error=error, max_bytes=max_bytes, speedup=speedup)
     request = Request(
-        *(budget, metric, add_bias, targets, ignore, allocation, round_to, tolerance, share),
-        *(quantize, group_size, residual, share_size),
+        budget=budget,
+        metric=metric,
+        add_bias=add_bias,
+        targets=targets,
+        ignore=ignore,
+        allocation=allocation,
+        round_to=round_to,
+        tolerance=tolerance,
+        share=share,
+        share_size=share_size,
+        quantize=quantize,
+        group_size=group_size,
+        residual=residual,
     )
     if sequential and (residual or quantize == "auto"):
         raise BudgetError("sequential=True fits factors that replace weights, not residuals: leave one out.")
@@ -202,8 +213,8 @@ def quantize(
         progress: Show a progress bar on a terminal.
 
     Returns:
-        The same model. Weights that are tied, used twice or read by value stay as they are, as do factors
-        that serve several layers.
+        The same model. Weights that are tied otherwise than a head to its table, used twice or read by value
+        stay as they are.
 
     Raises:
         SchemeError: If the scheme is unknown, a weight does not divide into its groups, or int4 has no
@@ -308,7 +319,8 @@ def calibrate(
         >>> stats.tokens, sorted(stats.gradients)
         (64, ['0', '2'])
     """
-    layers = drafted(model, Request(None, "weight", False, targets, ignore), None, tables=True)
+    request = Request(metric="weight", targets=targets, ignore=ignore)
+    layers = drafted(model, request, None, tables=True)
     stream = _stream(model, data, tokenizer, device, batch_size, max_length)
     names = [layer.name for layer in layers.targeted]
     heads = {layer.name: layer.same_as for layer in layers if layer.same_as is not None}
@@ -369,8 +381,19 @@ def plan(
     """
     budget = Budget.of(rank=rank, keep=keep, energy=energy, error=error, max_bytes=max_bytes, speedup=speedup)
     request = Request(
-        *(budget, metric, add_bias, targets, ignore, allocation, round_to, tolerance, share),
-        *(quantize, group_size, residual, share_size),
+        budget=budget,
+        metric=metric,
+        add_bias=add_bias,
+        targets=targets,
+        ignore=ignore,
+        allocation=allocation,
+        round_to=round_to,
+        tolerance=tolerance,
+        share=share,
+        share_size=share_size,
+        quantize=quantize,
+        group_size=group_size,
+        residual=residual,
     )
     layers = drafted(model, request, stats)
     return _decided(model, layers, request, stats, True, progress, Timing(inputs, latencies))
@@ -506,5 +529,5 @@ def spectra(
     Raises:
         LowRankError: If a pattern matches nothing, or a weight cannot be factorized.
     """
-    request = Request(None, metric, add_bias, targets, ignore)
+    request = Request(metric=metric, add_bias=add_bias, targets=targets, ignore=ignore)
     return spectra_of(model, drafted(model, request, stats), stats, progress)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import numbers
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -255,14 +255,22 @@ class CodedWeight:
 
 @dataclass(frozen=True)
 class Change:
-    """One difference between two plans; a side without the layer is ``None``."""
+    """One difference between two plans; a side without the layer, or without codes of it, is ``None``."""
 
     name: str
     before: LayerPlan | None
     after: LayerPlan | None
+    stored_before: str | None = None
+    stored_after: str | None = None
+
+    @property
+    def sides(self) -> tuple[str, str]:
+        """Both sides in words."""
+        before, after = _summary(self.before), _summary(self.after)
+        return _with_codes(before, self.stored_before), _with_codes(after, self.stored_after)
 
     def __str__(self) -> str:
-        return f"{self.name}: {_summary(self.before)} → {_summary(self.after)}"
+        return f"{self.name}: {self.sides[0]} → {self.sides[1]}"
 
 
 @dataclass(frozen=True)
@@ -390,7 +398,8 @@ class Plan:
     def with_rank(self, pattern: str, rank: int | None) -> Plan:
         """Return the plan with every matching layer set to ``rank``; `apply` checks that they can be.
 
-        An edited layer shares no factor any more; layers that shared one with it go on without it.
+        An edited layer shares no factor any more; layers that shared one with it go on without it. Codes that
+        it had, and a correction of them, are gone as well: `lowrank.quantize` codes it again.
 
         Args:
             pattern: Unix-style pattern on layer names.
@@ -418,7 +427,12 @@ class Plan:
         chosen = [layer for layer in chosen if layer.same_as is None]
         reason = "left dense by hand" if rank is None else "set by hand"
         edited = {layer.name: layer.edited(rank, reason) for layer in chosen}
-        return self._parted_from(edited.keys()).with_layers(edited)
+        return self._parted_from(edited.keys()).with_layers(edited)._without_codes(edited)
+
+    def _without_codes(self, names: Collection[str]) -> Plan:
+        """Return the plan with the weights and factors of the named layers in floating point."""
+        codes = (code for code in self.codes if _coded_layer(code, self._index) not in names)
+        return replace(self, codes=tuple(codes))
 
     def _parted_from(self, names: Collection[str]) -> Plan:
         """Return the plan with the layers that share a ``down`` with one of ``names`` going on without that.
@@ -434,13 +448,17 @@ class Plan:
                     alone = layer.edited(layer.rank, layer.reason)
                     same = layer.same_input or owner is None
                     layers[layer.name] = replace(alone, down_of=owner, same_input=same)
-        return self.with_layers(layers)
+        return self.with_layers(layers)._without_codes(layers)
 
     def diff(self, other: Plan) -> list[Change]:
-        """List the layers whose rank differs, or that only one of the plans has."""
+        """List the layers whose rank or form differs, or that only one of the plans has."""
         names = list(dict.fromkeys([layer.name for layer in [*self.layers, *other.layers]]))
-        changes = [Change(name, self._index.get(name), other._index.get(name)) for name in names]
-        return [c for c in changes if _summary(c.before) != _summary(c.after)]
+        mine, its = self._schemes(), other._schemes()
+        changes = [
+            Change(name, self._index.get(name), other._index.get(name), mine.get(name), its.get(name))
+            for name in names
+        ]
+        return [change for change in changes if change.sides[0] != change.sides[1]]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as dicts, lists, strings and numbers, with its format number first."""
@@ -548,10 +566,18 @@ class Plan:
         """Return by layer how it is stored, such as ``"int4 + int8"`` for a residual."""
         found: dict[str, list[str]] = {}
         for code in self.codes:
-            parent, _, _ = code.name.rpartition(".")
-            whole = code.name in self._index or parent not in self._index
-            found.setdefault(code.name if whole else parent, []).append(code.scheme)
+            found.setdefault(_coded_layer(code, self._index), []).append(code.scheme)
         return {name: " + ".join(dict.fromkeys(schemes)) for name, schemes in found.items()}
+
+
+def _coded_layer(code: CodedWeight, layers: Container[str]) -> str:
+    """Return the name of the layer or table that ``code`` is of, or of whose factor."""
+    parent = code.name.rpartition(".")[0]
+    return code.name if code.name in layers or parent not in layers else parent
+
+
+def _with_codes(summary: str, scheme: str | None) -> str:
+    return summary if scheme is None else f"{summary}, {scheme}"
 
 
 def _summary(layer: LayerPlan | None) -> str:

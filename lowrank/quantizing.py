@@ -17,10 +17,10 @@ from torch import nn
 from lowrank.errors import LowRankError, SchemeError, SlowKernelWarning, TargetError
 from lowrank.forms import Form
 from lowrank.linalg import Scheme
-from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, SharedDown, kind_of
+from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, SharedDown
 from lowrank.nn.kernels import int4_obstacle
 from lowrank.obstacles import (
-    check_model,
+    check_holder,
     find_embedding_obstacles,
     find_obstacles,
     linear_layers,
@@ -52,7 +52,7 @@ def with_codes(
         SchemeError: If a weight does not divide into groups.
         LowRankError: If nothing is left to code.
     """
-    chosen = list(_chosen(check_model(model), plan, scheme, targets, ignore, stats, heads or {}))
+    chosen = list(_chosen(check_holder(model), plan, scheme, targets, ignore, stats, heads or {}))
     if not chosen and not optional:
         raise LowRankError(
             f"No weight of {type(model).__name__} is left to be coded as {scheme.name}: those that could be "
@@ -118,11 +118,6 @@ def _chosen(
     stats: Stats | None,
     heads: Mapping[str, str],
 ) -> Iterator[CodedWeight]:
-    if isinstance(model, (nn.Linear, nn.Embedding, LowRankLinear, Coded)) or kind_of(model) is not None:
-        raise TargetError(
-            f"The model is itself a {type(model).__name__}, and no module can replace itself. "
-            "Pass the module that holds the layer."
-        )
     modules = dict([*linear_layers(model), *embeddings(model)])
     for pattern in [*check_patterns("targets", targets), *check_patterns("ignore", ignore)]:
         if not any(matches(name, pattern) for name in modules):

@@ -24,7 +24,7 @@ from lowrank.text import format_bytes, format_table
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One linear layer, before and after. Parameters and bytes are of the weight, without the bias.
+    """One linear layer or factorized table, before and after, without its bias.
 
     Attributes:
         name: Module name.
@@ -35,7 +35,8 @@ class LayerReport:
         parameters_before, parameters: Counts; mostly also the multiply-accumulates (MACs) per token.
         bytes_before, bytes: In the dtype that the layer computes in, and as it is stored.
         added_parameters: Of a bias that the dense layer did not have.
-        scheme: How the weight or both factors are coded, ``"int8"`` or ``"int4"``; ``None`` if they are not.
+        scheme: How the weight or factors are coded, such as ``"int8"``, or ``"int4 + int8"`` for a
+            coded weight with factors that correct it; ``None`` if nothing is.
         kind: ``"linear"``, ``"conv1d"``, or ``"embedding"`` for a factorized table, whose rows are looked up.
         same_as: The table whose weight it uses; its parameters and bytes are then counted there, here none.
         same_input: Whether the layer whose ``down`` it uses, if it uses another's, reads the same input, and
@@ -100,8 +101,8 @@ class Report:
         layers: Every linear layer, heads and dense ones included.
         parameters_before, parameters: Of the whole model, embeddings and biases included; a tied
             weight counts once.
-        checkpoint_bytes_before, checkpoint_bytes: Exact size of ``model.safetensors`` now, and the
-            predicted size with dense layers.
+        checkpoint_bytes_before, checkpoint_bytes: Predicted size of ``model.safetensors`` with dense layers,
+            and its exact size now.
         loss_increase_predicted: Of the objective per term, by the plan; ``None`` if it has none.
         loss_increase_measured: The same as measured on data; ``None`` without data.
         coded: Every weight that is stored as integers.
@@ -264,8 +265,9 @@ def _describe(model: nn.Module, layer: LayerPlan) -> LayerReport:
     if isinstance(module, LowRankEmbedding):
         parts = [module.up, module.down]
     elif isinstance(module, LowRankLinear):
-        parts = [module.up, module.down] if module.owns_down else [module.up]
-    schemes = {part.scheme.name if isinstance(part, Coded) else None for part in parts}
+        own = (module.base, module.up, module.down if module.owns_down else None)
+        parts = [part for part in own if part is not None]
+    schemes = dict.fromkeys(part.scheme.name if isinstance(part, Coded) else "float" for part in parts)
     return LayerReport(
         name=layer.name,
         shape=(layer.out_features, layer.in_features),
@@ -276,7 +278,7 @@ def _describe(model: nn.Module, layer: LayerPlan) -> LayerReport:
         bytes_before=0 if layer.same_as is not None else layer.dense_parameters * width,
         bytes=sum(_stored_bytes(part) for part in parts),
         added_parameters=layer.bias_features if layer.added_bias else 0,
-        scheme=schemes.pop() if len(schemes) == 1 else None,
+        scheme=" + ".join(schemes) if any(isinstance(part, Coded) for part in parts) else None,
         kind=layer.kind,
         same_as=layer.same_as,
         same_input=layer.same_input,

@@ -34,7 +34,7 @@ from lowrank.nn import (
     kind_named,
     kind_of,
 )
-from lowrank.obstacles import check_model, find_embedding_obstacles, find_obstacles
+from lowrank.obstacles import check_holder, check_model, find_embedding_obstacles, find_obstacles
 from lowrank.planning import CodedWeight, LayerPlan, Plan
 from lowrank.statistics import Stats
 from lowrank.ties import followers, tied_heads
@@ -248,17 +248,7 @@ def check_structure(model: nn.Module, plan: Plan) -> None:
 
 def decompress(model: nn.Module) -> nn.Module:
     """Replace factorized layers by dense ones; see `lowrank.decompress`."""
-    check_model(model)
-    if isinstance(model, Coded):
-        raise LowRankError(
-            f"The model is itself a {type(model).__name__}, and no module can replace itself. "
-            "Its dense weight is model.dense_weight()."
-        )
-    if isinstance(model, LowRankLinear):
-        raise LowRankError(
-            "The model is itself a LowRankLinear, and no module can replace itself. "
-            "Its dense weight is model.dense_weight(); or pass the module that holds it."
-        )
+    check_holder(model)
     users = followers(model)
     lost = next((name for name, owner in users.items() if not owner), None)
     if lost is not None:

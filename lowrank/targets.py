@@ -16,7 +16,7 @@ from torch import nn
 from lowrank.coding import described
 from lowrank.errors import TargetError
 from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear, kind_of
-from lowrank.obstacles import find_embedding_obstacles, find_obstacles, linear_layers
+from lowrank.obstacles import check_holder, find_embedding_obstacles, find_obstacles, linear_layers
 from lowrank.patterns import matches, no_match
 from lowrank.planning import LayerPlan, Plan
 from lowrank.ties import embeddings, followers, pads_with_zeros, tied_heads
@@ -58,11 +58,7 @@ def draft(
         TargetError: If a pattern matches no linear layer, if one without wildcards names a layer
             that cannot be factorized, or if the model is itself a linear layer.
     """
-    if kind_of(model) is not None or isinstance(model, (nn.Linear, LowRankLinear)):
-        raise TargetError(
-            f"The model is itself a {type(model).__name__}, and no module can replace itself. "
-            "Use LowRankLinear.from_linear(layer, rank), or pass the module that holds the layer."
-        )
+    check_holder(model)
     layers = dict(linear_layers(model))
     lookups = dict(embeddings(model))
     known = [*layers, *lookups]

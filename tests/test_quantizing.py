@@ -199,7 +199,8 @@ def test_gpt2_and_shared_factors(tmp_path):
     compress(llama, rank=16, stats=stats, share="inputs")
     before = outputs(llama)
     quantize(llama, stats=stats)
-    assert "model.layers.0.self_attn.q_proj.down" not in coded(llama)  # it serves several layers
+    assert "model.layers.0.self_attn.q_proj.down" in coded(llama)  # once for the layers that it serves
+    assert "model.layers.0.self_attn.k_proj.down" not in coded(llama)
     assert coded(llama)["model.layers.0.mlp.down_proj.down"].center is None  # no bias to take it up
     assert cosine(outputs(llama), before) > 0.999
     llama.save_pretrained(tmp_path / "llama")

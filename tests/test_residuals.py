@@ -221,3 +221,48 @@ def test_an_interrupted_recovery_leaves_codes(tiny_bert, stats, monkeypatch):
         lowrank.recover(small, dense, batches_for_training(), steps=4)
     assert set(small.state_dict()) == keys
     assert small.get_submodule(QUERY).latent is None
+
+
+def test_the_report_counts_the_coded_weight_of_a_residual(tiny_bert, stats):
+    dense = report(tiny_bert)
+    planned = lowrank.plan(tiny_bert, rank=8, residual=True, quantize="int4", stats=stats)
+    found = report(lowrank.apply(tiny_bert, planned, stats=stats))
+    layer = next(layer for layer in found.layers if layer.name == QUERY)
+    assert layer.scheme == "int8 + int4" or layer.scheme == "int4 + int8"
+    module = tiny_bert.get_submodule(QUERY)
+    assert layer.bytes == sum(part.stored_bytes for part in (module.base, module.up, module.down))
+    # as far as the headers of the two files differ
+    assert found.checkpoint_bytes_before == pytest.approx(dense.checkpoint_bytes, abs=30_000)
+
+
+def test_an_edited_layer_of_a_plan_with_codes_can_be_applied(tiny_bert, stats):
+    for how in ({"quantize": "int8"}, {"quantize": "int4", "residual": True}):
+        planned = lowrank.plan(tiny_bert, rank=8, stats=stats, **how)
+        for rank in (4, None):
+            edited = planned.with_rank(QUERY, rank)
+            assert not any(code.name.startswith(QUERY) for code in edited.codes)
+            assert "float" in str(edited)
+            (change,) = planned.diff(edited)
+            assert "int8" in str(change)
+            small = lowrank.apply(copy.deepcopy(tiny_bert), edited, stats=stats)
+            assert (small.get_submodule(QUERY).rank if rank else None) == rank
+
+
+@pytest.mark.parametrize("call", [lowrank.decompress, quantize, lambda m: compress(m, rank=2)])
+@pytest.mark.parametrize(
+    "module",
+    [
+        torch.nn.Linear(64, 64),
+        torch.nn.Embedding(50, 64),
+        lowrank.LowRankLinear(64, 64, 8),
+        lowrank.LowRankEmbedding(50, 64, 8),
+        quantize(torch.nn.Sequential(torch.nn.Linear(64, 64)))[0],
+        quantize(torch.nn.Sequential(torch.nn.Embedding(50, 64)))[0],
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_a_layer_that_is_the_model_is_refused(call, module):
+    names = list(dict(module.named_modules()))
+    with pytest.raises(LowRankError, match=f"is itself a {type(module).__name__}.*holds it"):
+        call(module)
+    assert list(dict(module.named_modules())) == names
