@@ -66,6 +66,7 @@ GroupSize = Annotated[int | None, typer.Option(help="Elements that share a scale
 Residual = Annotated[
     bool, typer.Option("--residual", help="Let factors correct coded weights, in place of replacing them.")
 ]
+Slow = Annotated[str, typer.Option(help="Of int4 that no kernel multiplies: warn, refuse or allow.")]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON to stdout, for programs.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no table.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
@@ -159,6 +160,7 @@ def compress(
     quantize: Quantize = None,
     group_size: GroupSize = None,
     residual: Residual = False,
+    slow: Slow = "warn",
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Carry out this plan instead.")] = None,
     sequential: Annotated[
         bool, typer.Option("--sequential", help="Fit layers to the compressed model's inputs, with --data.")
@@ -187,6 +189,7 @@ def compress(
     samples = _samples(model, source, data, windows)
     stats = _stats(model, samples, stats_folder, not quiet, both=sequential or speedup is not None)
     how: dict[str, Any] = {"stats": stats, "sequential": sequential, "seed": seed, "progress": not quiet}
+    how |= {"slow": slow}
     if sequential and samples is not None:
         how |= {"data": samples.data, "tokenizer": samples.tokenizer}
     if plan_file is not None:

@@ -56,7 +56,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Args:
         rank, keep, energy, error, max_bytes: The budget, exactly one of them, as in `lowrank.compress`.
         targets, ignore, allocation, round_to, tolerance, seed: As in `lowrank.compress`.
-        quantize, group_size, residual: As in `lowrank.compress`.
+        quantize, group_size, residual, slow: As in `lowrank.compress`.
         share, share_size: As in `lowrank.compress`; ``share="inputs"`` needs data.
         plan: The plan that was carried out, as `Plan.to_dict` gives it; then no budget is needed.
         tensors: The digests that `lowrank.save` leaves in ``config.json`` for `lowrank.load`. Not kept: the
@@ -89,6 +89,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         quantize: str | None = None,
         group_size: int | None = None,
         residual: bool = False,
+        slow: str = "warn",
         share: str | None = None,
         share_size: int | None = None,
     ) -> None:
@@ -106,7 +107,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.targets, self.ignore = targets, ignore
         self.allocation, self.round_to = allocation, round_to
         self.tolerance, self.seed = tolerance, seed
-        self.quantize, self.group_size, self.residual = quantize, group_size, residual
+        self.quantize, self.group_size, self.residual, self.slow = quantize, group_size, residual, slow
         self.share, self.share_size = share, share_size
 
     @property
