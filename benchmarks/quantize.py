@@ -34,13 +34,8 @@ from lowrank.linalg import Scheme
 from lowrank.nn import kernels
 from lowrank.textfiles import read_pairs, read_text
 
-SMALLEST = {
-    "keep 0.4, int8, tables int4": (0.4, "int8", 32),
-    "keep 0.5, int4": (0.5, "int4", 32),
-    "keep 0.25, int4, tables in groups of 128": (0.25, "int4", 128),
-}
-"""What is kept, how layers are coded, and the elements of a table's row that share a scale."""
-
+SMALLEST = (11_400_000, 9_500_000, 7_900_000, 6_000_000)
+"""Bytes of parameters and buffers within which the allocator chooses how each layer is stored."""
 
 SIZES = {
     "cpu": [(576, 576), (576, 1536), (1536, 384), (768, 3072), (3072, 768)],
@@ -81,15 +76,12 @@ def minilm(data: Path, minutes: float) -> list[dict[str, Any]]:
             for known in (None, stats):
                 coded = lowrank.quantize(copy.deepcopy(base), scheme, stats=known)
                 rows.append(row(f"{name}, {scheme}{', calibrated' if known else ''}", coded, base))
-    for name, (keep, scheme, group) in SMALLEST.items():
-        small = lowrank.compress(copy.deepcopy(dense), keep=keep, stats=stats, round_to=32)
+    for limit in SMALLEST:
+        small = lowrank.compress(copy.deepcopy(dense), max_bytes=limit, quantize="auto", stats=stats)
+        rows.append(row(f"auto within {limit / 1e6:g} MB", small, dense))
         if minutes:
             lowrank.recover(small, dense, train, tokenizer, minutes=minutes)
-        lowrank.quantize(small, "int4", targets=["embeddings.*"], group_size=group)
-        lowrank.quantize(small, "int4", targets=["pooler.*"])
-        before = copy.deepcopy(small)
-        lowrank.quantize(small, scheme, stats=stats)
-        rows.append(row(f"{name}, {minutes} min of recover", small, before))
+            rows.append(row(f"auto within {limit / 1e6:g} MB, {minutes:g} min of recover", small, dense))
     return rows
 
 
