@@ -84,6 +84,11 @@ def apply_anchored(
             "sequential=True fits factors anew that replace weights, and these correct coded ones. "
             "Leave it out."
         )
+    if any(layer.name in plan.equal for layer in plan.factorized):
+        raise LowRankError(
+            "sequential=True goes through blocks one by one, and by the plan some layers use the factors of "
+            "others. Leave it out, or plan without those."
+        )
     if any(layer.name in blocks for layer in plan.factorized):
         raise LowRankError(
             "sequential=True needs blocks of several layers, and these are linear layers themselves. "

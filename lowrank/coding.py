@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ from lowrank.nn import (
     kind_named,
     kind_of,
 )
+from lowrank.obstacles import find_embedding_obstacles, find_obstacles
 from lowrank.planning import CodedWeight, LayerPlan, Plan
 from lowrank.statistics import Moments, Stats
 
@@ -74,7 +76,8 @@ def check_codes(model: nn.Module, plan: Plan, stats: Stats | None, loading: bool
     """Check that every coded weight of ``plan`` is a layer, table or factor of that shape.
 
     Raises:
-        PlanError: If a module is missing, of another kind or shape, or coded otherwise; if statistics lack.
+        PlanError: If a module is missing, of another kind or shape, coded otherwise, or must stay as it is;
+            if statistics lack.
         WeightError: If a weight is not finite, or does not divide into groups.
         StatsError: If the statistics are of another model.
     """
@@ -82,8 +85,13 @@ def check_codes(model: nn.Module, plan: Plan, stats: Stats | None, loading: bool
     for layer in plan:
         if layer.residual:
             base_of(plan, layer)
+    blocked = {} if loading else _blocked(model, plan)
     for code in plan.codes:
         module = modules.get(code.name)
+        if code.name in plan and plan[code.name].same_as is not None:
+            raise PlanError(
+                f"{code.name}: by the plan it uses the weight of {plan[code.name].same_as}. Code that."
+            )
         try:
             scheme_of(code)
             if not loading and module is not None and not isinstance(module, Coded):
@@ -102,12 +110,33 @@ def check_codes(model: nn.Module, plan: Plan, stats: Stats | None, loading: bool
                 f"{code.name}: the plan has a coded {code.kind} of shape ({code.rows}, {code.columns}) "
                 f"there, which does not fit {type(model).__name__}."
             )
+        if code.name in blocked:
+            raise PlanError(f"{code.name}: this weight cannot be coded: it {blocked[code.name]}.")
+        if code.centred and _serves_several(code, plan):
+            raise PlanError(f"{code.name}: cannot be centred: several layers use it, with unlike inputs.")
         if code.centred > code.smooth or code.smooth > (code.kind != "embedding"):
             raise PlanError(
                 f"{code.name}: a {code.kind} cannot be centred without being smooth, nor a table."
             )
         if code.smooth and not loading:
             _check_stats(code, modules, plan, stats)
+
+
+def _blocked(model: nn.Module, plan: Plan) -> dict[str, str]:
+    """Return what must stay as it is, with the reason, but for what has been coded or factorized already."""
+    same_as = {layer.name: owner for owner, users in plan.equal.items() for layer in users}
+    return find_obstacles(model, same_as) | find_embedding_obstacles(model)
+
+
+def _serves_several(code: CodedWeight, plan: Plan) -> bool:
+    """Tell whether several layers use the codes: the mean of one's inputs is not that of another's."""
+    return code.name in plan.equal or code.name.rpartition(".")[0] in plan.equal
+
+
+def with_common_codes_uncentred(plan: Plan) -> Plan:
+    """Return ``plan`` with inputs centred only where one layer uses the weight."""
+    codes = (replace(code, centred=False) if _serves_several(code, plan) else code for code in plan.codes)
+    return replace(plan, codes=tuple(codes))
 
 
 def _shape_after(

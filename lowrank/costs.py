@@ -25,7 +25,8 @@ def byte_costs(
 
     Args:
         model: The dense model.
-        draft: Its layers; those that are targeted are priced by the menus.
+        draft: Its layers; those that are targeted are priced by the menus, with the copies of their weights,
+            which stay where they do.
         max_bytes: The budget.
         rest: What is coded of everything else.
         calibrated: The layers with statistics.
@@ -35,7 +36,11 @@ def byte_costs(
         module = model.get_submodule(layer.name)
         weights[layer.name] = module.weight  # type: ignore[assignment]
     tensors = [*model.parameters(), *model.buffers()]
-    fixed = _bytes(tensors) - _bytes(weights.values())
+    copies = {
+        owner: _bytes(model.get_submodule(x.name).weight for x in users if x.copied)  # type: ignore[misc]
+        for owner, users in draft.equal.items()
+    }
+    fixed = _bytes(tensors) - _bytes(weights.values()) - sum(copies.values())
     for code in rest:
         weight: Tensor = model.get_submodule(code.name).weight  # type: ignore[assignment]
         fixed += coded_bytes(code) - _bytes([weight])
@@ -46,7 +51,8 @@ def byte_costs(
         def cost(point: int) -> int:
             layers, codes = menu.layers_at(point), menu.codes_at(point, calibrated)
             own = {layer.name: [c for c in codes if _belongs(c, layer.name)] for layer in layers}
-            return sum(stored_bytes(layer, own[layer.name], width) for layer in layers)
+            stored = sum(stored_bytes(layer, own[layer.name], width) for layer in layers)
+            return stored + sum(copies.get(x.name, 0) for x in layers if x.rank is None and not own[x.name])
 
         costs = np.array([0 if rank else cost(point) for point, rank in enumerate(menu.ranks)])
         factors = np.flatnonzero(menu.ranks)

@@ -18,7 +18,7 @@ from lowrank.batches import Batch, batches
 from lowrank.costs import byte_costs
 from lowrank.errors import BudgetError, WeightError
 from lowrank.evaluation import evaluating
-from lowrank.factoring import check_layer_of, matrix_of, metric_of
+from lowrank.factoring import check_layer_of, matrix_of, metric_of, pooled
 from lowrank.forms import FLOAT, TABLE, Form, forms_of
 from lowrank.latency import LatencyTable, latency_costs, seconds_of
 from lowrank.linalg import Spectrum, spectrum
@@ -102,15 +102,19 @@ class Request:
         return self.metric
 
 
-def drafted(model: nn.Module, request: Request, stats: Stats | None, tables: bool = False) -> Plan:
+def drafted(
+    model: nn.Module, request: Request, stats: Stats | None, tables: bool = False, equal: bool = True
+) -> Plan:
     """List the layers; with statistics, leave alone those that these do not cover.
 
-    Where forms compete, and with ``tables``, embedding tables are targets, too.
+    Where forms compete, and with ``tables``, embedding tables are targets, too. Without ``equal``, equal
+    weights are not looked for.
     """
     hf = plugin()
     heads = hf.head_layers(check_model(model)) if hf is not None else None
+    apart = None if not equal else hf.parts(model) if hf is not None else ()
     every = tables or len(request.forms) > 1
-    plan = draft(check_model(model), request.targets, request.ignore, heads, every)
+    plan = draft(check_model(model), request.targets, request.ignore, heads, every, apart)
     if request.residual and request.budget is not None and request.budget.kind == "rank":
         plan = plan.with_layers({x.name: replace(x, residual=True) for x in plan.targeted if x.kind != TABLE})
     metric = request.metric_with(stats)
@@ -119,7 +123,7 @@ def drafted(model: nn.Module, request: Request, stats: Stats | None, tables: boo
     layers = {}
     for layer in plan.targeted:
         check_layer_of(model.get_submodule(layer.name), layer.name, stats)
-        reason = stats.lacks(layer.name, metric)
+        reason = stats.lacks(layer.name, metric) or _lacks_user(plan, layer.name, stats)
         if reason is not None and layer.kind == TABLE and layer.name not in stats:
             reason = "not among those that were calibrated: calibrate with targets that spell it"
         if reason is not None:
@@ -127,6 +131,15 @@ def drafted(model: nn.Module, request: Request, stats: Stats | None, tables: boo
         elif request.add_bias and layer.kind != TABLE:
             layers[layer.name] = replace(layer, added_bias=not layer.bias)
     return replace(plan, metric=metric).with_layers(layers)
+
+
+def _lacks_user(plan: Plan, owner: str, stats: Stats) -> str | None:
+    """Return why a weight cannot be measured for a layer that uses that of ``owner``, or ``None``."""
+    for layer in plan.equal.get(owner, ()):
+        reason = stats.lacks(layer.name, "inputs")
+        if reason is not None:
+            return f"has its weight in {layer.name}, too, which {reason}"
+    return None
 
 
 class Timing(NamedTuple):
@@ -175,6 +188,7 @@ def decide(
             f"{table.name}: a table is looked up, not multiplied, so it has no latency to choose a rank by. "
             "Take it out of targets, or give another budget than speedup."
         )
+    stats = pooled(stats, drafted)
     groups = groups_of(model, drafted, request.share, request.share_size, request.budget, stats, predict)
     forms = request.forms
     corrects = request.budget.kind == "rank" and request.residual

@@ -32,7 +32,7 @@ from lowrank.linalg import (
 from lowrank.linalg.metric import Side
 from lowrank.linalg.svd import small_side_gram
 from lowrank.menus import importance
-from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedLinear, kind_of
+from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear, kind_of
 from lowrank.planning import CodedWeight, LayerPlan, Plan
 from lowrank.statistics import Stats
 from lowrank.ties import pads_with_zeros
@@ -63,6 +63,9 @@ def check_stats(model: nn.Module, plan: Plan, stats: Stats | None) -> None:
         if layer.name in dense:
             check_layer_of(model.get_submodule(layer.name), layer.name, stats)
             stats.metric(layer.name, plan.metric, layer.has_bias)
+            for user in plan.equal.get(layer.name, ()):
+                check_layer_of(model.get_submodule(user.name), user.name, stats)
+                stats.moments(user.name)
     for layers in shared:
         if len({stats.sources.get(layer.name, layer.name) for layer in layers}) > 1:
             raise StatsError(
@@ -82,6 +85,19 @@ def check_layer_of(layer: nn.Module, name: str, stats: Stats) -> None:
             f"{name}: the statistics are of another model, or of other weights. Calibrate this model, as it "
             "is now."
         )
+
+
+def pooled(stats: Stats | None, plan: Plan, centred: bool = True) -> Stats | None:
+    """Return ``stats`` in which a layer whose weight others use stands for all of them.
+
+    Where one of them is not in the statistics, the owner stands for itself. Without ``centred``, moments are
+    about zero, as codes that serve several layers need them.
+    """
+    for owner, users in plan.equal.items():
+        layers = plan[owner], *users
+        if stats is not None and all(layer.name in stats for layer in layers):
+            stats = stats.pooled(owner, {layer.name: centred and layer.has_bias for layer in layers})
+    return stats
 
 
 def metric_of(layer: LayerPlan, metric: str, stats: Stats | None) -> Metric:
@@ -293,9 +309,7 @@ def _layer(
     """Wrap factors, and what they correct if anything, with the bias corrected under a calibrated metric."""
     bias: nn.Parameter | None = dense.bias  # type: ignore[assignment]
     if stats is not None and plan.metric != "weight" and layer.has_bias:
-        lost = weight_of(dense).detach().double() - left.double() @ right.double()
-        if base is not None:
-            lost -= base.dense_weight().double()
+        lost = _lost(dense, left, right, base)
         bias = _with_mean(bias, lost, stats.moments(layer.name).mean, left.dtype)
     return LowRankLinear.from_factors(
         left,
@@ -307,6 +321,26 @@ def _layer(
         added_bias=bias is not dense.bias,
         base=base,
     )
+
+
+def follower(
+    dense: nn.Module, owner: LowRankLinear, layer: LayerPlan, plan: Plan, stats: Stats | None
+) -> TiedLinear:
+    """Return what takes the place of ``dense``, whose weight ``owner`` has factorized.
+
+    Its bias takes up the mean of its own error, since it reads another input than the owner.
+    """
+    bias: nn.Parameter | None = dense.bias  # type: ignore[assignment]
+    if stats is not None and plan.metric != "weight" and bias is not None:
+        lost = _lost(dense, owner.up.weight.detach(), owner.down.weight.detach(), owner.base)
+        bias = _with_mean(bias, lost, stats.moments(layer.name).mean, bias.dtype)
+    return TiedLinear(owner, bias, kind=layer.kind, copied=layer.copied)
+
+
+def _lost(dense: nn.Module, left: Tensor, right: Tensor, base: QuantizedLinear | None) -> Tensor:
+    """Return ``W − LR``, less what the factors correct, ``(out, in)`` in float64."""
+    lost = weight_of(dense).detach().double() - left.double() @ right.double()
+    return lost if base is None else lost - base.dense_weight().double()
 
 
 def _with_mean(bias: nn.Parameter | None, lost: Tensor, mean: Tensor, dtype: torch.dtype) -> nn.Parameter:

@@ -5,7 +5,7 @@ Drafting a plan asks for the reasons; applying one checks against them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -13,7 +13,7 @@ from lowrank.errors import LowRankError, TargetError
 from lowrank.linalg.svd import FLOATING
 from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear, kind_of
 from lowrank.reads import layers_read
-from lowrank.ties import embeddings, place_of, tied_heads
+from lowrank.ties import embeddings, equal_layers, place_of, tied_heads
 
 
 def check_model(model: object) -> nn.Module:
@@ -67,14 +67,44 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def find_obstacles(model: nn.Module) -> dict[str, str]:
+def find_obstacles(model: nn.Module, same_as: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return ``{layer name: reason}`` for every linear layer that cannot be factorized.
 
     A reason reads on from "it …": ``"is used twice, also as encoder.b"``.
+
+    Args:
+        model: What has the layers.
+        same_as: ``{layer name: name of another}`` of layers that are replaced together with another, whose
+            weight they use; that they share one is then no obstacle.
     """
     obstacle = _finder(model)
-    found = {name: obstacle(name, module, frozenset()) for name, module in linear_layers(model)}
+    groups: dict[str, set[str]] = {}
+    for name, owner in (same_as or {}).items():
+        groups.setdefault(owner, {f"{owner}.weight"}).add(f"{name}.weight")
+    found = {}
+    for name, module in linear_layers(model):
+        shared = groups.get((same_as or {}).get(name, name), ())
+        found[name] = obstacle(name, module, frozenset(shared))
     return {name: reason for name, reason in found.items() if reason}
+
+
+def find_equals(model: nn.Module, wanted: Collection[str], apart: Sequence[str] = ()) -> dict[str, str]:
+    """Return ``{layer name: name of the first}`` for linear layers whose weight is another's, or equal.
+
+    Only layers of ``wanted`` are compared, in its order, and only those returned that can be replaced
+    together; for ``apart`` see `lowrank.ties.equal_layers`.
+    """
+    groups = equal_layers(model, wanted, apart)
+    obstacle = _finder(model) if groups else None
+    found: dict[str, str] = {}
+    for group in groups:
+        assert obstacle is not None
+        members: list[str] = []
+        while members != group:  # one that must stay holds those back that are tied to it
+            members, shared = group, frozenset(f"{name}.weight" for name in group)
+            group = [name for name in group if not obstacle(name, model.get_submodule(name), shared)]
+        found |= dict.fromkeys(members[1:], members[0]) if members else {}
+    return found
 
 
 def find_embedding_obstacles(model: nn.Module) -> dict[str, str]:
@@ -89,20 +119,20 @@ def find_embedding_obstacles(model: nn.Module) -> dict[str, str]:
     for name, table in embeddings(model):
         group = [head for head, owner in heads.items() if owner == name]
         shared = frozenset(f"{one}.weight" for one in (name, *group))
-        reason = obstacle(name, table, shared)
+        reason = obstacle(name, table, shared, False)
         for head in group:
-            why = obstacle(head, modules[head], shared)
+            why = obstacle(head, modules[head], shared, False)
             reason = reason or (f"is tied to {head}, which {why}" if why else None)
         if reason:
             found[name] = reason
     return found
 
 
-def _finder(model: nn.Module) -> Callable[[str, nn.Module, frozenset[str]], str | None]:
+def _finder(model: nn.Module) -> Callable[..., str | None]:
     """Look the model over once, and return the function that tells what stands in a layer's way.
 
-    Its last argument names the weights that a layer may share, since their modules are replaced with it; its
-    bias then stays as it is.
+    Its third argument names the weights that a layer may share, since their modules are replaced with it.
+    With ``False`` as its last, the layer's bias stays as it is.
     """
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -115,7 +145,9 @@ def _finder(model: nn.Module) -> Callable[[str, nn.Module, frozenset[str]], str 
         for layer in layers_read(module):
             readers[id(layer)] = type(module).__name__
 
-    def obstacle(name: str, module: nn.Module, shared: frozenset[str]) -> str | None:
+    def obstacle(
+        name: str, module: nn.Module, shared: frozenset[str], corrects_bias: bool = True
+    ) -> str | None:
         if isinstance(module, TiedLinear):
             return f"uses the weight of a {type(module.owner).__name__}, and is changed with that"
         if isinstance(module, (LowRankLinear, LowRankEmbedding)):
@@ -139,7 +171,7 @@ def _finder(model: nn.Module) -> Callable[[str, nn.Module, frozenset[str]], str 
             return f"shares its weight with {others[0]} (tied)"
         bias = getattr(module, "bias", None)
         if (
-            isinstance(bias, nn.Parameter) and len(owners[place_of(bias)]) > 1 and not shared
+            isinstance(bias, nn.Parameter) and len(owners[place_of(bias)]) > 1 and corrects_bias
         ):  # it could be corrected for one only
             other = next(n for n in owners[place_of(bias)] if n != f"{name}.bias")
             return f"shares its bias with {other} (tied)"

@@ -18,8 +18,10 @@ from lowrank._transformers import plugin
 from lowrank.anchoring import apply_anchored
 from lowrank.batches import Batch, batches
 from lowrank.calibration import collect
+from lowrank.coding import with_common_codes_uncentred
 from lowrank.deciding import Request, Timing, decide, drafted, spectra_of
 from lowrank.errors import BudgetError, DataError, LowRankError
+from lowrank.factoring import pooled
 from lowrank.forms import INT8
 from lowrank.latency import LatencyTable
 from lowrank.linalg import Scheme, Spectrum
@@ -149,7 +151,8 @@ def compress(
     )
     if sequential and (residual or quantize == "auto"):
         raise BudgetError("sequential=True fits factors that replace weights, not residuals: leave one out.")
-    layers = drafted(model, request, stats)  # before the work of calibrating: a bad request fails here
+    equal = not sequential  # blocks are gone through one by one
+    layers = drafted(model, request, stats, equal=equal)  # a bad request fails before the work of calibrating
     if sequential and data is None:
         raise DataError("sequential=True goes through data once more: give data=.")
     _check_spill(sequential, spill)
@@ -163,7 +166,7 @@ def compress(
         stats = calibrate(
             model, data, tokenizer, loss, targets=targets, ignore=ignore, seed=seed, progress=progress
         )
-        layers = drafted(model, request, stats)
+        layers = drafted(model, request, stats, equal=equal)
     predict = budget.kind != "rank"  # a given rank decides nothing by its error: spare the spectra
     timing = Timing(inputs, latencies)
     decided = _decided(model, layers, request, stats, predict, progress, timing)
@@ -249,10 +252,17 @@ def _coded(
     optional: bool = False,
 ) -> Plan:
     hf = plugin()
-    heads = hf.head_layers(model) if hf is not None else None
-    return quantizing.with_codes(
-        model, plan, scheme, targets=targets, ignore=ignore, stats=stats, heads=heads, optional=optional
+    heads, apart = (hf.head_layers(model), hf.parts(model)) if hf is not None else (None, ())
+    found = quantizing.with_codes(
+        *(model, plan, scheme),
+        targets=targets,
+        ignore=ignore,
+        stats=stats,
+        heads=heads,
+        apart=apart,
+        optional=optional,
     )
+    return found.without_needless_ties()
 
 
 def _enough_batches(data: Iterable[Any]) -> int:
@@ -323,6 +333,7 @@ def calibrate(
     layers = drafted(model, request, None, tables=True)
     stream = _stream(model, data, tokenizer, device, batch_size, max_length)
     names = [layer.name for layer in layers.targeted]
+    names += [layer.name for users in layers.equal.values() for layer in users]
     heads = {layer.name: layer.same_as for layer in layers if layer.same_as is not None}
     return collect(model, names, stream, loss, heads=heads, tokenizer=tokenizer, seed=seed, progress=progress)
 
@@ -410,7 +421,7 @@ def _decided(
 ) -> Plan:
     """Return the plan for ``request``: ranks and forms of the targeted layers, codes for all else."""
     if request.quantize is None:
-        return decide(model, layers, request, stats, predict, progress, timing)
+        return decide(model, layers, request, stats, predict, progress, timing).without_needless_ties()
     (form, *others) = request.forms
     scheme = INT8 if others or form.scheme is None else form.scheme
     if request.budget is None or request.budget.kind != "max_bytes":
@@ -419,7 +430,7 @@ def _decided(
     ignored = [*(request.ignore or ()), *(layer.name for layer in layers.targeted)]
     rest = _coded(model, replace(layers, codes=()), scheme, None, ignored, stats, optional=True).codes
     decided = decide(model, layers, request, stats, predict, progress, timing, rest)
-    return quantizing.with_heads(model, decided)
+    return with_common_codes_uncentred(quantizing.with_heads(model, decided)).without_needless_ties()
 
 
 def apply(
@@ -530,4 +541,5 @@ def spectra(
         LowRankError: If a pattern matches nothing, or a weight cannot be factorized.
     """
     request = Request(metric=metric, add_bias=add_bias, targets=targets, ignore=ignore)
-    return spectra_of(model, drafted(model, request, stats), stats, progress)
+    layers = drafted(model, request, stats)
+    return spectra_of(model, layers, pooled(stats, layers), progress)

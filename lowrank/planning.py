@@ -134,8 +134,9 @@ class LayerPlan:
         down_of: The layer whose ``down`` this one uses; ``None`` if it has its own.
         same_input: Whether that layer reads the same input, so that one product serves both; if not, they
             are of adjacent blocks, and have a basis in common.
-        same_as: The table whose weight this one uses, its factors or codes if it has some; ``None`` if it
-            has a weight of its own. The rank is then that of the table.
+        same_as: The table or linear layer whose weight this one uses, its factors or codes if it has some;
+            ``None`` if it has a weight of its own. The rank is then that of the other.
+        copied: Whether it has an equal weight of its own until then; if not, they are tied.
         reason: Why the layer has this rank, or why it stays dense.
         targeted: Whether the layer may change and counts for `keep`; if not, `reason` says why.
         added_bias: Whether the factorized layer gets a bias that the dense one has not.
@@ -161,6 +162,7 @@ class LayerPlan:
     residual: bool = False
     same_as: str | None = None
     same_input: bool = True
+    copied: bool = False
 
     def __post_init__(self) -> None:
         if self.rank is not None:
@@ -338,9 +340,19 @@ class Plan:
 
     @property
     def tied(self) -> tuple[LayerPlan, ...]:
-        """The layers that use the factors or codes of a table."""
+        """The layers that use the factors or codes of a table, or of another layer."""
         compressed = {x.name for x in self.factorized} | {code.name for code in self.codes}
         return tuple(layer for layer in self.layers if layer.same_as in compressed)
+
+    @property
+    def equal(self) -> dict[str, tuple[LayerPlan, ...]]:
+        """By name of a linear layer, the other linear layers that use its weight."""
+        users: dict[str, list[LayerPlan]] = {}
+        for layer in self.layers:
+            owner = self._index.get(layer.same_as) if layer.same_as is not None else None
+            if owner is not None and owner.kind != "embedding":
+                users.setdefault(owner.name, []).append(layer)
+        return {name: tuple(layers) for name, layers in users.items()}
 
     @property
     def targeted(self) -> tuple[LayerPlan, ...]:
@@ -380,6 +392,19 @@ class Plan:
     def with_layers(self, layers: Mapping[str, LayerPlan]) -> Plan:
         """Return the plan with the named layers replaced."""
         return replace(self, layers=tuple(layers.get(layer.name, layer) for layer in self.layers))
+
+    def without_needless_ties(self) -> Plan:
+        """Return the plan in which copies of a layer that stays as it is stay as they are, for its reason."""
+        changed = {layer.name for layer in self.tied}
+        layers = {
+            layer.name: replace(
+                layer, same_as=None, copied=False, reason=self[name].reason, targeted=self[name].targeted
+            )
+            for name, users in self.equal.items()
+            for layer in users
+            if layer.copied and layer.name not in changed
+        }
+        return self.with_layers(layers)
 
     def carried_out(self, found: Plan) -> Plan:
         """Return ``found``, a draft of the compressed model, with this plan's request and reasons.

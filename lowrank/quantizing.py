@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from lowrank.coding import with_common_codes_uncentred
 from lowrank.errors import LowRankError, SchemeError, SlowKernelWarning, TargetError
 from lowrank.forms import Form
 from lowrank.linalg import Scheme
@@ -22,6 +23,7 @@ from lowrank.nn.kernels import int4_obstacle
 from lowrank.obstacles import (
     check_holder,
     find_embedding_obstacles,
+    find_equals,
     find_obstacles,
     linear_layers,
 )
@@ -29,7 +31,7 @@ from lowrank.patterns import matches, no_match
 from lowrank.planning import CodedWeight, LayerPlan, Plan
 from lowrank.statistics import Stats
 from lowrank.targets import check_patterns, left_alone, not_wanted, spells
-from lowrank.ties import embeddings, tied_heads
+from lowrank.ties import embeddings, is_copy, tied_heads
 
 
 def with_codes(
@@ -41,18 +43,21 @@ def with_codes(
     ignore: Sequence[str] | None = None,
     stats: Stats | None = None,
     heads: Mapping[str, str] | None = None,
+    apart: Sequence[str] = (),
     optional: bool = False,
 ) -> Plan:
     """Return ``plan`` with what `lowrank.quantize` codes in ``model`` when the plan has been carried out.
 
-    With ``optional`` there may be nothing left to code.
+    With ``optional`` there may be nothing left to code. For ``apart`` see `lowrank.targets.draft`.
 
     Raises:
         TargetError: If a pattern matches nothing, or names what cannot be coded.
         SchemeError: If a weight does not divide into groups.
         LowRankError: If nothing is left to code.
     """
-    chosen = list(_chosen(check_holder(model), plan, scheme, targets, ignore, stats, heads or {}))
+    check_holder(model)
+    plan = plan.with_layers(_equal(model, plan, targets, ignore, heads or {}, apart))
+    chosen = list(_chosen(model, plan, scheme, targets, ignore, stats, heads or {}))
     if not chosen and not optional:
         raise LowRankError(
             f"No weight of {type(model).__name__} is left to be coded as {scheme.name}: those that could be "
@@ -63,7 +68,37 @@ def with_codes(
             Scheme(code.scheme, code.group_size).check(code.rows, code.columns)
         except SchemeError as error:
             raise SchemeError(f"{code.name}: {error}") from error
-    return with_heads(model, replace(plan, codes=(*plan.codes, *chosen)))
+    return with_heads(model, with_common_codes_uncentred(replace(plan, codes=(*plan.codes, *chosen))))
+
+
+def _equal(
+    model: nn.Module,
+    plan: Plan,
+    targets: Sequence[str] | None,
+    ignore: Sequence[str] | None,
+    heads: Mapping[str, str],
+    apart: Sequence[str],
+) -> dict[str, LayerPlan]:
+    """Return those layers of ``plan`` that stay whole and are going to use the codes of an equal one."""
+    taken = plan.equal.keys()
+    wanted = [
+        layer.name
+        for layer in plan
+        if (layer.rank, layer.same_as) == (None, None)
+        and layer.name not in taken
+        and not_wanted(layer.name, targets, ignore or (), heads.get(layer.name)) is None
+    ]
+    equal = find_equals(model, wanted, apart)
+    return {
+        name: replace(
+            plan[name],
+            same_as=owner,
+            reason=f"uses the weight of {owner}",
+            targeted=False,
+            copied=is_copy(model, name, owner),
+        )
+        for name, owner in equal.items()
+    }
 
 
 def with_heads(model: nn.Module, plan: Plan) -> Plan:
@@ -124,7 +159,8 @@ def _chosen(
             raise no_match(pattern, list(modules), f"linear layers and embeddings of {type(model).__name__}")
     layers = {layer.name: layer for layer in plan}
     uses = Counter(id(module) for module in modules.values())
-    blocked = find_obstacles(model) | find_embedding_obstacles(model)
+    equal = {layer.name: owner for owner, users in plan.equal.items() for layer in users}
+    blocked = find_obstacles(model, equal) | find_embedding_obstacles(model)
     done = {code.name for code in plan.codes}
     tied = tied_heads(model)
     for name, module in modules.items():
@@ -132,6 +168,8 @@ def _chosen(
         named = any(spells(pattern, head) for head in group for pattern in targets or ())
         if name in tied and tied[name] not in blocked:
             continue  # its table decides
+        if name in equal and name not in blocked:
+            continue  # the layer whose weight it uses decides
         if (not_wanted(name, targets, ignore or (), heads.get(name)) and not named) or left_alone(
             name, group, ignore or ()
         ):

@@ -38,7 +38,7 @@ class LayerReport:
         scheme: How the weight or factors are coded, such as ``"int8"``, or ``"int4 + int8"`` for a
             coded weight with factors that correct it; ``None`` if nothing is.
         kind: ``"linear"``, ``"conv1d"``, or ``"embedding"`` for a factorized table, whose rows are looked up.
-        same_as: The table whose weight it uses; its parameters and bytes are then counted there, here none.
+        same_as: The table or layer whose weight it uses; parameters and bytes are counted there, here none.
         same_input: Whether the layer whose ``down`` it uses, if it uses another's, reads the same input, and
             so computes the product for both.
     """
@@ -268,14 +268,15 @@ def _describe(model: nn.Module, layer: LayerPlan) -> LayerReport:
         own = (module.base, module.up, module.down if module.owns_down else None)
         parts = [part for part in own if part is not None]
     schemes = dict.fromkeys(part.scheme.name if isinstance(part, Coded) else "float" for part in parts)
+    before = layer.dense_parameters if layer.same_as is None or layer.copied else 0
     return LayerReport(
         name=layer.name,
         shape=(layer.out_features, layer.in_features),
         rank=layer.rank,
         relative_error=layer.relative_error,
-        parameters_before=0 if layer.same_as is not None else layer.dense_parameters,
+        parameters_before=before,
         parameters=layer.parameters,
-        bytes_before=0 if layer.same_as is not None else layer.dense_parameters * width,
+        bytes_before=before * width,
         bytes=sum(_stored_bytes(part) for part in parts),
         added_parameters=layer.bias_features if layer.added_bias else 0,
         scheme=" + ".join(schemes) if any(isinstance(part, Coded) for part in parts) else None,

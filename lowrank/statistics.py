@@ -260,6 +260,35 @@ class Stats:
         """Return the squared error measured on held-out tokens over the predicted one; 1 if not known."""
         return self.held_out[layer].ratio if layer in self.held_out else 1.0
 
+    def pooled(self, owner: str, users: Mapping[str, bool]) -> Stats:
+        """Return statistics in which those of ``owner`` are over what all layers with its weight read.
+
+        The mean stays the owner's: every layer's bias takes up the mean of its own error. So inputs are
+        summed centred, each about its own mean; those of a layer without a bias, about zero.
+
+        Args:
+            owner: A linear layer.
+            users: By name of each layer with its weight, the owner included, whether to centre its inputs.
+        """
+        sums = [(self.moments(name), centred) for name, centred in users.items()]
+        weight = sum(moments.weight for moments, _ in sums)
+        parts = [moments.weight * moments.second(centred) for moments, centred in sums]
+        if any(part.ndim == 1 for part in parts):
+            parts = [part if part.ndim == 1 else part.diagonal() for part in parts]
+        products, mean = torch.stack(parts).sum(0), self.moments(owner).mean
+        if users[owner]:
+            products = products + weight * (mean.square() if products.ndim == 1 else torch.outer(mean, mean))
+        key = f"{owner} and {len(users) - 1} more"
+        felt = [self.gradients[name] for name in users if name in self.gradients]
+        tried = [self.held_out[name] for name in users if name in self.held_out]
+        return replace(
+            self,
+            inputs={**self.inputs, key: Moments(weight, weight * mean, products)},
+            sources={**self.sources, owner: key},
+            gradients={**self.gradients, **({owner: sum(felt[1:], felt[0])} if felt else {})},
+            held_out={**self.held_out, **({owner: sum(tried[1:], tried[0])} if tried else {})},
+        )
+
     def __add__(self, other: Stats) -> Stats:
         """Add the statistics of other data for the same model.
 

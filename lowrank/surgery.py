@@ -19,7 +19,15 @@ from tqdm import tqdm
 
 from lowrank.coding import base_of, check_codes, coded, readers_of, rotate, scheme_of
 from lowrank.errors import LowRankError, PlanError, WeightError
-from lowrank.factoring import check_stats, corrected, factorized, jointly_factorized, weight_of
+from lowrank.factoring import (
+    check_stats,
+    corrected,
+    factorized,
+    follower,
+    jointly_factorized,
+    pooled,
+    weight_of,
+)
 from lowrank.linalg.svd import check_options, checked_weight
 from lowrank.menus import largest_shared_rank
 from lowrank.nn import (
@@ -37,7 +45,7 @@ from lowrank.nn import (
 from lowrank.obstacles import check_holder, check_model, find_embedding_obstacles, find_obstacles
 from lowrank.planning import CodedWeight, LayerPlan, Plan
 from lowrank.statistics import Stats
-from lowrank.ties import followers, tied_heads
+from lowrank.ties import equal_layers, followers, tied_heads
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -54,10 +62,11 @@ def apply(
 ) -> nn.Module:
     """Replace layers by their factors; the arguments and errors are those of `lowrank.apply`."""
     todo = check_request(model, plan, stats, seed)
+    joint = pooled(stats, plan)
     bar = tqdm(total=len(todo), desc="factorizing", unit="layer", disable=None if progress else True)
     for layers in _together(plan, todo):
         bar.set_postfix_str(layers[0].name)
-        _factorize(model, layers, plan, stats, seed)  # whose dense weights are gone when it returns
+        _factorize(model, layers, plan, joint, seed)  # whose dense weights are gone when it returns
         bar.update(len(layers))
     bar.close()
     encode(model, plan, stats, seed=seed, progress=progress)
@@ -68,6 +77,7 @@ def encode(
     model: nn.Module, plan: Plan, stats: Stats | None = None, *, seed: int = 0, progress: bool = False
 ) -> None:
     """Put integers in place of the weights that ``plan`` codes, which `check_request` has accepted."""
+    stats = pooled(stats, plan, centred=False)
     todo = [code for code in plan.codes if not isinstance(model.get_submodule(code.name), Coded)]
     todo.sort(key=lambda code: code.name.endswith(".up"))  # a down needs its up in floating point
     names = {code.name for code in todo}
@@ -115,17 +125,21 @@ def _factorize(
         new = jointly_factorized(dense, layers, plan, stats, seed)
     for layer, old, small in zip(layers, dense, new, strict=True):
         replace_module(model, layer.name, adopt(small, old))
+        for user in plan.equal.get(layer.name, ()):
+            alike = model.get_submodule(user.name)
+            tied = follower(alike, small, user, plan, stats)  # type: ignore[arg-type]
+            replace_module(model, user.name, adopt(tied, alike))
         _follow(model, plan, layer.name)
 
 
 def _follow(model: nn.Module, plan: Plan, owner: str) -> None:
-    """Let the layers that use the table called ``owner`` use it as it is now."""
-    table = model.get_submodule(owner)
+    """Let the layers that use the weight of the module called ``owner`` use it as it is now."""
+    whole = model.get_submodule(owner)
     for layer in plan.layers:
         old = model.get_submodule(layer.name) if layer.same_as == owner else None
         if old is not None and not isinstance(old, TiedLinear):
             bias: nn.Parameter | None = old.bias  # type: ignore[assignment]
-            new = TiedLinear(table, bias, kind=layer.kind)  # type: ignore[arg-type]
+            new = TiedLinear(whole, bias, kind=layer.kind, copied=layer.copied)  # type: ignore[arg-type]
             replace_module(model, layer.name, adopt(new, old))
 
 
@@ -152,7 +166,11 @@ def sketched(model: nn.Module, plan: Plan) -> Iterator[None]:
             )
             bias = nn.Parameter(weight.new_zeros(layer.out_features)) if layer.has_bias else None
             kept[layer.name] = dense
-            replace_module(model, layer.name, LowRankLinear.from_factors(left, right, bias).eval())
+            small = LowRankLinear.from_factors(left, right, bias).eval()
+            replace_module(model, layer.name, small)
+            for user in plan.equal.get(layer.name, ()):
+                kept[user.name] = model.get_submodule(user.name)
+                replace_module(model, user.name, TiedLinear(small, kept[user.name].bias).eval())  # type: ignore[arg-type]
         yield
     finally:
         for name, dense in kept.items():
@@ -253,7 +271,7 @@ def decompress(model: nn.Module) -> nn.Module:
     lost = next((name for name, owner in users.items() if not owner), None)
     if lost is not None:
         raise LowRankError(
-            f"{lost}: uses the weight of a table outside of this module. Pass the model that has both."
+            f"{lost}: uses the weight of a module outside of this one. Pass the model that has both."
         )
     layers = {n: module for n, module in model.named_modules() if isinstance(module, LowRankLinear)}
     kinds = {
@@ -271,10 +289,10 @@ def decompress(model: nn.Module) -> nn.Module:
     for name, code in [(n, m) for n, m in model.named_modules() if isinstance(m, Coded)]:
         replace_module(model, name, adopt(_decoded(code), code))
     for name, owner in users.items():
-        head = model.get_submodule(name)
-        whole: nn.Parameter = model.get_submodule(owner).weight  # type: ignore[assignment]
-        layer = adopt(kind_named("linear").layer(whole.detach(), head.bias), head)  # type: ignore[arg-type]
-        layer.weight = whole
+        whole, user = model.get_submodule(owner), model.get_submodule(name)
+        assert isinstance(user, TiedLinear)
+        layer = adopt(kind_named(user.kind).layer(weight_of(whole).detach(), user.bias), user)
+        layer.weight = nn.Parameter(whole.weight.detach().clone()) if user.copied else whole.weight  # type: ignore[operator,union-attr]
         replace_module(model, name, layer)
     return model
 
@@ -325,7 +343,8 @@ def adopt(new: _Module, old: nn.Module) -> _Module:
 
 def _validate(model: nn.Module, plan: Plan, loading: bool = False) -> list[LayerPlan]:
     """Return the layers to factorize, or raise before anything has changed."""
-    blocked = find_obstacles(model) | find_embedding_obstacles(model)
+    equal = {layer.name: owner for owner, users in plan.equal.items() for layer in users}
+    blocked = find_obstacles(model, equal) | find_embedding_obstacles(model)
     modules = dict(model.named_modules())
     shared = plan.shared
     todo = []
@@ -335,6 +354,8 @@ def _validate(model: nn.Module, plan: Plan, loading: bool = False) -> list[Layer
         module = modules.get(layer.name)
         if layer.same_as is not None:
             _check_follower(layer, plan, modules)
+            if layer.name in equal and not loading:
+                _check_equal(model, layer, plan, blocked)
             continue
         if layer.rank is None and not isinstance(module, _Factorized):
             continue
@@ -416,23 +437,52 @@ def _check_heads(model: nn.Module, plan: Plan) -> None:
 
 
 def _check_follower(layer: LayerPlan, plan: Plan, modules: Mapping[str, nn.Module]) -> None:
-    """Check that ``layer`` can use the table that the plan names."""
+    """Check that ``layer`` can use the weight of what the plan names."""
     module, table = modules.get(layer.name), modules.get(layer.same_as or "")
     if isinstance(module, TiedLinear):
         if module.owner is not table:
             raise PlanError(f"{layer.name}: the plan says that it uses {layer.same_as}, but it uses another.")
         return
-    if not isinstance(table, (nn.Embedding, LowRankEmbedding, QuantizedEmbedding)):
-        raise PlanError(f"{layer.name}: is to use the weight of {layer.same_as}, which is no table here.")
+    owners = nn.Embedding, *_Factorized, Coded
+    if table is None or not (isinstance(table, owners) or kind_of(table) is not None):
+        raise PlanError(
+            f"{layer.name}: is to use the weight of {layer.same_as}, which is no table or linear layer here."
+        )
     if module is None or (layer.rank is not None and layer.same_as not in plan):
         raise PlanError(
             f"{layer.name}: the model or the plan lacks it, or {layer.same_as}, which it is to use."
         )
     _check_layer(module, replace(layer, rank=None), shared=False)
-    if (layer.out_features, layer.in_features) != (table.num_embeddings, table.embedding_dim):
+    rows, columns = _sizes(table)
+    if (layer.out_features, layer.in_features) != (rows, columns):
         raise PlanError(
             f"{layer.name}: is to use the weight of {layer.same_as}, which has another shape: "
-            f"{table.num_embeddings} rows of {table.embedding_dim}."
+            f"{rows} rows of {columns}."
+        )
+
+
+def _sizes(owner: nn.Module) -> tuple[int, int]:
+    """Return the shape ``(rows, columns)`` of the weight of a table or layer, whatever it is stored as."""
+    if isinstance(owner, LowRankLinear):
+        return owner.out_features, owner.in_features
+    if isinstance(owner, LowRankEmbedding):
+        return owner.num_embeddings, owner.embedding_dim
+    if isinstance(owner, Coded):
+        return owner.shape
+    rows, columns = weight_of(owner).shape
+    return rows, columns
+
+
+def _check_equal(model: nn.Module, layer: LayerPlan, plan: Plan, blocked: Mapping[str, str]) -> None:
+    """Check that a linear layer has the weight that it is to use of another, if that is to change."""
+    owner = layer.same_as or ""
+    if layer not in plan.tied or isinstance(model.get_submodule(layer.name), TiedLinear):
+        return
+    if layer.name in blocked:
+        raise PlanError(f"{layer.name}: cannot use the weight of {owner}: it {blocked[layer.name]}.")
+    if plan[owner].same_as is not None or not equal_layers(model, [owner, layer.name]):
+        raise PlanError(
+            f"{layer.name}: is to use the weight of {owner}, but has another. Make the plan for this model."
         )
 
 

@@ -1,6 +1,7 @@
 """Draft a plan: list every linear layer of a model, and say which may change and why others may not.
 
-Embedding tables are listed where a target spells them, and with each the heads that are tied to it.
+Embedding tables are listed where a target spells them, and with each the heads that are tied to it. Of linear
+layers with one weight, or with equal ones, the first is the owner, and the others are the same as that.
 
 A layer is left alone, with the reason in the plan, if it is a head, if its weight is tied or read
 by value elsewhere, or if it is no plain floating-point linear layer. Naming such a layer is an error.
@@ -16,10 +17,16 @@ from torch import nn
 from lowrank.coding import described
 from lowrank.errors import TargetError
 from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear, kind_of
-from lowrank.obstacles import check_holder, find_embedding_obstacles, find_obstacles, linear_layers
+from lowrank.obstacles import (
+    check_holder,
+    find_embedding_obstacles,
+    find_equals,
+    find_obstacles,
+    linear_layers,
+)
 from lowrank.patterns import matches, no_match
 from lowrank.planning import LayerPlan, Plan
-from lowrank.ties import embeddings, followers, pads_with_zeros, tied_heads
+from lowrank.ties import embeddings, followers, is_copy, pads_with_zeros, tied_heads
 
 HEADS = frozenset(
     {
@@ -39,17 +46,20 @@ def draft(
     ignore: Sequence[str] | None = None,
     heads: Mapping[str, str] | None = None,
     tables: bool = False,
+    apart: Sequence[str] | None = None,
 ) -> Plan:
     """List every linear layer of ``model`` as a plan without ranks.
 
     Args:
-        model: Any module, on any device; only names, shapes and dtypes are read.
+        model: Any module, on any device; only names, shapes and dtypes are read, and weights with ``apart``.
         targets: Unix-style patterns on module names; ``None`` means every layer but the heads. A head
             is a target only if a pattern spells its name (``"classifier"``, ``"lm_head*"``), and so is an
             embedding table (``"*.word_embeddings"``, ``"*embed*"``). A table and its tied heads are one.
         ignore: Patterns of layers to leave alone; they win over ``targets``.
         heads: ``{layer name: head}`` of layers that belong to a head, beside those that `HEADS` tells.
         tables: Whether all embedding tables are targets, too, unless ``targets`` are given.
+        apart: Names of the modules within ``model`` that are saved on their own: of two equal weights one is
+            kept only where both are in the same of them. ``None`` does not look for equal weights.
 
     Returns:
         A `Plan` with a `LayerPlan` for each linear layer, in the model's order.
@@ -70,12 +80,19 @@ def draft(
     plans = {plan.name: plan for plan in _tables(model, lookups, targets or (), ignore or (), every)}
     targeted = {plan.name for plan in plans.values() if plan.targeted}
     users = followers(model) | {head: x for head, x in tied_heads(model).items() if x in targeted}
-    blocked = find_obstacles(model)
+    equal: dict[str, str] = {}
+    if apart is not None:
+        given = targets, ignore or ()
+        wanted = [name for name in layers if not_wanted(name, *given, (heads or {}).get(name)) is None]
+        equal = find_equals(model, [name for name in wanted if name not in users], apart)
+    users |= equal
+    blocked = find_obstacles(model, equal)
     owners = {id(x.down): n for n, x in layers.items() if isinstance(x, LowRankLinear) and x.owns_down}
     for name, module in layers.items():
         plan = _describe(name, module, owners)
         if name in users:
-            plans[name] = _following(plan, users[name])
+            copied = is_copy(model, name, users[name]) if name in equal else plan.copied
+            plans[name] = replace(_following(plan, users[name]), copied=copied)
             continue
         reason = blocked.get(name)
         if reason and name in (targets or ()):
@@ -145,7 +162,7 @@ def _describe_table(name: str, table: nn.Embedding | LowRankEmbedding) -> LayerP
 def _following(plan: LayerPlan, owner: str) -> LayerPlan:
     if not owner:
         raise TargetError(
-            f"{plan.name}: uses the weight of a table outside of this module. Pass the model that has both."
+            f"{plan.name}: uses the weight of a module outside of this one. Pass the model that has both."
         )
     return replace(plan, same_as=owner, reason=f"uses the weight of {owner}", targeted=False)
 
@@ -167,7 +184,8 @@ def _describe(name: str, module: nn.Module, owners: Mapping[int, str]) -> LayerP
         )
     if isinstance(module, (QuantizedLinear, TiedLinear)):
         sizes = module.in_features, module.out_features
-        return LayerPlan(name, module.kind, *sizes, module.bias is not None)
+        copied = isinstance(module, TiedLinear) and module.copied
+        return LayerPlan(name, module.kind, *sizes, module.bias is not None, copied=copied)
     kind = kind_of(module)
     bias = module.bias is not None
     if kind is None:  # a subclass of nn.Linear

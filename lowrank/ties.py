@@ -1,13 +1,15 @@
-"""Which modules of a model use one weight, found in the model: a table and the heads tied to it."""
+"""Which modules of a model use one weight: tables and heads tied to them, linear layers with equal ones."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lowrank.nn import Coded, LowRankEmbedding, TiedLinear
+from lowrank.fingerprints import fingerprint_of_layer
+from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, TiedLinear, kind_of
 
 
 def embeddings(model: nn.Module) -> Iterator[tuple[str, nn.Embedding | LowRankEmbedding]]:
@@ -46,8 +48,55 @@ def followers(model: nn.Module) -> dict[str, str]:
 
     An owner outside of ``model`` has the name ``""``.
     """
-    names = {id(m): n for n, m in model.named_modules() if isinstance(m, (LowRankEmbedding, Coded))}
+    owners = LowRankEmbedding, LowRankLinear, Coded
+    names = {id(m): n for n, m in model.named_modules() if isinstance(m, owners)}
     return {n: names.get(id(m.owner), "") for n, m in model.named_modules() if isinstance(m, TiedLinear)}
+
+
+def equal_layers(model: nn.Module, names: Iterable[str], apart: Sequence[str] = ()) -> list[list[str]]:
+    """Group the linear layers among ``names`` whose weights are one parameter, or equal to the last element.
+
+    Of each weight a sample is looked at, and all of it only where another has the same. A constant weight is
+    equal to others by itself, and not as their copy.
+
+    Args:
+        model: What has them; on the meta device nothing is equal.
+        names: The layers to compare; groups have their order.
+        apart: Names of modules within ``model`` that are saved on their own: nothing inside of one is
+            compared with what is outside.
+    """
+    groups: dict[tuple[object, ...], list[list[str]]] = {}
+    modules = dict(model.named_modules())
+    for name in names:
+        kind = kind_of(modules[name]) if name in modules else None
+        weight = modules[name].weight if kind is not None else None
+        if kind is None or not isinstance(weight, nn.Parameter) or type(weight.data) is not Tensor:
+            continue
+        if is_lazy(weight) or weight.is_meta or not weight.is_floating_point() or not weight.numel():
+            continue
+        home = max((part for part in apart if name.startswith(f"{part}.")), key=len, default="")
+        key = home, kind.name, weight.dtype, weight.device, fingerprint_of_layer(modules[name])
+        alike = groups.setdefault(key, [])
+        group = next((one for one in alike if _are_equal(modules[one[0]].weight, weight)), None)  # type: ignore[arg-type]
+        if group is None:
+            alike.append([name])
+        else:
+            group.append(name)
+    return [group for alike in groups.values() for group in alike if len(group) > 1]
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    if place_of(one) == place_of(other) and one.stride() == other.stride():
+        return True
+    return torch.equal(one, other) and not bool((one == one.flatten()[0]).all())
+
+
+def is_copy(model: nn.Module, name: str, owner: str) -> bool:
+    """Tell whether a layer has a weight of its own, and not the parameter of ``owner``."""
+    one, other = (model.get_submodule(layer).weight for layer in (name, owner))
+    return place_of(one) != place_of(other)  # type: ignore[arg-type]
 
 
 def pads_with_zeros(table: nn.Embedding) -> bool:

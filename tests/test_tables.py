@@ -274,20 +274,21 @@ def test_any_other_model_is_saved_and_loaded(how, tmp_path):
 
 def test_a_head_alone_cannot_be_saved(tmp_path):
     small = made_small(built(masked_lm), "bert.embeddings.word_embeddings", "factors")
-    with pytest.raises(LowRankError, match=r"predictions\.decoder: uses the weight of a table outside"):
+    with pytest.raises(LowRankError, match=r"predictions\.decoder: uses the weight of a module outside"):
         lowrank.save(small.cls, tmp_path / "head")
-    with pytest.raises(LowRankError, match=r"predictions\.decoder: uses the weight of a table outside"):
+    with pytest.raises(LowRankError, match=r"predictions\.decoder: uses the weight of a module outside"):
         lowrank.decompress(small.cls)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"same_as": "model.layers.0.mlp.up_proj"}, "which is no table here"),
-        ({"same_as": "nowhere"}, "which is no table here"),
+        ({"same_as": "model.layers.0.mlp.up_proj"}, "which has another shape: 128 rows of 64"),
+        ({"same_as": "model.norm"}, "which is no table or linear layer here"),
+        ({"same_as": "nowhere"}, "which is no table or linear layer here"),
         ({"in_features": 32}, "the model's is"),
     ],
-    ids=["a-layer", "nothing", "another-shape"],
+    ids=["a-layer", "a-norm", "nothing", "another-shape"],
 )
 def test_a_tie_that_was_changed_is_refused(change, message, tmp_path):
     small = made_small(built(llama), "model.embed_tokens", "factors")

@@ -452,6 +452,12 @@ def head_layers(model: nn.Module) -> dict[str, str]:
     return {name: name.split(".")[0] for name in names if not name.startswith(base)}
 
 
+def parts(model: nn.Module) -> list[str]:
+    """Name the transformers models inside ``model`` that have their own config, and may be saved alone."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return [name for name in (names[id(part)] for part in _pretrained_models(model)) if name]
+
+
 def is_pretrained(model: nn.Module) -> bool:
     """Tell whether ``model`` is a transformers model."""
     return isinstance(model, PreTrainedModel)

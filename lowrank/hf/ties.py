@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lowrank.errors import CheckpointError, LowRankError
-from lowrank.nn import Coded, LowRankEmbedding, QuantizedEmbedding, TiedLinear
+from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, QuantizedEmbedding, TiedLinear
 from lowrank.planning import LayerPlan, Plan
 
 _KEYS, _RESIZE = "_tied_weights_keys", "resize_token_embeddings"
@@ -66,7 +66,8 @@ def rewrite_ties(model: nn.Module) -> None:
 
 
 def _rewrite(part: PreTrainedModel) -> None:
-    own = {n for n, m in part.named_modules() if isinstance(m, (LowRankEmbedding, Coded, TiedLinear))}
+    ours = LowRankEmbedding, LowRankLinear, Coded, TiedLinear
+    own = {n for n, m in part.named_modules() if isinstance(m, ours)}
 
     def is_dense(*pair: str) -> bool:
         return not any(n.endswith(".weight") and n.removesuffix(".weight") in own for n in pair)

@@ -184,14 +184,19 @@ class QuantizedLinear(Coded):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(…, in)`` to ``(…, out)``."""
-        if self._plain_inference(input):
+        return self.multiply(input, self.bias)
+
+    def multiply(self, input: Tensor, bias: nn.Parameter | None) -> Tensor:
+        """Map ``(…, in)`` to ``(…, out)`` with another bias than the layer's own: for who uses its codes."""
+        if self._plain_inference(input, bias):
             rows = input.reshape(-1, self.in_features)
-            output = self._by_integers(rows) if self.scheme.group_size is None else self._by_int4(rows)
+            by = self._by_integers if self.scheme.group_size is None else self._by_int4
+            output = by(rows, bias)
             if output is not None:
                 return output.to(input.dtype).reshape(*input.shape[:-1], self.out_features)
-        bias = self.bias.to(input.dtype) if self.bias is not None else None
         given = kernels.prepared(input, self.smooth, self.center)
-        return linear(given, self._decoded().to(input.dtype), bias)
+        added = bias.to(input.dtype) if bias is not None else None
+        return linear(given, self._decoded().to(input.dtype), added)
 
     def _decoded(self) -> Tensor:
         """Return ``scale · codes``, of loosened codes with the gradient of what they are rounded from."""
@@ -223,13 +228,13 @@ class QuantizedLinear(Coded):
             rounding = decode(codes, self.scale, self.scheme) - self.latent
         return self.latent + rounding
 
-    def _plain_inference(self, input: Tensor) -> bool:
+    def _plain_inference(self, input: Tensor, bias: nn.Parameter | None) -> bool:
         """Return whether nothing but the output is asked for; kernels know neither gradients nor tracing."""
         if self.latent is not None or type(input) is not Tensor or transformed() or not input.numel():
             return False
         if input.shape[-1] != self.in_features:
             return False  # for the error that PyTorch raises
-        trains = input.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        trains = input.requires_grad or (bias is not None and bias.requires_grad)
         return not (trains and torch.is_grad_enabled())
 
     def dense_weight(self) -> Tensor:
@@ -243,22 +248,22 @@ class QuantizedLinear(Coded):
             return None
         return self._decoded() @ self.center.float()
 
-    def _by_integers(self, rows: Tensor) -> Tensor | None:
+    def _by_integers(self, rows: Tensor, bias: nn.Parameter | None) -> Tensor | None:
         fewest = kernels.fewest_integer_rows(*self.shape, rows.device)
         if fewest is None or len(rows) < fewest:
             return None
         given, step = kernels.quantized(rows, self.smooth, self.center)
-        bias = self.bias.detach().to(torch.float32) if self.bias is not None else None
-        return kernels.integer_product(given, step, self.codes, self.scale, bias)
+        added = bias.detach().to(torch.float32) if bias is not None else None
+        return kernels.integer_product(given, step, self.codes, self.scale, added)
 
-    def _by_int4(self, rows: Tensor) -> Tensor | None:
+    def _by_int4(self, rows: Tensor, bias: nn.Parameter | None) -> Tensor | None:
         size, device = self.scheme.group_size, rows.device
         assert size is not None
         if kernels.int4_obstacle(*self.shape, size, device) or len(rows) > kernels.MOST_ROWS[device.type]:
             return None
         codes, scales = self._for_kernel()
         output = kernels.int4_product(kernels.prepared(rows, self.smooth, self.center), codes, scales, size)
-        return output.to(rows.dtype) + (self.bias.to(rows.dtype) if self.bias is not None else 0)
+        return output.to(rows.dtype) + (bias.to(rows.dtype) if bias is not None else 0)
 
     def _for_kernel(self) -> tuple[Tensor, Tensor]:
         """Return int4 codes and scales as the kernel reads them.

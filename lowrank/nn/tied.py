@@ -8,61 +8,80 @@ from torch import Tensor, nn
 from lowrank.linalg import linear
 from lowrank.linalg.products import transformed
 from lowrank.nn.embedding import LowRankEmbedding
-from lowrank.nn.linear import weight_of
+from lowrank.nn.linear import LowRankLinear, weight_of
 from lowrank.nn.quantized import QuantizedEmbedding, QuantizedLinear
+
+Owner = LowRankEmbedding | QuantizedEmbedding | LowRankLinear | QuantizedLinear
 
 
 class TiedLinear(nn.Module):
-    """Compute ``y = E x + b`` with the table ``E`` of an embedding that is factorized or coded.
+    """Compute ``y = W x + b`` with a weight that another module has in factors or codes.
 
-    The output head of a language model does that with the table of its inputs. The table is not registered
-    here: its parameters move, train and are saved with the embedding, and whoever trains one trains both. The
-    buffer ``weight`` has no elements, but as many rows as the layer has outputs, since transformers fits the
-    bias to them. It marks the layer in a checkpoint, as in `LowRankLinear`.
+    That is the table of an embedding, which the output head of a language model multiplies by, or the weight
+    of a linear layer that had the same or an equal one. It is not registered here: its parameters move, train
+    and are saved with their owner, and whoever trains one trains both. The buffer ``weight`` has no elements,
+    but as many rows as the layer has outputs, since transformers fits the bias to them. It marks the layer in
+    a checkpoint, as in `LowRankLinear`.
 
     Args:
-        owner: The embedding.
-        bias: The layer's own, ``(num_embeddings,)``, or ``None``.
+        owner: The embedding or linear layer.
+        bias: The layer's own, ``(out,)``, or ``None``.
         kind: Name of the dense layer that it stands for (`lowrank.nn.dense`).
+        copied: Whether that layer had a weight of its own, equal to the owner's; if not, they were tied.
     """
 
     bias: nn.Parameter | None
 
     def __init__(
         self,
-        owner: LowRankEmbedding | QuantizedEmbedding,
+        owner: Owner,
         bias: nn.Parameter | None = None,
         *,
         kind: str = "linear",
+        copied: bool = False,
     ) -> None:
         super().__init__()
         self.__dict__["_owner"] = owner
-        self.in_features, self.out_features = owner.embedding_dim, owner.num_embeddings
-        self.kind = kind
-        like: Tensor = owner.weight
+        self.in_features, self.out_features = _sizes(owner)
+        self.kind, self.copied = kind, copied
+        like: Tensor = owner.weight  # type: ignore[assignment]
         self.register_buffer("weight", like.new_empty(self.out_features, 0))
         self.register_parameter("bias", bias)
 
     @property
-    def owner(self) -> LowRankEmbedding | QuantizedEmbedding:
-        """The embedding whose table this is."""
+    def owner(self) -> Owner:
+        """The module whose weight this is."""
         return self.__dict__["_owner"]  # type: ignore[no-any-return]
 
     @property
     def rank(self) -> int | None:
-        """Inner size of the table's factors; ``None`` if it is whole."""
-        return self.owner.rank if isinstance(self.owner, LowRankEmbedding) else None
+        """Inner size of the weight's factors; ``None`` if it is whole."""
+        return self.owner.rank if isinstance(self.owner, (LowRankEmbedding, LowRankLinear)) else None
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates per token."""
+        dense = self.in_features * self.out_features
         if self.rank is None:
-            return self.in_features * self.out_features
-        return self.rank * (self.in_features + self.out_features)
+            return dense
+        corrects = isinstance(self.owner, LowRankLinear) and self.owner.base is not None
+        return self.rank * (self.in_features + self.out_features) + (dense if corrects else 0)
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(…, in)`` to ``(…, out)``."""
-        table: nn.Module = self.owner
+        table = self.owner
+        if isinstance(table, QuantizedLinear):
+            return table.multiply(input, self.bias)
+        if isinstance(table, LowRankLinear):
+            return self._through(table, input)
+        return self._by_table(table, input)
+
+    def _through(self, layer: LowRankLinear, input: Tensor) -> Tensor:
+        """Multiply by the factors of ``layer``, and by what they correct."""
+        output = _product(layer.up, _product(layer.down, input, None), self.bias)
+        return output if layer.base is None else output + layer.base(input)
+
+    def _by_table(self, table: nn.Module, input: Tensor) -> Tensor:
         common = None
         if isinstance(table, LowRankEmbedding):
             if table.bias is not None:  # the same for all rows
@@ -76,11 +95,14 @@ class TiedLinear(nn.Module):
 
     def runs_on(self) -> str:
         """Name what multiplies at inference, as `QuantizedLinear.runs_on`; ``"float"`` without codes."""
-        table = self.owner.down if isinstance(self.owner, LowRankEmbedding) else self.owner
-        return self._around(table).runs_on() if isinstance(table, QuantizedEmbedding) else "float"
+        factors = isinstance(self.owner, (LowRankEmbedding, LowRankLinear))
+        part: nn.Module = self.owner.down if factors else self.owner  # type: ignore[assignment]
+        if isinstance(part, QuantizedLinear):
+            return part.runs_on()
+        return self._around(part).runs_on() if isinstance(part, QuantizedEmbedding) else "float"
 
     def dense_weight(self) -> Tensor:
-        """Return ``E``, ``(out, in)``, in the dtype of ``weight``."""
+        """Return ``W``, ``(out, in)``, in the dtype of ``weight``."""
         return self.owner.dense_weight()
 
     def _bias_in(self, dtype: torch.dtype) -> Tensor | None:
@@ -108,3 +130,21 @@ class TiedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, weight of {type(self.owner).__name__}"
         )
+
+
+def _sizes(owner: Owner) -> tuple[int, int]:
+    """Return inputs and outputs of a layer with the weight of ``owner``."""
+    if isinstance(owner, (LowRankLinear, QuantizedLinear)):
+        return owner.in_features, owner.out_features
+    return owner.embedding_dim, owner.num_embeddings
+
+
+def _product(factor: nn.Module, input: Tensor, bias: nn.Parameter | None) -> Tensor:
+    """Multiply by a factor of another layer, with ``bias`` in place of its own.
+
+    A ``down`` that keeps its product for layers with the same input is not called: this input is another.
+    """
+    if isinstance(factor, QuantizedLinear):
+        return factor.multiply(input, bias)
+    added = bias.to(input.dtype) if bias is not None else None
+    return linear(input, weight_of(factor).to(input.dtype), added)
