@@ -130,7 +130,9 @@ def _blocked(model: nn.Module, plan: Plan) -> dict[str, str]:
 
 def _serves_several(code: CodedWeight, plan: Plan) -> bool:
     """Tell whether several layers use the codes: the mean of one's inputs is not that of another's."""
-    return code.name in plan.equal or code.name.rpartition(".")[0] in plan.equal
+    layer = code.name.rpartition(".")[0]
+    readers = (code.name, layer, *(reader.name for reader in plan.shared.get(layer, ())))
+    return any(name in plan.equal for name in readers)
 
 
 def with_common_codes_uncentred(plan: Plan) -> Plan:

@@ -264,7 +264,8 @@ class Stats:
         """Return statistics in which those of ``owner`` are over what all layers with its weight read.
 
         The mean stays the owner's: every layer's bias takes up the mean of its own error. So inputs are
-        summed centred, each about its own mean; those of a layer without a bias, about zero.
+        summed centred, each about its own mean; those of a layer without a bias, about zero. Where none is
+        centred, the mean is that of all.
 
         Args:
             owner: A linear layer.
@@ -276,7 +277,9 @@ class Stats:
         if any(part.ndim == 1 for part in parts):
             parts = [part if part.ndim == 1 else part.diagonal() for part in parts]
         products, mean = torch.stack(parts).sum(0), self.moments(owner).mean
-        if users[owner]:
+        if not any(users.values()):
+            mean = torch.stack([moments.total for moments, _ in sums]).sum(0) / max(weight, 1e-300)
+        elif users[owner]:
             products = products + weight * (mean.square() if products.ndim == 1 else torch.outer(mean, mean))
         key = f"{owner} and {len(users) - 1} more"
         felt = [self.gradients[name] for name in users if name in self.gradients]
