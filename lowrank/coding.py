@@ -96,6 +96,8 @@ def check_codes(model: nn.Module, plan: Plan, stats: Stats | None, loading: bool
             scheme_of(code)
             if not loading and module is not None and not isinstance(module, Coded):
                 checked_weight(module.weight)  # type: ignore[arg-type]
+            if not loading:
+                _check_range(modules, code)
         except WeightError as error:
             raise type(error)(f"{code.name}: {error}") from error
         if isinstance(module, Coded):
@@ -139,6 +141,25 @@ def with_common_codes_uncentred(plan: Plan) -> Plan:
     """Return ``plan`` with inputs centred only where one layer uses the weight."""
     codes = (replace(code, centred=False) if _serves_several(code, plan) else code for code in plan.codes)
     return replace(plan, codes=tuple(codes))
+
+
+LARGEST_INT4, SMALLEST_INT4 = 2e5, 1e-5
+"""Largest element of weights whose scales under int4 float16 can hold, with room for what scales inputs."""
+
+
+def _check_range(modules: Mapping[str, nn.Module], code: CodedWeight) -> None:
+    """Refuse int4 for a weight, or for factors of one, whose scales would be lost in float16."""
+    parent, _, part = code.name.rpartition(".")
+    layer = modules.get(code.name, modules.get(parent) if part in PARTS else None)
+    weight = getattr(layer, "weight", None)
+    if code.scheme != "int4" or isinstance(layer, Coded) or weight is None or not weight.numel():
+        return
+    largest = float(weight.detach().abs().max())
+    if largest and not SMALLEST_INT4 < largest < LARGEST_INT4:
+        raise WeightError(
+            f"its largest element is {largest:.2g}, and int4 has float16 scales, for weights from "
+            f"{SMALLEST_INT4:g} to {LARGEST_INT4:g}. Use int8, or ignore this layer."
+        )
 
 
 def _shape_after(

@@ -216,9 +216,10 @@ def _at_rank(layer: LayerPlan, rank: int | None, named: bool) -> LayerPlan:
             f"to {layer.largest_paying_rank}."
         )
     if rank > layer.largest_paying_rank:
-        return layer.dense(
-            f"rank {rank} would not save parameters (the largest that does: {layer.largest_paying_rank})"
-        )
+        what = "would not save parameters"
+        if layer.residual:
+            what = "takes no less than the weight, and pays for no correction"
+        return layer.dense(f"rank {rank} {what} (the largest that does: {layer.largest_paying_rank})")
     return replace(layer, rank=rank, reason="as asked")
 
 

@@ -30,6 +30,7 @@ from lowrank.factoring import (
 )
 from lowrank.linalg.svd import check_options, checked_weight
 from lowrank.menus import largest_shared_rank
+from lowrank.modes import uninterrupted
 from lowrank.nn import (
     Coded,
     LowRankEmbedding,
@@ -66,7 +67,8 @@ def apply(
     bar = tqdm(total=len(todo), desc="factorizing", unit="layer", disable=None if progress else True)
     for layers in _together(plan, todo):
         bar.set_postfix_str(layers[0].name)
-        _factorize(model, layers, plan, joint, seed)  # whose dense weights are gone when it returns
+        with uninterrupted():
+            _factorize(model, layers, plan, joint, seed)  # whose dense weights are gone when it returns
         bar.update(len(layers))
     bar.close()
     encode(model, plan, stats, seed=seed, progress=progress)
@@ -85,17 +87,24 @@ def encode(
         if isinstance(module, _Factorized) and {f"{name}.down", f"{name}.up"} <= names:
             readers = readers_of(model, module) if isinstance(module, LowRankLinear) else {name: module}
             if {f"{reader}.up" for reader in readers} <= names:
-                rotate(list(readers.values()), seed)
+                with uninterrupted():
+                    rotate(list(readers.values()), seed)
     for code in tqdm(todo, desc="coding", unit="weight", disable=None if progress else True):
-        old = model.get_submodule(code.name)
-        new, mean = coded(model, code, stats)
-        replace_module(model, code.name, adopt(new, old))
-        _follow(model, plan, code.name)
-        if mean is not None:
-            holder = model.get_submodule(code.name.rpartition(".")[0])
-            taker = holder.bias if isinstance(holder, LowRankLinear) else new.bias
-            with torch.no_grad():
-                taker.add_(mean.to(taker.dtype))  # type: ignore[operator,union-attr,arg-type]
+        with uninterrupted():
+            _encode(model, code, plan, stats)
+
+
+def _encode(model: nn.Module, code: CodedWeight, plan: Plan, stats: Stats | None) -> None:
+    """Put integers in place of one weight, and let a bias take up the mean of its inputs."""
+    old = model.get_submodule(code.name)
+    new, mean = coded(model, code, stats)
+    replace_module(model, code.name, adopt(new, old))
+    _follow(model, plan, code.name)
+    if mean is not None:
+        holder = model.get_submodule(code.name.rpartition(".")[0])
+        taker = holder.bias if isinstance(holder, LowRankLinear) else new.bias
+        with torch.no_grad():
+            taker.add_(mean.to(taker.dtype))  # type: ignore[operator,union-attr,arg-type]
 
 
 def check_request(model: nn.Module, plan: Plan, stats: Stats | None, seed: int) -> list[LayerPlan]:

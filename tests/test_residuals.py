@@ -1,6 +1,8 @@
 """``residual=True``: factors that correct a coded weight, from the request to the checkpoint and back."""
 
 import copy
+import os
+import signal
 
 import pytest
 import torch
@@ -131,7 +133,7 @@ def test_a_budget_in_bytes_chooses_the_rank_of_each_residual(tiny_bert, stats):
         ({"rank": 8, "group_size": 16}, SchemeError, 'group_size=16 is for quantize="int4"'),
         ({"rank": 8, "quantize": "int4", "residual": True, "group_size": 24}, SchemeError, "groups of 24"),
         ({"rank": 8, "quantize": "int3", "residual": True}, SchemeError, "known schemes"),
-        ({"rank": 60, "quantize": "int4", "residual": True}, BudgetError, "would not save parameters"),
+        ({"rank": 60, "quantize": "int4", "residual": True}, BudgetError, "pays for no correction"),
     ],
 )
 def test_bad_requests_are_refused_and_change_nothing(tiny_bert, request_, error_type, message):
@@ -266,3 +268,58 @@ def test_a_layer_that_is_the_model_is_refused(call, module):
     with pytest.raises(LowRankError, match=f"is itself a {type(module).__name__}.*holds it"):
         call(module)
     assert list(dict(module.named_modules())) == names
+
+
+@pytest.mark.parametrize("at", [0, 3, 13, 30])
+def test_ctrl_c_waits_for_a_whole_step_and_the_same_plan_finishes(tiny_bert, stats, monkeypatch, at):
+    planned = lowrank.plan(tiny_bert, rank=8, stats=stats, quantize="int8", share="inputs")
+    dense = copy.deepcopy(tiny_bert)
+    whole = lowrank.apply(copy.deepcopy(tiny_bert), planned, stats=stats)
+    swaps, original = [], lowrank.surgery.replace_module
+
+    def interrupted(model, name, new):
+        if len(swaps) == at:
+            os.kill(os.getpid(), signal.SIGINT)  # before anything of this swap is done
+        swaps.append(name)
+        original(model, name, new)
+
+    monkeypatch.setattr(lowrank.surgery, "replace_module", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        lowrank.apply(tiny_bert, planned, stats=stats)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert len(swaps) > at  # the step was done
+    small = lowrank.apply(tiny_bert, planned, stats=stats)
+    if at < 12:  # among the factors; later these may be rotated twice before they are coded
+        for name, tensor in whole.state_dict().items():
+            assert torch.equal(small.state_dict()[name], tensor), name
+    assert error(small, whole) < 0.1 * error(whole, dense)
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e9])
+def test_int4_is_refused_where_its_scales_would_be_lost(tiny_bert, factor):
+    weight = tiny_bert.get_submodule(QUERY).weight
+    with torch.no_grad():
+        weight[5] *= factor if factor > 1 else 1
+        weight *= factor if factor < 1 else 1
+    for call in (
+        lambda: quantize(tiny_bert, "int4"),
+        lambda: compress(tiny_bert, rank=8, residual=True, quantize="int4"),
+    ):
+        with pytest.raises(lowrank.WeightError, match=r"query.*largest element is .* Use int8"):
+            call()
+    assert type(tiny_bert.get_submodule(QUERY)) is torch.nn.Linear
+    quantize(tiny_bert, "int8")
+
+
+@pytest.mark.parametrize("part", ["scale", "codes", "smooth"])
+def test_values_that_no_coded_weight_has_are_refused(tiny_bert, stats, tmp_path, part):
+    from safetensors.torch import load_file, save_file
+
+    small = quantize(tiny_bert, "int8", stats=stats)
+    small.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[f"{QUERY}.{part}"].view(-1)[3] = -128 if part == "codes" else 0
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(lowrank.errors.CheckpointError, match=rf"query\.{part} has values that no coded"):
+        type(small).from_pretrained(tmp_path)

@@ -427,7 +427,7 @@ def _check_loaded(model: PreTrainedModel) -> None:
 
 
 def _check_finite(model: PreTrainedModel) -> None:
-    """Refuse factors with NaN or infinity; what is offloaded stays where it is, unread."""
+    """Refuse factors with NaN or infinity, and codes that no weight has; what is offloaded stays unread."""
     for layer, module in model.named_modules():
         own: dict[str, Tensor] = {}
         if isinstance(module, (LowRankLinear, LowRankEmbedding)):
@@ -441,6 +441,23 @@ def _check_finite(model: PreTrainedModel) -> None:
                     f"{factor.dtype}. Load it in the dtype in which it was saved; if that does not help, the "
                     "file is damaged: copy it again."
                 )
+        if isinstance(module, Coded) and not module.scale.is_meta:
+            _check_codes(model, layer, module)
+
+
+def _check_codes(model: PreTrainedModel, layer: str, module: Coded) -> None:
+    """Refuse values that coding does not give: they show that codes and scales are not of one weight."""
+    state, int8 = module.state_dict(), module.scheme.name == "int8"
+    wrong = {
+        "scale": int8 and not bool((state["scale"] > 0).all()),
+        "codes": int8 and bool((state["codes"] == -128).any()),
+        "smooth": "smooth" in state and not bool((state["smooth"] > 0).all()),
+    }
+    for name in (name for name, is_wrong in wrong.items() if is_wrong):
+        raise CheckpointError(
+            f"{model.config.name_or_path}: the tensor {layer}.{name} has values that no coded weight has. "
+            "The file is damaged: copy it again."
+        )
 
 
 def head_layers(model: nn.Module) -> dict[str, str]:
