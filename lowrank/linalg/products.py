@@ -106,6 +106,11 @@ def transformed() -> bool:
     )
 
 
+def compiled() -> bool:
+    """Return whether `torch.compile` is at work, for a graph that runs here; not export, for elsewhere."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
 def _available() -> bool:
     """Return whether the operator is there and this processor has what makes it faster."""
     capable = torch.backends.cpu.get_cpu_capability().startswith("AVX512")

@@ -1,7 +1,8 @@
 """What multiplies integer weights without decoding them: PyTorch's kernels, and what they want around them.
 
 ``int8``: rows of the input become integers, ``torch._int_mm`` multiplies them, and the sums are scaled back.
-All but the product is elementwise and bound by memory, so it goes through the rows part by part.
+All but the product is elementwise and bound by memory, so it goes through the rows part by part;
+`torch.compile` fuses it, with what comes before and after, better than parts do, and gets it whole.
 
 ``int4``: PyTorch's weight-only kernels read the codes in an order of their own, which depends on the device
 and its instructions, so it is made where the codes are used and never stored. They take bfloat16 inputs,
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lowrank.linalg.codes import halves, split
+from lowrank.linalg.products import compiled
 
 PART = 2**20
 """Elements of the output that a CPU computes at a time, so that its integers stay in the cache."""
@@ -52,6 +54,10 @@ def quantized(rows: Tensor, smooth: Tensor | None, center: Tensor | None) -> tup
 
     The latter is NaN or infinite where the row is, and zero for zeros: the codes do not matter then.
     """
+    if compiled():
+        values = prepared(rows.to(torch.float32), smooth, center)
+        step = values.abs().amax(1, keepdim=True) / 127
+        return (values * step.reciprocal()).round().to(torch.int8), step
     count, features = rows.shape
     codes, step = rows.new_empty(rows.shape, dtype=torch.int8), rows.new_empty(count, 1, dtype=torch.float32)
     some = _rows_at_a_time(rows, features, PART_OF_INPUT)
@@ -75,6 +81,9 @@ def integer_product(given: Tensor, step: Tensor, codes: Tensor, scale: Tensor, b
     count, features = len(given), len(codes)
     missing = max(0, 17 - count) if given.is_cuda else 0  # CUDA's kernel wants more than 16 rows
     given = pad(given, (0, 0, 0, missing)) if missing else given
+    if compiled():
+        output = torch._int_mm(given, codes.T)[:count] * scale[:, 0] * step
+        return output if bias is None else output + bias
     output = step.new_empty(count, features)
     some = _rows_at_a_time(given, features, PART)
     sums = torch.empty(min(some, len(given)), features, dtype=torch.int32, device=given.device)

@@ -1,8 +1,9 @@
 """`QuantizedLinear` and `QuantizedEmbedding`: layers whose weight is integers, in memory and in the file.
 
 ``int8`` linear layers multiply integers by integers (``torch._int_mm``): the input is quantized anew at each
-call, with one scale per row. Everything else (``int4``, gradients, compilers, export, processors without the
-instructions) multiplies by ``scale · codes``. `QuantizedLinear.runs_on` tells.
+call, with one scale per row. ``int4`` layers have a kernel for few rows (`lowrank.nn.kernels`). Everything
+else (gradients, export, processors without the instructions) multiplies by ``scale · codes``.
+`QuantizedLinear.runs_on` tells.
 
 Where the inputs' statistics are known, a layer codes ``W diag(s)⁻¹`` and reads ``s·x − c``: features of
 unlike size no longer share one scale, and their mean, which the bias has, takes no room. Source: SmoothQuant
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from lowrank.errors import WeightError
 from lowrank.linalg import Scheme, decode, encode, encode_smoothed, linear, recode
 from lowrank.linalg.codes import joined, scaled
-from lowrank.linalg.products import transformed
+from lowrank.linalg.products import compiled, transformed
 from lowrank.nn import kernels
 
 
@@ -65,6 +66,26 @@ class Coded(nn.Module):
     def dense_weight(self) -> Tensor:
         """Return ``scale · codes``, ``(rows, columns)``, in the dtype of ``weight``."""
         return decode(self.codes, self.scale, self.scheme, self.weight.dtype)
+
+    def by_integers(
+        self, input: Tensor, bias: Tensor | None, smooth: Tensor | None = None, center: Tensor | None = None
+    ) -> Tensor | None:
+        """Return ``W (s·x − c) + b`` for ``x (…, columns)`` by integer products, ``(…, rows)``, if they can.
+
+        ``None`` where they cannot: gradients, tracing (`torch.compile` can), int4, few rows of ``x``, or a
+        device or processor without the instructions. Arguments as for `lowrank.nn.kernels`.
+        """
+        plain = not transformed() or compiled()
+        if not (plain and self.scheme.group_size is None and _only_output(input, bias, self.shape[1])):
+            return None
+        rows = input.reshape(-1, self.shape[1])
+        fewest = kernels.fewest_integer_rows(*self.shape, rows.device)
+        if fewest is None or len(rows) < fewest:
+            return None
+        given, step = kernels.quantized(rows, smooth, center)
+        added = bias.detach().to(torch.float32) if bias is not None else None
+        output = kernels.integer_product(given, step, self.codes, self.scale, added)
+        return output.to(input.dtype).reshape(*input.shape[:-1], self.shape[0])
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move, but never convert codes and scales: ``.half()`` concerns what the layer computes in."""
@@ -188,12 +209,11 @@ class QuantizedLinear(Coded):
 
     def multiply(self, input: Tensor, bias: nn.Parameter | None) -> Tensor:
         """Map ``(…, in)`` to ``(…, out)`` with another bias than the layer's own: for who uses its codes."""
-        if self._plain_inference(input, bias):
-            rows = input.reshape(-1, self.in_features)
-            by = self._by_integers if self.scheme.group_size is None else self._by_int4
-            output = by(rows, bias)
+        if self.latent is None:
+            output = self.by_integers(input, bias, self.smooth, self.center)
+            output = self._by_int4(input, bias) if output is None else output
             if output is not None:
-                return output.to(input.dtype).reshape(*input.shape[:-1], self.out_features)
+                return output
         given = kernels.prepared(input, self.smooth, self.center)
         added = bias.to(input.dtype) if bias is not None else None
         return linear(given, self._decoded().to(input.dtype), added)
@@ -228,15 +248,6 @@ class QuantizedLinear(Coded):
             rounding = decode(codes, self.scale, self.scheme) - self.latent
         return self.latent + rounding
 
-    def _plain_inference(self, input: Tensor, bias: nn.Parameter | None) -> bool:
-        """Return whether nothing but the output is asked for; kernels know neither gradients nor tracing."""
-        if self.latent is not None or type(input) is not Tensor or transformed() or not input.numel():
-            return False
-        if input.shape[-1] != self.in_features:
-            return False  # for the error that PyTorch raises
-        trains = input.requires_grad or (bias is not None and bias.requires_grad)
-        return not (trains and torch.is_grad_enabled())
-
     def dense_weight(self) -> Tensor:
         """Return the weight that multiplies the layer's input, ``(out, in)``, in the dtype of ``weight``."""
         weight = self._decoded()
@@ -248,22 +259,25 @@ class QuantizedLinear(Coded):
             return None
         return self._decoded() @ self.center.float()
 
-    def _by_integers(self, rows: Tensor, bias: nn.Parameter | None) -> Tensor | None:
-        fewest = kernels.fewest_integer_rows(*self.shape, rows.device)
-        if fewest is None or len(rows) < fewest:
-            return None
-        given, step = kernels.quantized(rows, self.smooth, self.center)
-        added = bias.detach().to(torch.float32) if bias is not None else None
-        return kernels.integer_product(given, step, self.codes, self.scale, added)
+    def _by_int4(self, input: Tensor, bias: Tensor | None) -> Tensor | None:
+        """Return what `multiply` does by a kernel for int4 weights; ``None`` where there is none to use.
 
-    def _by_int4(self, rows: Tensor, bias: nn.Parameter | None) -> Tensor | None:
-        size, device = self.scheme.group_size, rows.device
-        assert size is not None
-        if kernels.int4_obstacle(*self.shape, size, device) or len(rows) > kernels.MOST_ROWS[device.type]:
+        `torch.compile` cannot bring codes into the kernel's order, and takes them as it finds them.
+        """
+        size, device = self.scheme.group_size, input.device
+        if size is None or not _only_output(input, bias, self.in_features):
+            return None
+        if transformed():
+            known = compiled() and not _as_stored(self.codes)
+        else:
+            known = kernels.int4_obstacle(*self.shape, size, device) is None
+        rows = input.reshape(-1, self.in_features)
+        if not known or len(rows) > kernels.MOST_ROWS[device.type]:
             return None
         codes, scales = self._for_kernel()
         output = kernels.int4_product(kernels.prepared(rows, self.smooth, self.center), codes, scales, size)
-        return output.to(rows.dtype) + (bias.to(rows.dtype) if bias is not None else 0)
+        output = output.to(rows.dtype) + (bias.to(rows.dtype) if bias is not None else 0)
+        return output.reshape(*input.shape[:-1], self.out_features)
 
     def _for_kernel(self) -> tuple[Tensor, Tensor]:
         """Return int4 codes and scales as the kernel reads them.
@@ -364,6 +378,17 @@ class QuantizedEmbedding(Coded):
     def extra_repr(self) -> str:
         """Describe the table as `torch.nn.Embedding` does, with its scheme."""
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.scheme.name}"
+
+
+def _only_output(input: Tensor, bias: Tensor | None, features: int) -> bool:
+    """Return whether nothing but the output is asked for: kernels know no gradients, and no subclasses.
+
+    Inputs of another size are left to PyTorch, for its error.
+    """
+    if type(input) is not Tensor or input.shape[-1] != features or not input.numel():
+        return False
+    trains = input.requires_grad or (bias is not None and bias.requires_grad)
+    return not (trains and torch.is_grad_enabled())
 
 
 def _as_stored(codes: Tensor) -> bool:

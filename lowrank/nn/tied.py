@@ -87,9 +87,11 @@ class TiedLinear(nn.Module):
             if table.bias is not None:  # the same for all rows
                 common = (input * table.bias.to(input.dtype)).sum(-1, keepdim=True)
             input, table = table.enter(input), table.down
-        if isinstance(table, QuantizedEmbedding) and not transformed():
-            output: Tensor = self._around(table)(input)
-        else:
+        output: Tensor | None = None
+        if isinstance(table, QuantizedEmbedding):
+            traced = transformed()  # where no layer can be made
+            output = table.by_integers(input, self.bias) if traced else self._around(table)(input)
+        if output is None:
             output = linear(input, weight_of(table).to(input.dtype), self._bias_in(input.dtype))
         return output if common is None else output + common
 
