@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import lowrank
+from lowrank.linalg import products
 from lowrank.nn import Coded
 
 transformers = pytest.importorskip("transformers")
@@ -233,11 +234,39 @@ def test_one_compiled_graph_serves_any_batch_and_length(dense, setting):
 
 @only_bert
 @pytest.mark.usefixtures("fresh_compiler")
-def test_a_compiled_graph_with_gradients_decodes(dense):
-    model, given = made(dense, "int8"), inputs(4, 7)
-    output = main_output(torch.compile(model, fullgraph=True, backend="eager")(**given))
-    assert output.requires_grad
+@pytest.mark.parametrize("setting", ["shared", "int8"])
+def test_a_compiled_graph_with_gradients_has_no_kernels(dense, setting):
+    model, given = made(dense, setting), inputs(4, 7)
+    output = main_output(torch.compile(model, fullgraph=True, backend="aot_eager")(**given))
     assert_rounded_alike(output.detach(), expected(model, given), given)
+    output.sum().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    main_output(model(**given)).sum().backward()
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-4)
+
+
+@only_bert
+@pytest.mark.skipif(not products._AVAILABLE, reason="PyTorch's own product is as fast here")
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_factors_have_the_faster_product(dense):
+    model, given = made(dense, "shared"), inputs(4, 7)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append([node.target for node in graph.graph.nodes])
+        return graph.forward
+
+    with torch.no_grad():
+        torch.compile(model, fullgraph=True, dynamic=True, backend=backend)(**given)
+    factorized = [m for m in model.modules() if isinstance(m, lowrank.LowRankLinear)]
+    found = sum(isinstance(target, torch.library.CustomOpDef) for target in graphs[0])
+    found += graphs[0].count(torch.ops.lowrank.linear.default) + graphs[0].count(torch.ops.lowrank.linear)
+    assert found == 2 * len(factorized)
+    rows = torch.randn(40, 16), torch.randn(8, 16), torch.randn(8)
+    torch.library.opcheck(torch.ops.lowrank.linear.default, rows)
 
 
 @pytest.mark.long

@@ -1,10 +1,10 @@
 """Matrix products in float32 on a CPU, by whichever of PyTorch's two libraries is faster.
 
 PyTorch hands float32 products to MKL, which on processors not made by Intel leaves out AVX-512.
-oneDNN, which PyTorch ships too and its compiler calls for the same purpose, does not: twice as fast
-on the AMD EPYC that the figures in `benchmarks/results` are from, with the same rounding error. Its
-operator knows neither derivatives (here they are), nor batching, nor tracing: whatever transforms,
-traces or watches PyTorch's own operators gets these.
+oneDNN, which PyTorch ships too, does not: twice as fast on the AMD EPYC that the figures in
+`benchmarks/results` are from, with the same rounding error. Its operator knows neither derivatives
+(here they are), nor batching, nor tracing: whatever transforms, traces or watches PyTorch's own
+operators gets these. `torch.compile` calls it, as an operator that it does not look into.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return ``x Wᵀ + b``, as `torch.nn.functional.linear`; ``x (…, in)``, ``W (out, in)``, ``b (out,)``."""
     if not _faster_by_onednn(input, weight, bias):
         return torch.nn.functional.linear(input, weight, bias)
-    if torch.is_grad_enabled() and _needs_gradient(input, weight, bias):
+    if _trained(input, weight, bias):
         return _Differentiable.apply(input, weight, bias)  # type: ignore[no-any-return,no-untyped-call]
-    return _by_onednn(input, weight, bias)
+    return _unseen(input, weight, bias) if compiled() else _by_onednn(input, weight, bias)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
@@ -60,6 +60,19 @@ def _by_onednn(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return result
 
 
+@torch.library.custom_op(
+    "lowrank::linear", mutates_args=(), schema="(Tensor input, Tensor weight, Tensor? bias) -> Tensor"
+)
+def _unseen(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Do the same where the compiler would take oneDNN's operator for one of its own, of packed weights."""
+    return _by_onednn(input, weight, bias)
+
+
+@_unseen.register_fake
+def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return input.new_empty(*input.shape[:-1], weight.shape[0])
+
+
 def _faster_by_onednn(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return bool(
         _AVAILABLE
@@ -70,7 +83,7 @@ def _faster_by_onednn(input: Tensor, weight: Tensor, bias: Tensor | None) -> boo
         and weight.ndim == 2
         and input.shape[-1:] == weight.shape[1:]
         and (bias is None or (bias.dtype == torch.float32 and bias.shape == weight.shape[:1]))
-        and not observed()
+        and not (_trained(input, weight, bias) if compiled() else observed())
         and not torch.is_autocast_enabled("cpu")
         and input.numel() >= FEWEST_ROWS * input.shape[-1] > 0
         and weight.numel() > 0
@@ -85,8 +98,8 @@ def _packed(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or (tensor.ndim == 2 and tensor.T.is_contiguous())
 
 
-def _needs_gradient(*tensors: Tensor | None) -> bool:
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+def _trained(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def observed() -> bool:

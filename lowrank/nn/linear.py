@@ -8,6 +8,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from lowrank.errors import RankError, WeightError
 from lowrank.linalg import linear, truncated_svd
+from lowrank.linalg.products import compiled
 from lowrank.nn.dense import kind_of
 from lowrank.nn.quantized import Coded, QuantizedLinear
 from lowrank.nn.shared import SharedDown
@@ -216,7 +217,7 @@ def _apply(factor: nn.Linear, input: Tensor) -> Tensor:
         or factor._backward_pre_hooks
         or factor._backward_hooks
         or "forward" in factor.__dict__
-        or torch.compiler.is_compiling()
+        or (torch.compiler.is_compiling() and not compiled())
         or _has_any_global_hook()  # type: ignore[no-untyped-call]
     )
     if watched:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.linalg import linear
+from lowrank.linalg.products import compiled
 from lowrank.nn.quantized import QuantizedLinear
 
 
@@ -55,7 +56,7 @@ class SharedDown(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(…, in)`` to ``(…, rank)``."""
         if _is_traced(input):
-            return super().forward(input)
+            return linear(input, self.weight) if compiled() else super().forward(input)
         return _computed_once(self, self.readers, self.weight, input, lambda: linear(input, self.weight))
 
 
