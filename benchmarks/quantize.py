@@ -5,8 +5,8 @@
 - ``residual``: SmolLM2-135M, int4 and int4 with low-rank correction at the same bytes: perplexity on windows
   300 to 323 of WikiText-2's validation text, which calibration has not seen.
 - ``speed``: ``BertModel(BertConfig())``, batch 8 × 128 tokens: latency of the dense model, of
-  ``torch.ao.quantization.quantize_dynamic`` of it, and of ``keep=0.5`` in float32 and int8; each in eager mode and
-  by ``torch.compile``.
+  ``torch.ao.quantization.quantize_dynamic`` of it, and of ``keep=0.5`` in float32 and int8; each eager
+  and by ``torch.compile``.
 - ``int4``: one layer at a time on a few tokens, on ``--device``: latency of floating point (float32, on CUDA
   bfloat16), of int4 by PyTorch's kernel and decoded, and of int8.
 
