@@ -53,7 +53,15 @@ from lowrank.demo import minilm_folder
 from lowrank.evaluation import embed, loss_increase, perplexity, spearman
 from lowrank.textfiles import read_pairs, read_text
 
-COMPILED = ("dense", "low rank", "torchao int8 weights", "torchao int8 dynamic")
+COMPILED = (
+    "dense",
+    "int8",
+    "low rank",
+    "low rank, int8",
+    "torch dynamic int8",
+    "torchao int8 weights",
+    "torchao int8 dynamic",
+)
 """Rows that are also timed under ``torch.compile``; accuracy and bytes are the same."""
 
 CALIBRATION_WINDOWS = 32
