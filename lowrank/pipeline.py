@@ -20,14 +20,14 @@ from lowrank.batches import Batch, batches
 from lowrank.calibration import collect
 from lowrank.coding import with_common_codes_uncentred
 from lowrank.deciding import Request, Timing, decide, drafted, spectra_of
-from lowrank.errors import BudgetError, DataError, LowRankError
+from lowrank.errors import BudgetError, DataError, LowRankError, TargetError
 from lowrank.factoring import pooled
 from lowrank.forms import INT8
 from lowrank.latency import LatencyTable
 from lowrank.linalg import Scheme, Spectrum
 from lowrank.obstacles import check_model
 from lowrank.planning import Budget, Plan
-from lowrank.ranks import nothing_changes
+from lowrank.ranks import nothing_changes, reasons
 from lowrank.statistics import Stats
 from lowrank.targets import draft
 
@@ -76,7 +76,8 @@ def compress(
             ``"loss"``, the sum of the layers' squared relative errors times their parameters.
         energy: Fraction of each weight's squared norm to retain under the metric, in (0, 1).
         error: Largest relative error of each weight under the metric, in (0, 1).
-        max_bytes: What the whole model's parameters and buffers may take.
+        max_bytes: What the whole model's parameters and buffers may take; a file adds their names to that,
+            a hundred bytes or so for each tensor.
         speedup: Dense latency over compressed latency of the whole model, above 1, measured here and now.
         inputs: What the model is called with to measure that: a batch, as in ``data``.
         latencies: A table of measured layers to use again, and to add to.
@@ -106,7 +107,8 @@ def compress(
             predicted increase of the loss; all else is coded as int8.
         group_size: Elements that share a scale under ``"int4"``; 32 by default.
         residual: Let the factors correct what the codes of a weight have lost, ``W ≈ Q + LR``, in place of
-            replacing it; the factors are int8. For a ``rank`` or ``max_bytes``, with ``quantize="int4"``.
+            replacing it; the factors are int8. For a ``rank`` or ``max_bytes``, with ``quantize="int4"``, or
+            ``"int8"``, which leaves little to correct.
         sequential: Go through the model block by block on ``data``, and let each block make up for what
             was lost before it. Costs some six forward passes more, and no gradients.
         spill: A folder on a disk, for the hidden states of all data that this needs; by default they
@@ -320,6 +322,7 @@ def calibrate(
     Raises:
         DataError: If there are no data, the model refuses a batch, or a loss is no scalar.
         StatsError: If a layer reads NaN or infinite values.
+        TargetError: If no layer is left to calibrate: all are coded already, for instance.
 
     Source: for the gradients, Martens & Grosse 2015 (K-FAC, arXiv:1503.05671).
 
@@ -334,6 +337,8 @@ def calibrate(
     stream = _stream(model, data, tokenizer, device, batch_size, max_length)
     names = [layer.name for layer in layers.targeted]
     names += [layer.name for users in layers.equal.values() for layer in users]
+    if not names:
+        raise TargetError("\n".join([f"No layer of {layers.model} is there to calibrate.", *reasons(layers)]))
     heads = {layer.name: layer.same_as for layer in layers if layer.same_as is not None}
     return collect(model, names, stream, loss, heads=heads, tokenizer=tokenizer, seed=seed, progress=progress)
 

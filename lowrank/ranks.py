@@ -143,11 +143,7 @@ def _with_error(
 
 def nothing_changes(plan: Plan, budget: Budget, spectra: Mapping[str, Spectrum]) -> str:
     """Say why no layer of ``plan`` has a rank, and what to do."""
-    lines = [f"With {budget}, no layer of {plan.model} would change."]
-    reasons = dict.fromkeys((layer.reason, layer.targeted) for layer in plan)
-    for reason, targeted in list(reasons)[:4]:
-        example = next(layer.name for layer in plan if (layer.reason, layer.targeted) == (reason, targeted))
-        lines.append(f"  {example}: {reason}")
+    lines = [f"With {budget}, no layer of {plan.model} would change.", *reasons(plan)]
     if not plan.layers:
         advice = "It has no linear layer."
     elif plan.targeted:
@@ -157,6 +153,14 @@ def nothing_changes(plan: Plan, budget: Budget, spectra: Mapping[str, Spectrum])
     else:
         advice = "Name other layers with targets=[...]."
     return "\n".join([*lines, f"  {advice}"])
+
+
+def reasons(plan: Plan) -> list[str]:
+    """Return lines that say why layers stay as they are, with an example of each reason."""
+    examples: dict[tuple[str, bool], str] = {}
+    for layer in plan:
+        examples.setdefault((layer.reason, layer.targeted), layer.name)
+    return [f"  {name}: {reason}" for (reason, _), name in list(examples.items())[:4]]
 
 
 def _nearest(plan: Plan, budget: Budget, spectra: Mapping[str, Spectrum]) -> str:

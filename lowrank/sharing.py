@@ -66,7 +66,8 @@ def groups_of(
         predict: Whether errors are wanted.
 
     Raises:
-        BudgetError: If nothing can tell which layers these are, there are none, or the budget is a latency.
+        BudgetError: If nothing can tell which layers these are, there are none or fewer than ``share_size``
+            beside each other, or the budget is a latency.
     """
     if share is None:
         return []
@@ -79,6 +80,12 @@ def groups_of(
         sizes = SIZES[:1] if budget.kind == "rank" else SIZES
         sizes = sizes if share_size is None else (share_size,)
         chains = _adjacent(model, drafted, sizes[-1])
+        longest = max(map(len, chains))
+        if share_size is not None and longest < share_size:
+            raise BudgetError(
+                f"share_size={share_size}: at most {longest} adjacent blocks have targeted layers of one "
+                "name and shape."
+            )
     groups = []
     for layers in chains:
         sets = _sets_of_readers(layers) if share == "inputs" else _runs(layers, sizes)

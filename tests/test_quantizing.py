@@ -508,3 +508,9 @@ def test_factors_without_a_kernel_are_refused_before_they_are_made():
     with pytest.raises(SchemeError, match=r"1 int4 weights .* since .* \(the first: 0.up\)"):
         compress(model, rank=32, quantize="int4", slow="refuse", ignore=["1"])
     assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+
+
+def test_there_is_nothing_to_calibrate_in_a_coded_model():
+    model = quantize(nn.Sequential(nn.Linear(32, 32)))
+    with pytest.raises(lowrank.errors.TargetError, match=r"0: is quantized already \(int8\); decompress"):
+        lowrank.calibrate(model, [torch.randn(4, 32)])
