@@ -125,7 +125,7 @@ class _Collector:
         self._sources: dict[str, str] = {}
         self._batch: Batch | None = None
         self._tokens = self._digest = 0
-        self._seen: dict[int, tuple[Tensor, str]] = {}
+        self._seen: dict[tuple[int, int], tuple[Tensor, str]] = {}
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -163,9 +163,10 @@ class _Collector:
         return hook
 
     def _read(self, name: str, tensor: Tensor) -> None:
-        """Add a layer's input, unless another layer has read the same tensor in this forward pass."""
+        """Add a layer's input, unless another has read the same tensor, unchanged, in this forward pass."""
         assert self._batch is not None
-        known = self._seen.get(id(tensor))
+        version = 0 if tensor.is_inference() else tensor._version
+        known = self._seen.get((id(tensor), version))
         key = known[1] if known is not None else name
         if self._sources.setdefault(name, key) != key:
             raise StatsError(
@@ -174,7 +175,7 @@ class _Collector:
             )
         if known is not None:
             return
-        self._seen[id(tensor)] = (tensor, name)
+        self._seen[id(tensor), version] = (tensor, name)
         sums = self._inputs.setdefault(name, _Sums(tensor))
         if not sums.add(self._batch.real(tensor.detach())):
             raise StatsError(

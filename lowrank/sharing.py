@@ -66,8 +66,7 @@ def groups_of(
         predict: Whether errors are wanted.
 
     Raises:
-        BudgetError: If nothing can tell which layers these are, there are none or fewer than ``share_size``
-            beside each other, or the budget is a latency.
+        BudgetError: If nothing can tell which layers these are, there are none, or the budget is a latency.
     """
     if share is None:
         return []
@@ -80,12 +79,6 @@ def groups_of(
         sizes = SIZES[:1] if budget.kind == "rank" else SIZES
         sizes = sizes if share_size is None else (share_size,)
         chains = _adjacent(model, drafted, sizes[-1])
-        longest = max(map(len, chains))
-        if share_size is not None and longest < share_size:
-            raise BudgetError(
-                f"share_size={share_size}: at most {longest} adjacent blocks have targeted layers of one "
-                "name and shape."
-            )
     groups = []
     for layers in chains:
         sets = _sets_of_readers(layers) if share == "inputs" else _runs(layers, sizes)
@@ -142,9 +135,11 @@ def _adjacent(model: nn.Module, drafted: Plan, size: int) -> list[Sequence[Layer
     the block before, it begins anew.
 
     Raises:
-        BudgetError: If there are none.
+        BudgetError: If there are none, or a group wants more blocks than there are.
     """
     blocks = list(find_blocks(model))
+    if size > max(len(blocks), max(SIZES)):
+        raise BudgetError(f"share_size={size}: {drafted.model} has {len(blocks)} repeated blocks.")
     roles: dict[object, list[tuple[int, LayerPlan]]] = {}
     for layer in (layer for layer in drafted.targeted if layer.kind != TABLE):
         for number, block in enumerate(blocks):

@@ -340,7 +340,7 @@ _HOOKS = (
 def adopt(new: _Module, old: nn.Module) -> _Module:
     """Carry over what is known of the old layer: training mode, frozen weights, hooks, who reads a factor."""
     if isinstance(new, SharedCodes) and isinstance(old, (SharedDown, SharedCodes)):
-        new.readers = old.readers
+        new.expect(old.readers)
     trainable = all(p.requires_grad for n, p in old.named_parameters() if n.endswith("weight"))
     for name, parameter in new.named_parameters():
         if name.endswith("weight"):

@@ -86,6 +86,25 @@ def test_layers_that_read_one_tensor_share_its_moments(tiny_bert):
     assert len(stats.inputs) == 2 * 4
 
 
+class ChangesItsInput(nn.Module):
+    """Two layers read one tensor, which is another by then."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = x.clone()
+        first = self.first(x)
+        x += 1
+        return first + self.second(x)
+
+
+def test_a_tensor_changed_in_place_is_another():
+    stats = calibrate(ChangesItsInput(), [torch.randn(4, 8)], loss=None)
+    assert stats.sources == {"first": "first", "second": "second"}
+
+
 def test_padding_does_not_count(tiny_bert):
     ids = torch.randint(1, 99, (1, 6), generator=torch.Generator().manual_seed(0))
     plain = calibrate(tiny_bert, [{"input_ids": ids, "attention_mask": torch.ones(1, 6, dtype=torch.long)}])

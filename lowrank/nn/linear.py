@@ -139,7 +139,7 @@ class LowRankLinear(nn.Module):
         del self.down
         self.__dict__["_owner"] = owner
         self.same_input = same_input
-        owner.down.readers += same_input
+        owner.down.expect(owner.down.readers + same_input)
 
     @property
     def down(self) -> nn.Linear:

@@ -4,7 +4,8 @@ The layers call it one after another with the same tensor. The first call comput
 result, and the last one lets go of it. A result serves only while nothing has changed: input and
 weight are the same tensors at the same version, in the same thread and the same mode of autograd and
 autocast. Anything else computes anew, so sharing can only save time. Tensors of ``inference_mode`` do
-not count their changes, and compilers find equal products by themselves: there nothing is kept.
+not count their changes: there nothing is kept. Nor do those of `torch.compile`; but its graph is made
+once, and has the product once where the layers read what they read when calibrated: the same, unchanged.
 """
 
 from __future__ import annotations
@@ -43,47 +44,56 @@ class _Results(threading.local):
 _results = _Results()
 
 
-class SharedDown(nn.Linear):
-    """Compute ``R x`` for several `LowRankLinear` layers; in all other respects a `torch.nn.Linear`.
+class _Shared(nn.Module):
+    """A module that several layers call with one input.
 
     Attributes:
-        readers: How many layers call it with the same input, its owner included. Where each reads an input
-            of its own, it is 1, and nothing is kept.
+        readers: How many layers do so, its owner included. Where each reads an input of its own, it is 1, and
+            nothing is kept.
+        kept: While `torch.compile` makes a graph: input, mode, product, and how many are still expected.
     """
 
     readers: int = 1
+    kept: tuple[Tensor, tuple[object, ...], Tensor, int] | None = None
+
+    def expect(self, readers: int) -> None:
+        """Say how many layers call it with the same input."""
+        self.readers = readers
+        self.kept = None  # there from the start, so that no graph is made anew
+
+
+class SharedDown(nn.Linear, _Shared):
+    """Compute ``R x`` for several `LowRankLinear` layers; in all other respects a `torch.nn.Linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(…, in)`` to ``(…, rank)``."""
-        if _is_traced(input):
-            return linear(input, self.weight) if compiled() else super().forward(input)
-        return _computed_once(self, self.readers, self.weight, input, lambda: linear(input, self.weight))
+        if _is_exported(input):
+            return super().forward(input)
+        return _computed_once(self, self.weight, input, lambda: linear(input, self.weight))
 
 
-class SharedCodes(QuantizedLinear):
+class SharedCodes(QuantizedLinear, _Shared):
     """The same with ``R`` as integers."""
-
-    readers: int = 1
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(…, in)`` to ``(…, rank)``."""
         given = self.codes if self.latent is None else self.latent
-        if _is_traced(input):
+        if _is_exported(input):
             return super().forward(input)
-        return _computed_once(
-            self, self.readers, given, input, lambda: super(SharedCodes, self).forward(input)
-        )
+        return _computed_once(self, given, input, lambda: super(SharedCodes, self).forward(input))
 
 
-def _is_traced(input: Tensor) -> bool:
-    return torch.compiler.is_compiling() or isinstance(input, torch.fx.Proxy)
+def _is_exported(input: Tensor) -> bool:
+    return isinstance(input, torch.fx.Proxy) or (torch.compiler.is_compiling() and not compiled())
 
 
-def _computed_once(
-    module: nn.Module, readers: int, weight: Tensor, input: Tensor, compute: Callable[[], Tensor]
-) -> Tensor:
-    """Return what ``module`` makes of ``input``, computed or kept from another of its ``readers``."""
-    if readers < 2 or input.is_inference() or weight.is_inference():
+def _computed_once(module: _Shared, weight: Tensor, input: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+    """Return what ``module`` makes of ``input``, computed or kept from another of its readers."""
+    if module.readers < 2:
+        return compute()
+    if compiled():  # which finds equal products by itself where it makes derivatives
+        return compute() if torch.is_grad_enabled() else _once_in_graph(module, input, compute)
+    if input.is_inference() or weight.is_inference():
         return compute()
     kept = _results.by_module.pop(module, None)
     state = _state(weight, input)
@@ -96,7 +106,19 @@ def _computed_once(
     if output.requires_grad:
         output.register_hook(lambda _: used_up.append(True))  # type: ignore[no-untyped-call]
     known = weakref.ref(input), weakref.ref(weight), state
-    _results.by_module[module] = _Result(*known, output, used_up, readers - 1)
+    _results.by_module[module] = _Result(*known, output, used_up, module.readers - 1)
+    return output
+
+
+def _once_in_graph(module: _Shared, input: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+    """Do the same while a graph is made: it can tell tensors apart, but neither count nor hold weakly."""
+    mode = _mode(input)
+    if module.kept is not None and module.kept[0] is input and module.kept[1] == mode:
+        _, _, output, expected = module.kept
+        module.kept = (input, mode, output, expected - 1) if expected > 1 else None
+        return output
+    output = compute()
+    module.kept = (input, mode, output, module.readers - 1)
     return output
 
 
@@ -107,11 +129,9 @@ def _serves(kept: _Result, weight: Tensor, input: Tensor, state: tuple[object, .
 
 def _state(weight: Tensor, input: Tensor) -> tuple[object, ...]:
     """Return what the result depends on, beside the identity of input and weight."""
+    return input._version, weight._version, *_mode(input)
+
+
+def _mode(input: Tensor) -> tuple[object, ...]:
     device = input.device.type
-    return (
-        input._version,
-        weight._version,
-        torch.is_grad_enabled(),
-        torch.is_autocast_enabled(device),
-        torch.get_autocast_dtype(device),
-    )
+    return torch.is_grad_enabled(), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
