@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lowrank._transformers import load_plugin, plugin
 from lowrank.errors import CheckpointError, LowRankError, PlanError, SchemeError
 from lowrank.folders import STRUCTURE, TENSORS, staged
-from lowrank.linalg import Scheme
+from lowrank.forms import scheme_of
 from lowrank.nn import LowRankEmbedding
 from lowrank.obstacles import check_model
 from lowrank.planning import LayerPlan, Plan
@@ -151,8 +151,7 @@ def plan_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
         shapes[f"{layer.name}.weight"] = (layer.out_features, 0)
     for code in plan.codes:
         try:
-            scheme = Scheme(code.scheme, code.group_size)
-            scheme.check(code.rows, code.columns)
+            scheme = scheme_of(code)
         except SchemeError as error:
             raise CheckpointError(f"{code.name}: the plan codes it in an unknown way: {error}") from error
         codes, scale = scheme.shapes(code.rows, code.columns)
@@ -167,7 +166,7 @@ def _code_dtypes(plan: Plan) -> dict[str, str]:
     """Return the format's name for the dtype of each tensor of coded weights."""
     found: dict[str, str] = {}
     for code in plan.codes:
-        codes, scale = (DTYPE_NAMES[dtype] for dtype in Scheme(code.scheme, code.group_size).dtypes)
+        codes, scale = (DTYPE_NAMES[dtype] for dtype in scheme_of(code).dtypes)
         found |= {f"{code.name}.codes": codes, f"{code.name}.scale": scale}
         found |= {f"{code.name}.smooth": "F16", f"{code.name}.center": "F16"}
     return found

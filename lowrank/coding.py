@@ -1,4 +1,4 @@
-"""Make modules with integer weights from floating-point ones; nothing in the model changes here.
+"""Make modules with integer weights from floating-point ones. Only `rotate` changes a model: its factors.
 
 Inner dimensions are free to be rotated (``LR = (LO)(OᵀR)``), so before they are coded, factors are brought
 to orthonormal columns of ``L`` and then rotated at random. That spreads every outlier over all components,
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from lowrank.errors import PlanError, StatsError, WeightError
 from lowrank.factoring import check_layer_of
-from lowrank.linalg import Scheme, rotated, smoothing
+from lowrank.forms import scheme_of
+from lowrank.linalg import rotated, smoothing
 from lowrank.linalg.svd import checked_weight
 from lowrank.nn import (
     Coded,
@@ -33,7 +34,7 @@ from lowrank.nn import (
     kind_named,
     kind_of,
 )
-from lowrank.obstacles import find_embedding_obstacles, find_obstacles
+from lowrank.obstacles import find_all_obstacles
 from lowrank.planning import CodedWeight, LayerPlan, Plan
 from lowrank.statistics import Moments, Stats
 
@@ -54,13 +55,6 @@ def base_of(plan: Plan, layer: LayerPlan) -> CodedWeight:
     raise PlanError(
         f"{layer.name}: its factors are to correct a coded weight, but the plan's codes have no {name}."
     )
-
-
-def scheme_of(code: CodedWeight) -> Scheme:
-    """Return the scheme that ``code`` names; raises `SchemeError` if there is none, or it does not divide."""
-    scheme = Scheme(code.scheme, code.group_size)
-    scheme.check(code.rows, code.columns)
-    return scheme
 
 
 def described(name: str, module: Coded) -> CodedWeight:
@@ -85,7 +79,7 @@ def check_codes(model: nn.Module, plan: Plan, stats: Stats | None, loading: bool
     for layer in plan:
         if layer.residual:
             base_of(plan, layer)
-    blocked = {} if loading else _blocked(model, plan)
+    blocked = {} if loading else find_all_obstacles(model, plan.owners)
     for code in plan.codes:
         module = modules.get(code.name)
         if code.name in plan and plan[code.name].same_as is not None:
@@ -122,12 +116,6 @@ def check_codes(model: nn.Module, plan: Plan, stats: Stats | None, loading: bool
             )
         if code.smooth and not loading:
             _check_stats(code, modules, plan, stats)
-
-
-def _blocked(model: nn.Module, plan: Plan) -> dict[str, str]:
-    """Return what must stay as it is, with the reason, but for what has been coded or factorized already."""
-    same_as = {layer.name: owner for owner, users in plan.equal.items() for layer in users}
-    return find_obstacles(model, same_as) | find_embedding_obstacles(model)
 
 
 def _serves_several(code: CodedWeight, plan: Plan) -> bool:

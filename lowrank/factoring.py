@@ -1,7 +1,8 @@
-"""Make factorized layers and tables from dense ones, singly or jointly; nothing in the model changes here.
+"""Make factorized layers and tables from dense ones, singly or jointly. No module is replaced here.
 
 Under a calibrated metric the bias takes up the mean of the error: ``b' = b + (W − LR) μ``. That is
-why the metric's second moment is centred. Source: DRONE (Chen et al. 2021) for the factors.
+why the metric's second moment is centred. A bias that there is stays the same parameter, with new
+values. Source: DRONE (Chen et al. 2021) for the factors.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from torch import Tensor, nn
 
 from lowrank.errors import PlanError, StatsError
 from lowrank.fingerprints import fingerprint_of_layer
+from lowrank.forms import scheme_of
 from lowrank.linalg import (
     Diagonal,
     Factors,
     Metric,
     PulledBack,
-    Scheme,
     SharedFactors,
     Spectrum,
     Stacked,
@@ -186,7 +187,7 @@ def corrected(
     The arguments are those of `factorized`; ``code`` says how the weight is coded.
     """
     assert layer.rank is not None
-    scheme = Scheme(code.scheme, code.group_size)
+    scheme = scheme_of(code)
     weight = weight_of(dense).detach()
     metric = error_metric_of(layer, weight, plan.metric, stats)
     moments = input_moments(stats, layer) if plan.metric != "weight" else None

@@ -95,9 +95,16 @@ def forms_of(quantize: str | None, group_size: int | None = None, residual: bool
     return (Form(Scheme(quantize, group_size), residual),)
 
 
+def scheme_of(code: CodedWeight) -> Scheme:
+    """Return the scheme that ``code`` names; raises `SchemeError` if there is none, or it does not divide."""
+    scheme = Scheme(code.scheme, code.group_size)
+    scheme.check(code.rows, code.columns)
+    return scheme
+
+
 def coded_bytes(code: CodedWeight) -> int:
     """Return the bytes of codes, scales, and what is done to inputs."""
-    scheme = Scheme(code.scheme, code.group_size)
+    scheme = scheme_of(code)
     shapes = scheme.shapes(code.rows, code.columns)
     stored = sum(
         math.prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, scheme.dtypes, strict=True)

@@ -107,6 +107,11 @@ def find_equals(model: nn.Module, wanted: Collection[str], apart: Sequence[str] 
     return found
 
 
+def find_all_obstacles(model: nn.Module, same_as: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return what `find_obstacles` and `find_embedding_obstacles` find."""
+    return find_obstacles(model, same_as) | find_embedding_obstacles(model)
+
+
 def find_embedding_obstacles(model: nn.Module) -> dict[str, str]:
     """Return ``{table name: reason}`` for every table that must stay as it is, as `find_obstacles`.
 

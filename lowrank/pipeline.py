@@ -336,7 +336,7 @@ def calibrate(
     layers = drafted(model, request, None, tables=True)
     stream = _stream(model, data, tokenizer, device, batch_size, max_length)
     names = [layer.name for layer in layers.targeted]
-    names += [layer.name for users in layers.equal.values() for layer in users]
+    names += layers.owners
     if not names:
         raise TargetError("\n".join([f"No layer of {layers.model} is there to calibrate.", *reasons(layers)]))
     heads = {layer.name: layer.same_as for layer in layers if layer.same_as is not None}

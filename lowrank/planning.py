@@ -212,6 +212,10 @@ class LayerPlan:
         """Return this layer left as it is, for ``reason``."""
         return replace(self.edited(None, reason), targeted=self.targeted, added_bias=False)
 
+    def following(self, owner: str) -> LayerPlan:
+        """Return this layer with the weight of ``owner`` in place of its own."""
+        return replace(self, same_as=owner, reason=f"uses the weight of {owner}", targeted=False)
+
     def edited(self, rank: int | None, reason: str) -> LayerPlan:
         """Return this layer with another rank, which nothing is known of yet, and a factor of its own."""
         return replace(
@@ -282,7 +286,7 @@ class Plan:
     Args:
         model: Class name of the model that the plan was made for.
         layers: One `LayerPlan` per linear layer, in the model's order.
-        budget: The request, for people to read: ``"keep=0.5"``.
+        budget: The request: ``"keep=0.5"``. Only its kind is read again (`bounds_errors`).
         metric: What the errors measure, one of `METRICS`; ``"weight"`` is the relative Frobenius error.
         allocation: ``"global"`` or ``"uniform"``, how `keep` was spread over the layers.
         round_to: Chosen ranks are multiples of this.
@@ -353,6 +357,11 @@ class Plan:
             if owner is not None and owner.kind != "embedding":
                 users.setdefault(owner.name, []).append(layer)
         return {name: tuple(layers) for name, layers in users.items()}
+
+    @property
+    def owners(self) -> dict[str, str]:
+        """By name of a linear layer that uses the weight of another one, the name of that."""
+        return {layer.name: owner for owner, users in self.equal.items() for layer in users}
 
     @property
     def targeted(self) -> tuple[LayerPlan, ...]:

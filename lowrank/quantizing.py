@@ -16,15 +16,14 @@ from torch import nn
 
 from lowrank.coding import with_common_codes_uncentred
 from lowrank.errors import LowRankError, SchemeError, SlowKernelWarning, TargetError
-from lowrank.forms import Form
+from lowrank.forms import Form, scheme_of
 from lowrank.linalg import Scheme
 from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, SharedDown
 from lowrank.nn.kernels import int4_obstacle
 from lowrank.obstacles import (
     check_holder,
-    find_embedding_obstacles,
+    find_all_obstacles,
     find_equals,
-    find_obstacles,
     linear_layers,
 )
 from lowrank.patterns import matches, no_match
@@ -65,7 +64,7 @@ def with_codes(
         )
     for code in chosen:
         try:
-            Scheme(code.scheme, code.group_size).check(code.rows, code.columns)
+            scheme_of(code)
         except SchemeError as error:
             raise SchemeError(f"{code.name}: {error}") from error
     return with_heads(model, with_common_codes_uncentred(replace(plan, codes=(*plan.codes, *chosen))))
@@ -90,13 +89,7 @@ def _equal(
     ]
     equal = find_equals(model, wanted, apart)
     return {
-        name: replace(
-            plan[name],
-            same_as=owner,
-            reason=f"uses the weight of {owner}",
-            targeted=False,
-            copied=is_copy(model, name, owner),
-        )
+        name: replace(plan[name].following(owner), copied=is_copy(model, name, owner))
         for name, owner in equal.items()
     }
 
@@ -105,7 +98,7 @@ def with_heads(model: nn.Module, plan: Plan) -> Plan:
     """Return ``plan`` with the heads that are tied to tables which it codes: they use the codes."""
     tables = {code.name for code in plan.codes if code.kind == "embedding"}
     using = {
-        head: replace(plan[head], same_as=table, reason=f"uses the weight of {table}", targeted=False)
+        head: plan[head].following(table)
         for head, table in tied_heads(model).items()
         if table in tables and head in plan
     }
@@ -159,8 +152,8 @@ def _chosen(
             raise no_match(pattern, list(modules), f"linear layers and embeddings of {type(model).__name__}")
     layers = {layer.name: layer for layer in plan}
     uses = Counter(id(module) for module in modules.values())
-    equal = {layer.name: owner for owner, users in plan.equal.items() for layer in users}
-    blocked = find_obstacles(model, equal) | find_embedding_obstacles(model)
+    equal = plan.owners
+    blocked = find_all_obstacles(model, equal)
     done = {code.name for code in plan.codes}
     tied = tied_heads(model)
     for name, module in modules.items():

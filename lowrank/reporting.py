@@ -14,7 +14,7 @@ from lowrank._transformers import plugin
 from lowrank.checkpoint import stored_tensors
 from lowrank.errors import LowRankError
 from lowrank.evaluation import loss_increase
-from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, QuantizedLinear
+from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear
 from lowrank.obstacles import check_model
 from lowrank.planning import LayerPlan, Plan
 from lowrank.targets import draft
@@ -39,8 +39,7 @@ class LayerReport:
             coded weight with factors that correct it; ``None`` if nothing is.
         kind: ``"linear"``, ``"conv1d"``, or ``"embedding"`` for a factorized table, whose rows are looked up.
         same_as: The table or layer whose weight it uses; parameters and bytes are counted there, here none.
-        same_input: Whether the layer whose ``down`` it uses, if it uses another's, reads the same input, and
-            so computes the product for both.
+        macs: Multiply-accumulates per token as the layer is now; looking up takes none.
     """
 
     name: str
@@ -55,21 +54,12 @@ class LayerReport:
     scheme: str | None = None
     kind: str = "linear"
     same_as: str | None = None
-    same_input: bool = True
+    macs: int = 0
 
     @property
     def macs_before(self) -> int:
         """Multiply-accumulates per token of the dense layer; looking up takes none."""
         return 0 if self.kind == LowRankEmbedding.kind else self.shape[0] * self.shape[1]
-
-    @property
-    def macs(self) -> int:
-        """Multiply-accumulates per token as the layer is now."""
-        if self.kind == LowRankEmbedding.kind:
-            return (self.rank or 0) * self.shape[1]
-        if self.same_as is not None:
-            return self.macs_before if self.rank is None else self.rank * sum(self.shape)
-        return self.parameters + (0 if self.same_input else (self.rank or 0) * self.shape[1])
 
 
 @dataclass(frozen=True)
@@ -282,8 +272,16 @@ def _describe(model: nn.Module, layer: LayerPlan) -> LayerReport:
         scheme=" + ".join(schemes) if any(isinstance(part, Coded) for part in parts) else None,
         kind=layer.kind,
         same_as=layer.same_as,
-        same_input=layer.same_input,
+        macs=_macs(layer, module),
     )
+
+
+def _macs(layer: LayerPlan, module: nn.Module) -> int:
+    if isinstance(module, (LowRankLinear, TiedLinear)):
+        return module.macs
+    if layer.kind == LowRankEmbedding.kind:
+        return (layer.rank or 0) * layer.in_features
+    return layer.dense_parameters
 
 
 def _stored_bytes(module: nn.Module) -> int:

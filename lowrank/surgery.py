@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowrank.coding import base_of, check_codes, coded, readers_of, rotate, scheme_of
+from lowrank.coding import base_of, check_codes, coded, readers_of, rotate
 from lowrank.errors import LowRankError, PlanError, WeightError
 from lowrank.factoring import (
     check_stats,
@@ -28,6 +28,7 @@ from lowrank.factoring import (
     pooled,
     weight_of,
 )
+from lowrank.forms import scheme_of
 from lowrank.linalg.svd import check_options, checked_weight
 from lowrank.menus import largest_shared_rank
 from lowrank.modes import uninterrupted
@@ -43,7 +44,7 @@ from lowrank.nn import (
     kind_named,
     kind_of,
 )
-from lowrank.obstacles import check_holder, check_model, find_embedding_obstacles, find_obstacles
+from lowrank.obstacles import check_holder, check_model, find_all_obstacles
 from lowrank.planning import CodedWeight, LayerPlan, Plan
 from lowrank.statistics import Stats
 from lowrank.ties import equal_layers, followers, tied_heads
@@ -352,8 +353,8 @@ def adopt(new: _Module, old: nn.Module) -> _Module:
 
 def _validate(model: nn.Module, plan: Plan, loading: bool = False) -> list[LayerPlan]:
     """Return the layers to factorize, or raise before anything has changed."""
-    equal = {layer.name: owner for owner, users in plan.equal.items() for layer in users}
-    blocked = find_obstacles(model, equal) | find_embedding_obstacles(model)
+    equal = plan.owners
+    blocked = find_all_obstacles(model, equal)
     modules = dict(model.named_modules())
     shared = plan.shared
     todo = []

@@ -164,7 +164,7 @@ def _following(plan: LayerPlan, owner: str) -> LayerPlan:
         raise TargetError(
             f"{plan.name}: uses the weight of a module outside of this one. Pass the model that has both."
         )
-    return replace(plan, same_as=owner, reason=f"uses the weight of {owner}", targeted=False)
+    return plan.following(owner)
 
 
 def _describe(name: str, module: nn.Module, owners: Mapping[int, str]) -> LayerPlan:

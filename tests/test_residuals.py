@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from torch import nn
 
 import lowrank
 from lowrank import BudgetError, LowRankError, LowRankLinear, Plan, SchemeError, compress, quantize, report
@@ -323,3 +324,11 @@ def test_values_that_no_coded_weight_has_are_refused(tiny_bert, stats, tmp_path,
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(lowrank.errors.CheckpointError, match=rf"query\.{part} has values that no coded"):
         type(small).from_pretrained(tmp_path)
+
+
+def test_the_report_counts_the_products_of_a_layer_that_uses_a_corrected_weight():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    model[1].weight = model[0].weight
+    compress(model, rank=8, residual=True, quantize="int4")
+    assert isinstance(model[1], lowrank.nn.TiedLinear)
+    assert [layer.macs for layer in report(model).layers] == [64 * 64 + 8 * 128] * 2

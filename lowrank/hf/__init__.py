@@ -1,4 +1,4 @@
-"""The transformers plug-in: with the command line and the demo, the only file that imports transformers.
+"""The transformers plug-in: with the command line and the demo, the only package that imports transformers.
 
 It teaches ``from_pretrained`` two things: a folder whose config says ``"quant_method": "lowrank"``
 is loaded into factorized layers, without the dense weights ever existing; and

@@ -43,9 +43,7 @@ def with_tied_heads(model: PreTrainedModel, plan: Plan) -> Plan:
                     f"{user}, which cannot follow. Load the base model, or call decompress(model) on that "
                     "and save it."
                 )
-            layers[user] = layers.get(user) or _describe(user, module)
-            reason = f"uses the weight of {table}"
-            layers[user] = replace(layers[user], same_as=table, reason=reason, targeted=False)
+            layers[user] = (layers.get(user) or _describe(user, module)).following(table)
     return replace(plan, layers=tuple(layers.values()))
 
 

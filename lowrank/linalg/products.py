@@ -26,7 +26,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return torch.nn.functional.linear(input, weight, bias)
     if _trained(input, weight, bias):
         return _Differentiable.apply(input, weight, bias)  # type: ignore[no-any-return,no-untyped-call]
-    return _unseen(input, weight, bias) if compiled() else _by_onednn(input, weight, bias)
+    return _unseen(input, weight, bias) if is_compiled() else _by_onednn(input, weight, bias)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def _faster_by_onednn(input: Tensor, weight: Tensor, bias: Tensor | None) -> boo
         and weight.ndim == 2
         and input.shape[-1:] == weight.shape[1:]
         and (bias is None or (bias.dtype == torch.float32 and bias.shape == weight.shape[:1]))
-        and not (_trained(input, weight, bias) if compiled() else observed())
+        and not (_trained(input, weight, bias) if is_compiled() else is_observed())
         and not torch.is_autocast_enabled("cpu")
         and input.numel() >= FEWEST_ROWS * input.shape[-1] > 0
         and weight.numel() > 0
@@ -102,14 +102,13 @@ def _trained(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def observed() -> bool:
+def is_observed() -> bool:
     """Return whether something other than plain eager execution will see the operators."""
-    return (
-        transformed() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._len_torch_function_stack() > 0
-    )
+    watched = torch._C._len_torch_dispatch_stack() > 0 or torch._C._len_torch_function_stack() > 0
+    return is_transformed() or watched
 
 
-def transformed() -> bool:
+def is_transformed() -> bool:
     """Return whether the operators are compiled, traced, batched or differentiated from outside."""
     return (
         torch.compiler.is_compiling()
@@ -119,7 +118,7 @@ def transformed() -> bool:
     )
 
 
-def compiled() -> bool:
+def is_compiled() -> bool:
     """Return whether `torch.compile` is at work, for a graph that runs here; not export, for elsewhere."""
     return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lowrank.errors import RankError
 from lowrank.linalg import linear
-from lowrank.nn.linear import weight_of
+from lowrank.nn.linear import decoded_weight
 
 
 class LowRankEmbedding(nn.Module):
@@ -96,11 +96,11 @@ class LowRankEmbedding(nn.Module):
 
     def enter(self, input: Tensor) -> Tensor:
         """Map ``x (…, embedding_dim)`` to ``Uᵀ x (…, rank)``: ``E x`` is ``D`` times that, without a bias."""
-        return linear(input, weight_of(self.up).T.to(input.dtype))
+        return linear(input, decoded_weight(self.up).T.to(input.dtype))
 
     def dense_weight(self) -> Tensor:
         """Multiply the factors back into a table ``(num_embeddings, embedding_dim)``."""
-        rows = weight_of(self.down) @ weight_of(self.up).T
+        rows = decoded_weight(self.down) @ decoded_weight(self.up).T
         return rows if self.bias is None else rows + self.bias
 
     def extra_repr(self) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lowrank.linalg.codes import halves, split
-from lowrank.linalg.products import compiled
+from lowrank.linalg.products import is_compiled
 
 PART = 2**20
 """Elements of the output that a CPU computes at a time, so that its integers stay in the cache."""
@@ -54,7 +54,7 @@ def quantized(rows: Tensor, smooth: Tensor | None, center: Tensor | None) -> tup
 
     The latter is NaN or infinite where the row is, and zero for zeros: the codes do not matter then.
     """
-    if compiled():
+    if is_compiled():
         values = prepared(rows.to(torch.float32), smooth, center)
         step = values.abs().amax(1, keepdim=True) / 127
         return (values * step.reciprocal()).round().to(torch.int8), step
@@ -81,7 +81,7 @@ def integer_product(given: Tensor, step: Tensor, codes: Tensor, scale: Tensor, b
     count, features = len(given), len(codes)
     missing = max(0, 17 - count) if given.is_cuda else 0  # CUDA's kernel wants more than 16 rows
     given = pad(given, (0, 0, 0, missing)) if missing else given
-    if compiled():
+    if is_compiled():
         output = torch._int_mm(given, codes.T)[:count] * scale[:, 0] * step
         return output if bias is None else output + bias
     output = step.new_empty(count, features)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lowrank.errors import WeightError
 from lowrank.linalg import Scheme, decode, encode, encode_smoothed, linear, recode
 from lowrank.linalg.codes import joined, scaled
-from lowrank.linalg.products import compiled, transformed
+from lowrank.linalg.products import is_compiled, is_transformed
 from lowrank.nn import kernels
 
 
@@ -75,7 +75,7 @@ class Coded(nn.Module):
         ``None`` where they cannot: gradients, tracing (`torch.compile` can), int4, few rows of ``x``, or a
         device or processor without the instructions. Arguments as for `lowrank.nn.kernels`.
         """
-        plain = not transformed() or compiled()
+        plain = not is_transformed() or is_compiled()
         if not (plain and self.scheme.group_size is None and _only_output(input, bias, self.shape[1])):
             return None
         rows = input.reshape(-1, self.shape[1])
@@ -267,8 +267,8 @@ class QuantizedLinear(Coded):
         size, device = self.scheme.group_size, input.device
         if size is None or not _only_output(input, bias, self.in_features):
             return None
-        if transformed():
-            known = compiled() and not _as_stored(self.codes)
+        if is_transformed():
+            known = is_compiled() and not _as_stored(self.codes)
         else:
             known = kernels.int4_obstacle(*self.shape, size, device) is None
         rows = input.reshape(-1, self.in_features)

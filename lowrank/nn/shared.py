@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.linalg import linear
-from lowrank.linalg.products import compiled
+from lowrank.linalg.products import is_compiled
 from lowrank.nn.quantized import QuantizedLinear
 
 
@@ -84,14 +84,14 @@ class SharedCodes(QuantizedLinear, _Shared):
 
 
 def _is_exported(input: Tensor) -> bool:
-    return isinstance(input, torch.fx.Proxy) or (torch.compiler.is_compiling() and not compiled())
+    return isinstance(input, torch.fx.Proxy) or (torch.compiler.is_compiling() and not is_compiled())
 
 
 def _computed_once(module: _Shared, weight: Tensor, input: Tensor, compute: Callable[[], Tensor]) -> Tensor:
     """Return what ``module`` makes of ``input``, computed or kept from another of its readers."""
     if module.readers < 2:
         return compute()
-    if compiled():  # which finds equal products by itself where it makes derivatives
+    if is_compiled():  # which finds equal products by itself where it makes derivatives
         return compute() if torch.is_grad_enabled() else _once_in_graph(module, input, compute)
     if input.is_inference() or weight.is_inference():
         return compute()

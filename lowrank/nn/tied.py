@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.linalg import linear
-from lowrank.linalg.products import transformed
+from lowrank.linalg.products import is_transformed
 from lowrank.nn.embedding import LowRankEmbedding
-from lowrank.nn.linear import LowRankLinear, weight_of
+from lowrank.nn.linear import LowRankLinear, decoded_weight
 from lowrank.nn.quantized import QuantizedEmbedding, QuantizedLinear
 
 Owner = LowRankEmbedding | QuantizedEmbedding | LowRankLinear | QuantizedLinear
@@ -89,10 +89,10 @@ class TiedLinear(nn.Module):
             input, table = table.enter(input), table.down
         output: Tensor | None = None
         if isinstance(table, QuantizedEmbedding):
-            traced = transformed()  # where no layer can be made
+            traced = is_transformed()  # where no layer can be made
             output = table.by_integers(input, self.bias) if traced else self._around(table)(input)
         if output is None:
-            output = linear(input, weight_of(table).to(input.dtype), self._bias_in(input.dtype))
+            output = linear(input, decoded_weight(table).to(input.dtype), self._bias_in(input.dtype))
         return output if common is None else output + common
 
     def runs_on(self) -> str:
@@ -149,4 +149,4 @@ def _product(factor: nn.Module, input: Tensor, bias: nn.Parameter | None) -> Ten
     if isinstance(factor, QuantizedLinear):
         return factor.multiply(input, bias)
     added = bias.to(input.dtype) if bias is not None else None
-    return linear(input, weight_of(factor).to(input.dtype), added)
+    return linear(input, decoded_weight(factor).to(input.dtype), added)
