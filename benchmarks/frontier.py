@@ -276,6 +276,7 @@ def time_them(
 ) -> None:
     """Add to every row its median latencies, and how much faster than dense that is."""
     if compiled:
+        torch._dynamo.config.recompile_limit = 64  # one class of model, many models and two shapes
         models = models | {f"{x}, compiled": torch.compile(models[x], dynamic=False) for x in COMPILED}
     for shape, inputs in task.inputs.items():
         tasks = {name: (lambda model=model, inputs=inputs: model(**inputs)) for name, model in models.items()}

@@ -25,7 +25,7 @@ from lowrank.errors import CheckpointError, LowRankError, PlanError, SchemeError
 from lowrank.folders import STRUCTURE, TENSORS, staged
 from lowrank.forms import scheme_of
 from lowrank.nn import LowRankEmbedding
-from lowrank.obstacles import check_model
+from lowrank.obstacles import check_model, check_not_compiled
 from lowrank.planning import LayerPlan, Plan
 from lowrank.surgery import check_structure, restructure
 from lowrank.targets import draft
@@ -59,7 +59,7 @@ def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> Pa
         >>> sorted(file.name for file in path.iterdir())
         ['lowrank.json', 'model.safetensors']
     """
-    check_model(model)
+    check_not_compiled(check_model(model))
     with staged(Path(folder), overwrite) as staging:
         hf = plugin()
         if hf is not None and hf.is_pretrained(model):

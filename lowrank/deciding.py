@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -73,10 +73,6 @@ class Request:
             raise BudgetError("residual=True adds factors to the weights: give their rank=, or max_bytes=.")
         if form.residual and self.share is not None:
             raise BudgetError("residual=True has factors of each layer's own: leave out share=.")
-        if kind == "rank" and self.budget is not None and form.rank_step > 1 and form.scheme is not None:
-            ranks = self.budget.value
-            for rank in ranks.values() if isinstance(ranks, Mapping) else [ranks]:
-                form.scheme.check(rank, rank)
 
     @property
     def forms(self) -> tuple[Form, ...]:
@@ -205,6 +201,7 @@ def decide(
         measured,
         allocation=request.allocation,
         round_to=request.rank_step,
+        given_in=forms[0].rank_step,
         named=[pattern for pattern in request.targets or () if not is_wildcard(pattern)],
         tolerance=request.tolerance,
         loss_per_square=loss_per_square,

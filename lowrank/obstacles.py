@@ -30,14 +30,28 @@ def check_model(model: object) -> nn.Module:
     return model
 
 
+def check_not_compiled(model: nn.Module) -> nn.Module:
+    """Return ``model`` if it is not what `torch.compile` has made: names of layers would begin with its own.
+
+    Raises:
+        LowRankError: If it is.
+    """
+    if "_orig_mod" in model._modules:
+        raise LowRankError(
+            "The model is wrapped by torch.compile. Pass the module that was compiled (compiled._orig_mod), "
+            "and compile what comes back."
+        )
+    return model
+
+
 def check_holder(model: object) -> nn.Module:
     """Return ``model`` if it is a module that holds layers, and not itself one that would be replaced.
 
     Raises:
-        LowRankError: If it is no module.
+        LowRankError: If it is no module, or one that `torch.compile` has wrapped.
         TargetError: If it is a layer or a table.
     """
-    module = check_model(model)
+    module = check_not_compiled(check_model(model))
     own = (nn.Linear, nn.Embedding, LowRankLinear, LowRankEmbedding, TiedLinear, Coded)
     if isinstance(module, own) or kind_of(module) is not None:
         made = isinstance(module, (LowRankLinear, LowRankEmbedding, TiedLinear, Coded))

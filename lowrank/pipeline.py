@@ -93,7 +93,8 @@ def compress(
         targets: Unix-style patterns of the layers to factorize; by default all but the heads.
         ignore: Patterns of layers to leave alone.
         allocation: ``"global"``, or ``"uniform"`` to keep the same fraction of each layer.
-        round_to: Ranks that are chosen, not given, are multiples of this.
+        round_to: Ranks that are chosen, not given, are multiples of this; under ``"int4"`` all are multiples
+            of its groups.
         share: ``"inputs"`` lets layers that read the same input (queries, keys and values; gate and up
             projections) share their first factor, where that is predicted to lose less at the same size;
             with a ``rank``, where all that read an input get the same one. Calibration sees which they are.

@@ -42,6 +42,7 @@ def select(
     *,
     allocation: str = "global",
     round_to: int = 8,
+    given_in: int = 1,
     named: Collection[str] = (),
     tolerance: float = 1e-3,
     loss_per_square: Mapping[str, float] | None = None,
@@ -62,6 +63,7 @@ def select(
         allocation: For ``keep``: ``"global"`` minimises the sum over layers of the squared relative
             error times the layer's parameters; ``"uniform"`` keeps the same fraction of every layer.
         round_to: Chosen ranks are multiples of this, as matrix kernels like them.
+        given_in: What explicit ranks are rounded to multiples of, where codes have groups.
         named: Layers that the user named without wildcards: a rank that is too large for one of
             them is an error, for others a reason to stay dense.
         tolerance: Relative excess over the optimal error that `apply` may have; the ranks for an
@@ -88,7 +90,7 @@ def select(
     codes: list[CodedWeight] = []
     coded: dict[str, Outlook] = {}
     if budget.kind == "rank":
-        layers = _sharing_at_rank(_by_rank(draft, budget.value, named), groups)
+        layers = _sharing_at_rank(_by_rank(draft, budget.value, named, given_in), groups)
     elif budget.kind in ("energy", "error"):
         layers = _by_error(draft, budget, spectra, round_to, tolerance)
         layers = _sharing_within_error(draft, layers, budget, groups, round_to, tolerance)
@@ -193,7 +195,9 @@ _LESS = {
 }
 
 
-def _by_rank(draft: Plan, ranks: int | Mapping[str, int], named: Collection[str]) -> list[LayerPlan]:
+def _by_rank(
+    draft: Plan, ranks: int | Mapping[str, int], named: Collection[str], step: int
+) -> list[LayerPlan]:
     patterns = ranks if isinstance(ranks, Mapping) else {"*": ranks}
     named = {*named, *(p for p in patterns if not is_wildcard(p))}
     for pattern in patterns if isinstance(ranks, Mapping) else ():
@@ -205,11 +209,11 @@ def _by_rank(draft: Plan, ranks: int | Mapping[str, int], named: Collection[str]
     layers = []
     for layer in draft.targeted:
         given = [rank for pattern, rank in patterns.items() if matches(layer.name, pattern)]
-        layers.append(_at_rank(layer, given[-1] if given else None, layer.name in named))
+        layers.append(_at_rank(layer, given[-1] if given else None, layer.name in named, step))
     return layers
 
 
-def _at_rank(layer: LayerPlan, rank: int | None, named: bool) -> LayerPlan:
+def _at_rank(layer: LayerPlan, rank: int | None, named: bool, step: int) -> LayerPlan:
     if rank is None:
         return layer.dense("no pattern of the rank mapping names it")
     largest = min(layer.in_features, layer.out_features)
@@ -219,12 +223,14 @@ def _at_rank(layer: LayerPlan, rank: int | None, named: bool) -> LayerPlan:
             f"(out={layer.out_features}, in={layer.in_features}). Ranks that save parameters go up "
             f"to {layer.largest_paying_rank}."
         )
+    asked, rank = rank, max(rank // step, 1) * step
     if rank > layer.largest_paying_rank:
         what = "would not save parameters"
         if layer.residual:
             what = "takes no less than the weight, and pays for no correction"
         return layer.dense(f"rank {rank} {what} (the largest that does: {layer.largest_paying_rank})")
-    return replace(layer, rank=rank, reason="as asked")
+    reason = "as asked" if rank == asked else f"{asked} as asked, in whole groups of {step}"
+    return replace(layer, rank=rank, reason=reason)
 
 
 def _by_error(

@@ -283,21 +283,12 @@ def decompress(model: nn.Module) -> nn.Module:
         raise LowRankError(
             f"{lost}: uses the weight of a module outside of this one. Pass the model that has both."
         )
-    layers = {n: module for n, module in model.named_modules() if isinstance(module, LowRankLinear)}
-    kinds = {
-        name: kind_named(module.kind) for name, module in layers.items()
-    }  # all known, or nothing changes
-    for name, module in layers.items():
-        with torch.no_grad():
-            weight = module.dense_weight()
-        replace_module(model, name, adopt(kinds[name].layer(weight, module.dense_bias()), module))
-    for name, table in [(n, m) for n, m in model.named_modules() if isinstance(m, LowRankEmbedding)]:
-        sizes = table.num_embeddings, table.embedding_dim
-        rows = table.dense_weight().detach()
-        dense = nn.Embedding(*sizes, table.padding_idx, _weight=rows, _freeze=False)
-        replace_module(model, name, adopt(dense, table))
-    for name, code in [(n, m) for n, m in model.named_modules() if isinstance(m, Coded)]:
-        replace_module(model, name, adopt(_decoded(code), code))
+    for module in model.modules():
+        if isinstance(module, (LowRankLinear, QuantizedLinear)):
+            kind_named(module.kind)  # all are known, or nothing changes
+    for cls in (LowRankLinear, LowRankEmbedding, Coded):  # what consists of coded parts before these
+        for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, cls)]:
+            replace_module(model, name, adopt(_dense_form(module), module))
     for name, owner in users.items():
         whole, user = model.get_submodule(owner), model.get_submodule(name)
         assert isinstance(user, TiedLinear)
@@ -307,17 +298,14 @@ def decompress(model: nn.Module) -> nn.Module:
     return model
 
 
-def _decoded(module: Coded) -> nn.Module:
-    """Make the layer or table that ``module`` stands for."""
-    weight = module.dense_weight()
-    if isinstance(module, QuantizedLinear):
-        bias, shift = module.bias, module.shift()
-        if bias is not None and shift is not None:
-            bias = nn.Parameter((bias.detach().float() - shift).to(bias.dtype), bias.requires_grad)
-        return kind_named(module.kind).layer(weight, bias)
-    assert isinstance(module, QuantizedEmbedding)
+@torch.no_grad()
+def _dense_form(module: nn.Module) -> nn.Module:
+    """Make the dense layer or table that ``module`` stands for."""
+    if isinstance(module, (LowRankLinear, QuantizedLinear)):
+        return kind_named(module.kind).layer(module.dense_weight(), module.dense_bias())
+    assert isinstance(module, (LowRankEmbedding, QuantizedEmbedding))
     sizes = module.num_embeddings, module.embedding_dim
-    return nn.Embedding(*sizes, padding_idx=module.padding_idx, _weight=weight, _freeze=False)
+    return nn.Embedding(*sizes, module.padding_idx, _weight=module.dense_weight(), _freeze=False)
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:

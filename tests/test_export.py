@@ -15,7 +15,7 @@ from torch import nn
 
 import lowrank
 from lowrank.linalg import products
-from lowrank.nn import Coded
+from lowrank.nn import Coded, kernels
 from lowrank.nn.shared import SharedDown
 
 transformers = pytest.importorskip("transformers")
@@ -32,7 +32,12 @@ SETTINGS = {
 """Factors, some of them shared; the same and embeddings as integers; integers that factors correct."""
 
 LINEAR = torch.ops.lowrank.linear, torch.ops.lowrank.linear.default, products._unseen
-"""How a graph may name the operator."""
+INT4 = (
+    torch.ops.lowrank.int4_product,
+    torch.ops.lowrank.int4_product.default,
+    kernels.int4_product_unseen,
+)
+"""How graphs may name the operators."""
 
 only_bert = pytest.mark.parametrize("dense", ["bert"], indirect=True)
 only_llama = pytest.mark.parametrize("dense", ["llama"], indirect=True)
@@ -52,7 +57,7 @@ def llama() -> nn.Module:
         num_attention_heads=4,
         num_key_value_heads=2,
         intermediate_size=256,
-        vocab_size=99,
+        vocab_size=112,
         use_cache=False,
         tie_word_embeddings=True,
     )
@@ -209,7 +214,7 @@ def assert_compiled_as_eager(found, model: nn.Module, given):
     with torch.no_grad():
         eager = main_output(model(**given))
     if any(isinstance(m, Coded) for m in model.modules()):
-        assert (found - eager).square().sum() <= 1e-6 * eager.square().sum()
+        assert (found - eager).square().sum() <= 1e-5 * eager.square().sum()
     else:
         assert_rounded_alike(found, eager, given)
 
@@ -232,8 +237,8 @@ def test_one_compiled_graph_serves_any_batch_and_length(dense, setting):
     integers, packed = that_run_on("int8", model), that_run_on("int4", model)
     assert len(graphs) == (2 if packed else 1)  # 165 tokens are too many for the kernel
     assert [graph.count(torch._int_mm) for graph in graphs] == [len(integers)] * len(graphs)
-    kernel = torch._weight_int4pack_mm_for_cpu
-    assert [graph.count(kernel) for graph in graphs] == [len(packed), 0][: len(graphs)]
+    found = [sum(target in INT4 for target in graph) for graph in graphs]
+    assert found == [len(packed), 0][: len(graphs)]
 
 
 @only_bert
@@ -284,3 +289,48 @@ def test_inductor_computes_the_same(dense, setting):
     with torch.no_grad():
         found = main_output(torch.compile(model, fullgraph=True)(**given))
     assert_compiled_as_eager(found, model, given)
+
+
+def dense_layers() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64)).eval()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("setting", [{"rank": 16}, {"rank": 16, "quantize": "int8"}, {"quantize": "int8"}])
+def test_compiled_transforms_of_functions_are_those_of_eager_mode(setting):
+    model = dense_layers().requires_grad_(False)
+    lowrank.quantize(model) if "rank" not in setting else lowrank.compress(model, **setting)
+    x = torch.randn(40, 64)
+    transformed = {
+        "grad": torch.func.grad(lambda x: model(x).square().sum()),
+        "jvp": lambda x: torch.func.jvp(model, (x,), (torch.ones_like(x),))[1],
+        "jacrev": lambda x: torch.func.jacrev(model)(x[0]),
+        "vmap": torch.func.vmap(model),
+    }
+    for function in transformed.values():
+        with torch.no_grad():
+            found = torch.compile(function, backend="aot_eager")(x)
+            torch.testing.assert_close(found, function(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_a_compiled_layer_may_read_a_transposed_tensor(scheme):
+    model, x = lowrank.quantize(dense_layers(), scheme), torch.randn(1, 64, 20).transpose(1, 2)
+    with torch.no_grad():
+        eager = model(x)
+        torch.testing.assert_close(torch.compile(model)(x), eager, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_wrapped_model_is_refused(tmp_path):
+    compiled = torch.compile(dense_layers())
+    for call in (
+        lambda: lowrank.compress(compiled, rank=4),
+        lambda: lowrank.decompress(compiled),
+        lambda: lowrank.save(compiled, tmp_path / "model"),
+    ):
+        with pytest.raises(lowrank.LowRankError, match=r"wrapped by torch\.compile"):
+            call()

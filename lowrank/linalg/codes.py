@@ -179,10 +179,15 @@ class _Rounded(NamedTuple):
 def _feedback(moments: Tensor) -> Tensor:
     """Return the upper Cholesky factor of ``C⁻¹``, whose rows say how later columns make up for an error."""
     moments = moments.to(torch.float64)
-    ridge = DAMPING * moments.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
-    moments = moments + torch.eye(len(moments), dtype=moments.dtype, device=moments.device) * ridge
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
-    return torch.linalg.cholesky(inverse, upper=True).to(torch.float32)
+    identity, trace = torch.eye(len(moments), dtype=moments.dtype, device=moments.device), moments.trace()
+    if not trace > 0:  # nothing varies: there is no other column to make up for an error
+        return identity.to(torch.float32)
+    moments, ridge = moments * (len(moments) / trace), DAMPING
+    factor, failed = torch.linalg.cholesky_ex(moments + ridge * identity)
+    while failed:  # what is left of constants without their mean: rounding errors, of any sign
+        ridge *= 10
+        factor, failed = torch.linalg.cholesky_ex(moments + ridge * identity)
+    return torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).to(torch.float32)
 
 
 def _rounded_in_turn(

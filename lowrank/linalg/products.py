@@ -104,23 +104,31 @@ def _trained(*tensors: Tensor | None) -> bool:
 
 def is_observed() -> bool:
     """Return whether something other than plain eager execution will see the operators."""
-    watched = torch._C._len_torch_dispatch_stack() > 0 or torch._C._len_torch_function_stack() > 0
-    return is_transformed() or watched
+    if is_transformed():
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._len_torch_function_stack() > 0
 
 
 def is_transformed() -> bool:
     """Return whether the operators are compiled, traced, batched or differentiated from outside."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or forward_ad._current_level >= 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+    return torch.compiler.is_compiling() or torch._C._is_tracing() or _is_inside_a_function_transform()
 
 
 def is_compiled() -> bool:
-    """Return whether `torch.compile` is at work, for a graph that runs here; not export, for elsewhere."""
-    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    """Return whether `torch.compile` makes a graph that runs here: it is not exported, nor transformed."""
+    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return compiling and not _is_inside_a_function_transform()
+
+
+def _is_inside_a_function_transform() -> bool:
+    """Return whether `torch.func` or forward-mode differentiation is at work."""
+    return forward_ad._current_level >= 0 or _functorch_is_at_work()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _functorch_is_at_work() -> bool:
+    """Tell so to a compiler, too, which has the transforms that it traces on the same stack."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _available() -> bool:

@@ -186,6 +186,21 @@ def int4_product(rows: Tensor, codes: Tensor, scales: Tensor, group_size: int) -
     return torch._weight_int4pack_mm_for_cpu(given, codes.view(scales.shape[1], -1), group_size, scales)
 
 
+@torch.library.custom_op(
+    "lowrank::int4_product",
+    mutates_args=(),
+    schema="(Tensor rows, Tensor codes, Tensor scales, int group_size) -> Tensor",
+)
+def int4_product_unseen(rows: Tensor, codes: Tensor, scales: Tensor, group_size: int) -> Tensor:
+    """Do the same in compiled graphs, where the kernel could meet rows that are not contiguous."""
+    return int4_product(rows, codes, scales, group_size)
+
+
+@int4_product_unseen.register_fake
+def _(rows: Tensor, codes: Tensor, scales: Tensor, group_size: int) -> Tensor:
+    return rows.new_empty(rows.shape[0], scales.shape[1], dtype=torch.bfloat16)
+
+
 @functools.cache
 def _int4_works(device: str) -> bool:
     """Return whether the device has the kernel, and both the order of its codes and its result are known."""

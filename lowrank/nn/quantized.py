@@ -259,6 +259,14 @@ class QuantizedLinear(Coded):
             return None
         return self._decoded() @ self.center.float()
 
+    def dense_bias(self) -> nn.Parameter | None:
+        """Return the bias that goes with `dense_weight`, for inputs from which nothing is taken."""
+        shift = self.shift()
+        if self.bias is None or shift is None:
+            return self.bias
+        bias = self.bias.detach().float() - shift
+        return nn.Parameter(bias.to(self.bias.dtype), requires_grad=self.bias.requires_grad)
+
     def _by_int4(self, input: Tensor, bias: Tensor | None) -> Tensor | None:
         """Return what `multiply` does by a kernel for int4 weights; ``None`` where there is none to use.
 
@@ -275,7 +283,8 @@ class QuantizedLinear(Coded):
         if not known or len(rows) > kernels.MOST_ROWS[device.type]:
             return None
         codes, scales = self._for_kernel()
-        output = kernels.int4_product(kernels.prepared(rows, self.smooth, self.center), codes, scales, size)
+        product = kernels.int4_product_unseen if is_compiled() else kernels.int4_product
+        output = product(kernels.prepared(rows, self.smooth, self.center), codes, scales, size)
         output = output.to(rows.dtype) + (bias.to(rows.dtype) if bias is not None else 0)
         return output.reshape(*input.shape[:-1], self.out_features)
 

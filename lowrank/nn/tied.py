@@ -47,6 +47,7 @@ class TiedLinear(nn.Module):
         like: Tensor = owner.weight  # type: ignore[assignment]
         self.register_buffer("weight", like.new_empty(self.out_features, 0))
         self.register_parameter("bias", bias)
+        self._linear: tuple[Tensor, QuantizedLinear] | None = None  # a table's codes, and what has them
 
     @property
     def owner(self) -> Owner:
@@ -89,8 +90,12 @@ class TiedLinear(nn.Module):
             input, table = table.enter(input), table.down
         output: Tensor | None = None
         if isinstance(table, QuantizedEmbedding):
-            traced = is_transformed()  # where no layer can be made
-            output = table.by_integers(input, self.bias) if traced else self._around(table)(input)
+            if not is_transformed():
+                output = self._around(table)(input)
+            elif self._linear is not None and self._linear[0] is table.codes:
+                output = self._linear[1].multiply(input, self.bias)
+            else:  # in a graph no layer can be made
+                output = table.by_integers(input, self.bias)
         if output is None:
             output = linear(input, decoded_weight(table).to(input.dtype), self._bias_in(input.dtype))
         return output if common is None else output + common
@@ -116,13 +121,15 @@ class TiedLinear(nn.Module):
         Where an int4 kernel reads them in an order of its own, the layer comes to have its own copy of the
         codes: rows are looked up in the table's, and decoding the whole table takes seven times that room.
         """
-        codes, scale, layer = self.__dict__.get("_linear", (None, None, None))
-        if codes is not table.codes or scale is not table.scale:
+        known = self._linear
+        if known is not None and known[0] is table.codes and known[1].scale is table.scale:
+            layer = known[1]
+        else:
             rows, columns = table.shape
             layer = QuantizedLinear(columns, rows, False, table.scheme, device="meta")
             layer.codes, layer.scale = table.codes, table.scale
             layer.weight = table.weight.new_empty(0)
-            self.__dict__["_linear"] = table.codes, table.scale, layer
+            self._linear = table.codes, layer
         layer.register_parameter("bias", self.bias)
         return layer
 

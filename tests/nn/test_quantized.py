@@ -165,7 +165,8 @@ def test_export_gives_what_the_layer_computes(layer):
 def test_compiling_the_whole_layer(layer):
     with torch.no_grad():
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(gaussian(20, 64))
-        expected = nn.functional.linear(gaussian(20, 64), layer.dense_weight(), layer.bias)
+        decoded = nn.functional.linear(gaussian(20, 64), layer.dense_weight(), layer.bias)
+        expected = layer(gaussian(20, 64)) if layer.runs_on() == "int8" else decoded
     torch.testing.assert_close(compiled, expected)
 
 
@@ -286,16 +287,16 @@ def test_a_used_layer_loads_and_lends_itself():
 
 
 @weight_only
-def test_what_is_compiled_and_exported_is_decoded_in_any_order():
+def test_what_is_exported_is_decoded_in_any_order_and_what_is_compiled_has_the_kernel():
     layer, x = coded4(), gaussian(3, 128, seed=1)
     expected = nn.functional.linear(x, layer.dense_weight(), layer.bias)
     with torch.inference_mode():
-        layer(x)
+        by_kernel = layer(x)
     with torch.no_grad():
         exported = torch.export.export(layer, (x,)).module()(x)
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
     torch.testing.assert_close(exported, expected)
-    torch.testing.assert_close(compiled, expected)
+    assert torch.equal(compiled, by_kernel)
 
 
 @weight_only
