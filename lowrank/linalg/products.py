@@ -125,10 +125,13 @@ def _is_inside_a_function_transform() -> bool:
     return forward_ad._current_level >= 0 or _functorch_is_at_work()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _functorch_is_at_work() -> bool:
     """Tell so to a compiler, too, which has the transforms that it traces on the same stack."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# As `torch.compiler.assume_constant_result` does, which imports the compiler: that takes a second.
+vars(_functorch_is_at_work)["_dynamo_marked_constant"] = True
 
 
 def _available() -> bool:
