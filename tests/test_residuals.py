@@ -271,6 +271,15 @@ def test_a_layer_that_is_the_model_is_refused(call, module):
     assert list(dict(module.named_modules())) == names
 
 
+@pytest.fixture
+def ctrl_c():
+    """Have Ctrl-C interrupt, as at a terminal: a shell's background jobs are started to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("at", [0, 3, 13, 30])
 def test_ctrl_c_waits_for_a_whole_step_and_the_same_plan_finishes(tiny_bert, stats, monkeypatch, at):
     planned = lowrank.plan(tiny_bert, rank=8, stats=stats, quantize="int8", share="inputs")
