@@ -8,7 +8,7 @@ CHECKED := lowrank tests benchmarks
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all lint types docs clean
+.PHONY: demo test test-all attack lint types docs clean
 .PHONY: bench bench-accuracy bench-calibration bench-quantize bench-frontier bench-sharing
 
 demo: $(VENV)/.demo  ## shrink a real BERT checkpoint, save it, load it in another process
@@ -19,6 +19,10 @@ test: $(VENV)/.dev lint types docs  ## lint, types, docs and all tests but the l
 
 test-all: $(VENV)/.dev lint types docs  ## the long tests, too
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m ""
+
+MINUTES ?= 10
+attack: $(VENV)/.dev  ## random calls, damaged files, kills and odd matrices, for MINUTES=10; new seeds in each run
+	$(PY) tests/attack/run.py --minutes $(MINUTES)
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .
