@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lowrank.errors import LowRankError
+from lowrank.modes import eval_mode, hooked
 from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear, kind_of
 from lowrank.text import format_bytes, format_table
 
@@ -120,22 +121,13 @@ def benchmark(
     if _device(small) != device:
         raise LowRankError(f"The models are on different devices: {device} and {_device(small)}.")
     inputs = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, _plain(inputs))
-    modes = [(module, module.training) for model in (dense, small) for module in model.modules()]
-    try:
-        dense.eval()
-        small.eval()
-        with torch.no_grad():
-            captured = _capture_inputs(dense, names, inputs)
-            layers = tuple(
-                _compare(
-                    dense.get_submodule(name), small.get_submodule(name), (given,), name, repeats, warmup
-                )
-                for name, given in captured.items()
-            )
-            whole = _compare(dense, small, inputs, "", repeats, warmup, _theory(dense, small))
-    finally:
-        for module, training in modes:
-            module.training = training
+    with eval_mode(dense), eval_mode(small), torch.no_grad():
+        captured = _capture_inputs(dense, names, inputs)
+        layers = tuple(
+            _compare(dense.get_submodule(name), small.get_submodule(name), (given,), name, repeats, warmup)
+            for name, given in captured.items()
+        )
+        whole = _compare(dense, small, inputs, "", repeats, warmup, _theory(dense, small))
     return Benchmark(whole, layers, _environment(device, small, repeats))
 
 
@@ -160,12 +152,9 @@ def _capture_inputs(model: nn.Module, names: list[str], inputs: Any) -> dict[str
     def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         return lambda module, args, kwargs: captured.__setitem__(name, [*args, *kwargs.values()][0])
 
-    handles = [model.get_submodule(n).register_forward_pre_hook(keep(n), with_kwargs=True) for n in names]
-    try:
+    layers = {name: model.get_submodule(name) for name in names}
+    with hooked(x.register_forward_pre_hook(keep(name), with_kwargs=True) for name, x in layers.items()):
         _call(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name: captured[name] for name in names if name in captured}
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowrank.errors import LowRankError
+from lowrank.modes import hooked
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -65,15 +67,9 @@ def output_of(name: str, block: nn.Module, forward: Callable[[], Any]) -> Tensor
         outputs.append(output)
         raise Reached
 
-    handles = [block.register_forward_pre_hook(before), block.register_forward_hook(after)]
-    try:
-        with torch.no_grad():
-            forward()
-    except Reached:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
+    register = partial(block.register_forward_pre_hook, before), partial(block.register_forward_hook, after)
+    with contextlib.suppress(Reached), hooked(one() for one in register), torch.no_grad():
+        forward()
     hidden = hidden_state(outputs[0]) if outputs else None
     if hidden is None:
         what = f"returns {type(outputs[0]).__name__}, no hidden states" if outputs else "is not called"
@@ -94,11 +90,8 @@ def outputs_of(blocks: Iterable[nn.Module]) -> Iterator[dict[int, Tensor]]:
 
         return block.register_forward_hook(hook)
 
-    handles = []
     try:
-        handles += [listen(position, block) for position, block in enumerate(blocks)]
-        yield found
+        with hooked(listen(position, block) for position, block in enumerate(blocks)):
+            yield found
     finally:
-        for handle in handles:
-            handle.remove()
         found.clear()

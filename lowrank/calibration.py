@@ -20,7 +20,7 @@ from lowrank.errors import DataError, StatsError
 from lowrank.fingerprints import fingerprint_of_layer, fingerprint_of_tokenizer
 from lowrank.linalg.metric import gram
 from lowrank.lookups import LookupSums
-from lowrank.modes import training_only
+from lowrank.modes import hooked, training_only
 from lowrank.nn import kind_of
 from lowrank.objectives import of_loss, self_supervised
 from lowrank.statistics import Fingerprint, Gradients, Moments, Stats
@@ -130,16 +130,14 @@ class _Collector:
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Attach the hooks, and remove these, and no others, at the end."""
-        handles = []
+        handles = (
+            layer.register_forward_hook(self._hook(name), with_kwargs=True)
+            for name, layer in self._layers.items()
+        )
         try:
-            for name, layer in self._layers.items():
-                hook = self._hook(name)
-                handles.append(layer.register_forward_hook(hook, with_kwargs=True))
-            with self._lookups.listening():
+            with hooked(handles), self._lookups.listening():
                 yield
         finally:
-            for handle in handles:
-                handle.remove()
             self._seen.clear()
 
     def start(self, batch: Batch) -> None:

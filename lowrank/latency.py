@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lowrank.errors import BudgetError, LowRankError
 from lowrank.menus import Costs, Menu
+from lowrank.modes import hooked
 from lowrank.planning import LayerPlan, Plan
 
 POINTS = 9
@@ -196,13 +197,7 @@ def _tokens(model: nn.Module, draft: Plan, call: Callable[[], Any]) -> dict[str,
 
         return hook
 
-    handles = []
-    try:
-        for layer in draft.targeted:
-            module = model.get_submodule(layer.name)
-            handles.append(module.register_forward_pre_hook(keep(layer.name), with_kwargs=True))
+    layers = {layer.name: model.get_submodule(layer.name) for layer in draft.targeted}
+    with hooked(x.register_forward_pre_hook(keep(name), with_kwargs=True) for name, x in layers.items()):
         call()
-    finally:
-        for handle in handles:
-            handle.remove()
     return found

@@ -17,6 +17,7 @@ probability of what is unseen, Good 1953.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ from lowrank.errors import StatsError
 from lowrank.linalg import Diagonal, Gram, Metric
 from lowrank.linalg.metric import gram
 from lowrank.linalg.shrinkage import shrunk
+from lowrank.modes import hooked
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,16 +156,16 @@ class LookupSums:
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Attach the hooks, and remove these, and no others, at the end."""
-        handles = []
-        try:
-            for name, table in self.tables.items():
-                handles.append(table.register_forward_hook(self._read(name), with_kwargs=True))
-            for head, name in self._heads.items():
-                handles.append(head.register_forward_hook(self._answer(name), with_kwargs=True))
+        reading = (
+            table.register_forward_hook(self._read(name), with_kwargs=True)
+            for name, table in self.tables.items()
+        )
+        answering = (
+            head.register_forward_hook(self._answer(name), with_kwargs=True)
+            for head, name in self._heads.items()
+        )
+        with hooked(itertools.chain(reading, answering)):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _read(self, name: str) -> Callable[..., Tensor]:
         def hook(table: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ time for all batches, so that no more than two hidden states of each batch are k
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from lowrank.batches import Batch
 from lowrank.blocks import Reached, hidden_state
 from lowrank.errors import DataError, LowRankError
+from lowrank.modes import hooked
 
 _ONCE = "once each, in the order in which they are stored. Leave it out."
 
@@ -83,15 +86,10 @@ class Streams:
         def after(_: nn.Module, args: Any, output: Any) -> None:
             returned[:] = [_output_of(output)]
 
-        handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
-        handles += [block.register_forward_hook(after) for block in blocks]
-        try:
+        entering = (block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks)
+        leaving = (block.register_forward_hook(after) for block in blocks)
+        with contextlib.suppress(Reached), hooked(itertools.chain(entering, leaving)):
             self.batch.call(model)
-        except Reached:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
         if len(calls) != len(blocks):
             raise LowRankError(f"sequential=True needs blocks that are called {_ONCE}")
         return entered[0], [(_plain(args[1:]), _plain(kwargs)) for args, kwargs in calls]

@@ -7,6 +7,7 @@ between modules, where hooks see nothing; but every addition of tensors passes t
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lowrank.blocks import Reached
+from lowrank.modes import hooked
 
 
 class Listener(TorchFunctionMode):
@@ -46,18 +48,12 @@ class Listener(TorchFunctionMode):
 
     def run(self, call: Callable[[], Any]) -> None:
         """Run the block, or as much of it as is needed."""
-        handles = []
-        try:
-            for name in self._names:
-                layer = self._block.get_submodule(name)
-                handles.append(layer.register_forward_hook(self._hook(name), with_kwargs=True))
-            with self:
-                call()
-        except Reached:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
+        layers = {name: self._block.get_submodule(name) for name in self._names}
+        handles = (
+            layer.register_forward_hook(self._hook(name), with_kwargs=True) for name, layer in layers.items()
+        )
+        with contextlib.suppress(Reached), hooked(handles), self:
+            call()
 
     def _hook(self, name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:

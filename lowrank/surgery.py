@@ -11,7 +11,6 @@ import contextlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +28,10 @@ from lowrank.factoring import (
     weight_of,
 )
 from lowrank.forms import scheme_of
+from lowrank.inheritance import adopt, check_no_hooks
 from lowrank.linalg.svd import check_options, checked_weight
 from lowrank.menus import largest_shared_rank
-from lowrank.modes import uninterrupted
+from lowrank.modes import check_can_train, uninterrupted
 from lowrank.nn import (
     Coded,
     LowRankEmbedding,
@@ -48,8 +48,6 @@ from lowrank.obstacles import check_holder, check_model, find_all_obstacles
 from lowrank.planning import CodedWeight, LayerPlan, Plan
 from lowrank.statistics import Stats
 from lowrank.ties import equal_layers, followers, tied_heads
-
-_Module = TypeVar("_Module", bound=nn.Module)
 
 _Factorized = LowRankLinear, LowRankEmbedding
 
@@ -113,6 +111,7 @@ def check_request(model: nn.Module, plan: Plan, stats: Stats | None, seed: int) 
     check_model(model)
     if not isinstance(plan, Plan):
         raise PlanError(f"apply needs a Plan, not {type(plan).__name__}. Make one with plan(model, ...).")
+    check_can_train(model)
     check_options(plan.tolerance, seed)
     todo = _validate(model, plan)
     if todo:
@@ -283,9 +282,11 @@ def decompress(model: nn.Module) -> nn.Module:
         raise LowRankError(
             f"{lost}: uses the weight of a module outside of this one. Pass the model that has both."
         )
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, (LowRankLinear, QuantizedLinear)):
             kind_named(module.kind)  # all are known, or nothing changes
+        if isinstance(module, _Factorized):
+            check_no_hooks(name, module)
     for cls in (LowRankLinear, LowRankEmbedding, Coded):  # what consists of coded parts before these
         for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, cls)]:
             replace_module(model, name, adopt(_dense_form(module), module))
@@ -293,7 +294,9 @@ def decompress(model: nn.Module) -> nn.Module:
         whole, user = model.get_submodule(owner), model.get_submodule(name)
         assert isinstance(user, TiedLinear)
         layer = adopt(kind_named(user.kind).layer(weight_of(whole).detach(), user.bias), user)
-        layer.weight = nn.Parameter(whole.weight.detach().clone()) if user.copied else whole.weight  # type: ignore[operator,union-attr]
+        weight: nn.Parameter = whole.weight  # type: ignore[assignment]
+        own = nn.Parameter(weight.detach().clone(), user.trainable) if user.copied else weight
+        layer.weight = own
         replace_module(model, name, layer)
     return model
 
@@ -312,31 +315,6 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put ``new`` in the place that the dotted ``name`` gives."""
     parent, _, child = name.rpartition(".")
     model.get_submodule(parent)._modules[child] = new
-
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
-
-
-def adopt(new: _Module, old: nn.Module) -> _Module:
-    """Carry over what is known of the old layer: training mode, frozen weights, hooks, who reads a factor."""
-    if isinstance(new, SharedCodes) and isinstance(old, (SharedDown, SharedCodes)):
-        new.expect(old.readers)
-    trainable = all(p.requires_grad for n, p in old.named_parameters() if n.endswith("weight"))
-    for name, parameter in new.named_parameters():
-        if name.endswith("weight"):
-            parameter.requires_grad_(trainable)
-    for hooks in _HOOKS:
-        vars(new)[hooks] = vars(old)[hooks]  # the same dict, so that the user's handles remove them
-    return new.train(old.training)
 
 
 def _validate(model: nn.Module, plan: Plan, loading: bool = False) -> list[LayerPlan]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lowrank.batches import Batch
 from lowrank.linalg import Metric, spectrum, truncated_svd
+from lowrank.modes import hooked
 from lowrank.nn import kind_of
 from lowrank.statistics import Held, Stats
 
@@ -118,15 +119,13 @@ class TrialRun:
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Attach the hooks, and remove these, and no others, at the end."""
-        handles = []
-        try:
-            for name, trial in self._trials.items():
-                layer = self._model.get_submodule(name)
-                handles.append(layer.register_forward_hook(self._hook(name, trial), with_kwargs=True))
+        layers = {name: self._model.get_submodule(name) for name in self._trials}
+        handles = (
+            layer.register_forward_hook(self._hook(name, self._trials[name]), with_kwargs=True)
+            for name, layer in layers.items()
+        )
+        with hooked(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _hook(self, name: str, trial: Trial) -> Callable[..., Tensor]:
         def hook(layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import signal
 import statistics
 
 import pytest
@@ -257,3 +258,37 @@ def test_integer_weights_count_as_the_products_that_they_are(tiny_bert):
         tiny_bert, lowrank.quantize(small), inputs, repeats=1, warmup=0
     ).model.theoretical_speedup
     assert coded == floating
+
+
+@pytest.mark.parametrize("at", range(2), ids=["first", "last"])
+@pytest.mark.parametrize("when", ["registered", "removed"])
+def test_ctrl_c_while_hooks_come_or_go_leaves_none(pair, monkeypatch, when, at):
+    """The interrupt is one that Python delivers: it waits until the hooks are known, or gone."""
+    dense, small = pair
+    register, calls = nn.Module.register_forward_pre_hook, iter(range(99))
+
+    class Removing:
+        def __init__(self, handle):
+            self.handle = handle
+
+        def remove(self):
+            self.handle.remove()
+            if when == "removed" and next(calls) == at:
+                signal.raise_signal(signal.SIGINT)
+
+    def interrupted(module, hook, **options):
+        handle = register(module, hook, **options)
+        if when == "registered" and next(calls) == at:
+            signal.raise_signal(signal.SIGINT)
+        return Removing(handle)
+
+    monkeypatch.setattr(nn.Module, "register_forward_pre_hook", interrupted)
+    dense.train()
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            lowrank.benchmark(dense, small, torch.zeros(4, 64), **FAST)
+    finally:
+        signal.signal(signal.SIGINT, old)
+    assert not any(module._forward_pre_hooks for module in dense.modules())
+    assert dense.training

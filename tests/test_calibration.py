@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank import DataError, StatsError, calibrate
+from lowrank import DataError, StatsError, WeightError, calibrate
 from lowrank.batches import batches
 from lowrank.linalg import Gram, Metric, spectrum
 
@@ -316,3 +316,13 @@ def test_strings_of_like_length_are_batched_together_and_none_is_lost():
     kept = list(batches(texts, Reader(), batch_size=6))
     lengths = [batch.keywords["attention_mask"].sum(1).tolist() for batch in kept]
     assert lengths == [[6, 1, 5, 2, 6, 1], [5, 2, 6, 1, 5, 2]]
+
+
+def test_weights_made_in_inference_mode_are_refused_and_nothing_is_frozen(data):
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(64, 32))
+    model.append(nn.Linear(32, 8))
+    for loss in ("auto", None):
+        with pytest.raises(WeightError, match=r"0\.weight: was made in inference mode, and can neither"):
+            calibrate(model, data, loss=loss)
+    assert all(parameter.requires_grad for parameter in model.parameters())

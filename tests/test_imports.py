@@ -83,13 +83,13 @@ def test_errors_and_text_know_nothing_of_the_library(leaf):
 
 LAYERS = [
     {"errors", "text"},
-    {"patterns", "tensorfile", "folders", "linalg", "allocator"},
-    {"batches", "blocks", "textfiles", "fingerprints", "modes", "distributed"},
+    {"patterns", "tensorfile", "folders", "linalg", "allocator", "modes"},
+    {"batches", "blocks", "textfiles", "fingerprints", "distributed"},
     {"lookups"},
     {"planning", "statistics", "objectives", "snapshots"},
     {"forms"},
     {"nn", "reads", "distillation", "menus", "sums", "streams"},
-    {"ties"},
+    {"ties", "inheritance"},
     {"obstacles", "runs"},
     {"factoring", "trials", "blockwise"},
     {"coding", "outlooks"},

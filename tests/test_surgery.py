@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank import LowRankLinear, apply, compress, decompress, plan
+from lowrank import LowRankLinear, apply, compress, decompress, plan, quantize
 from lowrank.errors import BudgetError, LowRankError, PlanError, RankError, TargetError, WeightError
+from lowrank.inheritance import HOOKS as PLACES_OF_HOOKS
 from lowrank.linalg import choose_solver
 from lowrank.nn import kind_of
 from lowrank.planning import LayerPlan, Plan
-from lowrank.surgery import _HOOKS
 
 LAST = "encoder.layer.1.output.dense"  # the last layer that is swapped; the damage is done here
 FIRST = "encoder.layer.0.attention.self.query"
@@ -30,7 +30,7 @@ def snapshot(model: nn.Module) -> dict[str, object]:
             n: (id(p), p.requires_grad) for n, p in model.named_parameters(remove_duplicate=False)
         },
         "training": {name: m.training for name, m in model.named_modules()},
-        "hooks": {(n, h): dict(vars(m)[h] or {}) for n, m in model.named_modules() for h in _HOOKS},
+        "hooks": {(n, h): dict(vars(m)[h] or {}) for n, m in model.named_modules() for h in PLACES_OF_HOOKS},
         "state": {n: t if t.is_meta else t.detach().clone() for n, t in model.state_dict().items()},
     }
 
@@ -278,6 +278,13 @@ HOOKS = {
     "pre-backward": lambda layer, hook: layer.register_full_backward_pre_hook(lambda *_: hook()),
 }
 
+STATE_HOOKS = {
+    "save-pre": lambda layer, hook: layer.register_state_dict_pre_hook(lambda *_: hook()),
+    "save-post": lambda layer, hook: layer.register_state_dict_post_hook(lambda *_: hook()),
+    "load-pre": lambda layer, hook: layer.register_load_state_dict_pre_hook(lambda *_: hook()),
+    "load-post": lambda layer, hook: layer.register_load_state_dict_post_hook(lambda *_: hook()),
+}
+
 
 @pytest.mark.parametrize("there_and_back", [False, True], ids=["compressed", "decompressed"])
 @pytest.mark.parametrize("register", HOOKS.values(), ids=HOOKS)
@@ -296,6 +303,100 @@ def test_hooks_stay_and_their_handles_still_remove_them(mlp, register, there_and
     assert step() == 1
     handle.remove()
     assert step() == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: compress(model, rank=8),
+        lambda model: decompress(compress(model, rank=8)),
+        quantize,
+        lambda model: decompress(quantize(model)),
+        lambda model: compress(model, rank=8, quantize="int8"),
+    ],
+    ids=["compressed", "decompressed", "quantized", "dequantized", "both"],
+)
+@pytest.mark.parametrize("register", STATE_HOOKS.values(), ids=STATE_HOOKS)
+def test_hooks_on_the_state_dict_stay_and_their_handles_still_remove_them(mlp, register, change):
+    calls = []
+    handle = register(mlp[2], lambda: calls.append(1))
+    change(mlp)
+    gc.collect()  # a hook on loading must not ask for the layer that it was registered on
+    calls.clear()
+    mlp.load_state_dict(mlp.state_dict())
+    assert calls == [1]
+    handle.remove()
+    mlp.load_state_dict(mlp.state_dict())
+    assert calls == [1]
+
+
+def test_a_hook_on_loading_is_called_with_the_layer_that_is_there_now(mlp):
+    seen = []
+    mlp[2].register_load_state_dict_pre_hook(lambda layer, *_: seen.append(layer))
+    compress(mlp, rank=8)
+    mlp.load_state_dict(mlp.state_dict())
+    assert seen == [mlp[2]]
+
+
+def test_every_place_where_pytorch_keeps_hooks_is_known():
+    assert {"_state_dict_hooks", "_load_state_dict_pre_hooks", "_forward_hooks"} < set(PLACES_OF_HOOKS)
+
+
+def test_decompress_refuses_hooks_on_factors_which_would_be_lost(mlp):
+    compress(mlp, rank=8)
+    handle = mlp[2].down.register_forward_hook(lambda *_: None)
+    before = snapshot(mlp)
+    with pytest.raises(LowRankError, match=r"2\.down: has hooks, .* Remove them first"):
+        decompress(mlp)
+    assert_untouched(mlp, before)
+    handle.remove()
+    decompress(mlp)
+
+
+@pytest.mark.parametrize(
+    "compressed",
+    [quantize, lambda model: compress(model, rank=8, quantize="int8"), lambda model: compress(model, rank=8)],
+    ids=["coded", "coded-factors", "factors"],
+)
+def test_a_frozen_weight_is_frozen_still_when_it_is_dense_again(mlp, compressed):
+    model = nn.Sequential(mlp, nn.Embedding(16, 64))
+    mlp[0].weight.requires_grad_(False)
+    model[1].weight.requires_grad_(False)
+    copy.deepcopy(decompress(compressed(model)))
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert flags == {
+        "0.0.weight": False, "0.0.bias": True, "0.2.weight": True, "0.2.bias": True, "1.weight": False,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["equal", "tied"])
+def test_a_frozen_copy_is_frozen_still_when_it_is_dense_again(tied):
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.Linear(32, 32))
+    model[2].weight = model[0].weight if tied else nn.Parameter(model[0].weight.detach().clone(), False)
+    before = [model[0].weight.requires_grad, model[2].weight.requires_grad]
+    decompress(compress(model, rank=4))
+    assert [model[0].weight.requires_grad, model[2].weight.requires_grad] == before
+
+
+def test_a_bias_that_is_added_to_a_frozen_layer_is_frozen():
+    model = nn.Sequential(nn.Linear(32, 32, bias=False)).requires_grad_(False)
+    data = [torch.randn(40, 32, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    compress(model, rank=4, data=data, loss=None, add_bias=True)
+    assert model[0].added_bias
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_model_made_in_inference_mode_is_refused_before_anything_changes():
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+    before = snapshot(model)
+    for call in (compress, lambda model, rank: quantize(model)):
+        with pytest.raises(WeightError, match=r"0\.weight: was made in inference mode"):
+            call(model, rank=4)
+    assert_untouched(model, before)
+    with torch.inference_mode():
+        compress(model, rank=4)
+    assert isinstance(model[0], LowRankLinear)
 
 
 def test_frozen_weights_stay_frozen_and_others_trainable(mlp):

@@ -34,8 +34,10 @@ class Coded(nn.Module):
     Attributes:
         shape: Of the weight, ``(rows, columns)``.
         scheme: How it is coded.
+        trainable: Whether the weight had gradients before it was coded, as it will have when it is decoded.
     """
 
+    trainable: bool = True
     codes: Tensor
     scale: Tensor
     weight: Tensor

@@ -28,8 +28,12 @@ class TiedLinear(nn.Module):
         bias: The layer's own, ``(out,)``, or ``None``.
         kind: Name of the dense layer that it stands for (`lowrank.nn.dense`).
         copied: Whether that layer had a weight of its own, equal to the owner's; if not, they were tied.
+
+    Attributes:
+        trainable: Whether that layer's weight had gradients, as it will have when it is dense again.
     """
 
+    trainable: bool = True
     bias: nn.Parameter | None
 
     def __init__(
