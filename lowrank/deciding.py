@@ -23,6 +23,7 @@ from lowrank.forms import FLOAT, TABLE, Form, forms_of
 from lowrank.latency import LatencyTable, latency_costs, seconds_of
 from lowrank.linalg import Spectrum, spectrum
 from lowrank.linalg.svd import check_options
+from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, QuantizedEmbedding, TiedLinear
 from lowrank.obstacles import check_model
 from lowrank.outlooks import outlooks_of, residual_errors
 from lowrank.patterns import is_wildcard
@@ -30,7 +31,7 @@ from lowrank.planning import METRICS, Budget, CodedWeight, Plan
 from lowrank.ranks import select
 from lowrank.sharing import check_share, groups_of
 from lowrank.statistics import Stats
-from lowrank.targets import draft
+from lowrank.targets import draft, not_wanted, spells
 
 ATTEMPTS = 4
 """How often ranks are chosen anew because the whole model was not as fast as its layers promised."""
@@ -127,6 +128,41 @@ def drafted(
         elif request.add_bias and layer.kind != TABLE:
             layers[layer.name] = replace(layer, added_bias=not layer.bias)
     return replace(plan, metric=metric).with_layers(layers)
+
+
+def check_dense(model: nn.Module, drafted: Plan, request: Request) -> None:
+    """Refuse a request for layers of which some are compressed already: it would count and change the others.
+
+    Args:
+        model: The model.
+        drafted: Its layers, from `drafted`.
+        request: What the user asked for.
+
+    Raises:
+        BudgetError: If it names a layer that is factorized or coded, and others that are not.
+    """
+    hf = plugin()
+    heads = hf.head_layers(model) if hf is not None else {}
+    spelled, ignore = request.targets or (), request.ignore or ()
+    done = []
+    for layer in drafted:
+        module = model.get_submodule(layer.name)
+        own = module.owner if isinstance(module, TiedLinear) else module
+        if not isinstance(own, (LowRankLinear, LowRankEmbedding, Coded)):
+            continue
+        table = isinstance(own, (LowRankEmbedding, QuantizedEmbedding))
+        if table and not any(spells(pattern, layer.name) for pattern in spelled):
+            continue  # tables are no targets unless they are spelled
+        if not_wanted(layer.name, request.targets, ignore, heads.get(layer.name)) is None:
+            done.append(layer.name)
+    if done and drafted.targeted:
+        raise BudgetError(
+            f"{drafted.model} is compressed already: of {len(done) + len(drafted.targeted)} layers that are "
+            f"asked for, {len(done)} are factorized or coded (the first: {done[0]}), and {request.budget} "
+            f"would count and change only the others (the first: {drafted.targeted[0].name}). Call "
+            "decompress(model) first, or start from the dense checkpoint; or name the dense layers in "
+            "targets=, or the compressed ones in ignore=."
+        )
 
 
 def _lacks_user(plan: Plan, owner: str, stats: Stats) -> str | None:

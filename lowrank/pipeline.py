@@ -19,7 +19,7 @@ from lowrank.anchoring import apply_anchored
 from lowrank.batches import Batch, batches
 from lowrank.calibration import collect
 from lowrank.coding import with_common_codes_uncentred
-from lowrank.deciding import Request, Timing, decide, drafted, spectra_of
+from lowrank.deciding import Request, Timing, check_dense, decide, drafted, spectra_of
 from lowrank.errors import BudgetError, DataError, LowRankError, TargetError
 from lowrank.factoring import pooled
 from lowrank.forms import INT8
@@ -161,6 +161,7 @@ def compress(
     _check_spill(sequential, spill)
     if not layers.targeted:
         raise BudgetError(nothing_changes(layers, budget, {}))
+    check_dense(model, layers, request)
     if sequential and isinstance(data, Iterator):
         data = list(data)  # to be gone through twice
     if data is not None and stats is not None and not sequential:
@@ -413,6 +414,7 @@ def plan(
         residual=residual,
     )
     layers = drafted(model, request, stats)
+    check_dense(model, layers, request)
     return _decided(model, layers, request, stats, True, progress, Timing(inputs, latencies))
 
 

@@ -502,6 +502,34 @@ def test_compressing_a_compressed_model_is_refused_with_advice(tiny_bert, budget
     assert_untouched(tiny_bert, before)
 
 
+@pytest.mark.parametrize("call", [compress, plan], ids=["compress", "plan"])
+@pytest.mark.parametrize(
+    "first",
+    [
+        lambda model: compress(model, rank=8, targets=["*.query"]),
+        lambda model: quantize(model, targets=["*.query"]),
+    ],
+    ids=["factorized", "coded"],
+)
+@pytest.mark.parametrize(
+    "request_", [{"keep": 0.5}, {"rank": 4}, {"rank": 4, "targets": ["*.query", "*.key"]}], ids=str
+)
+def test_compressing_what_was_left_of_a_model_is_refused_and_says_what_to_do(
+    tiny_bert, call, first, request_
+):
+    first(tiny_bert)
+    before = snapshot(tiny_bert)
+    layers = 4 if "targets" in request_ else 12
+    message = (
+        rf"BertModel is compressed already: of {layers} layers .*, 2 are factorized or coded \(the first: "
+        r"encoder\.layer\.0\.attention\.self\.query\).*decompress\(model\) first.*targets=.*ignore="
+    )
+    with pytest.raises(BudgetError, match=message):
+        call(tiny_bert, **request_)
+    assert_untouched(tiny_bert, before)
+    call(tiny_bert, rank=4, ignore=["*.query"])
+
+
 def test_the_layers_that_remain_can_be_compressed_in_a_second_call(tiny_bert):
     compress(tiny_bert, rank=8, targets=["*.query"])
     done = {name: m for name, m in tiny_bert.named_modules() if isinstance(m, LowRankLinear)}
