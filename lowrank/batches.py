@@ -67,10 +67,11 @@ class Batch:
         """Real tokens in the batch; of inputs without tokens, samples."""
         if self.mask is not None:
             return int(self.mask.sum())
-        tensors = [v for v in (*self.arguments, *self.keywords.values()) if isinstance(v, Tensor)]
-        return (
-            (tensors[0].numel() if not tensors[0].is_floating_point() else len(tensors[0])) if tensors else 0
-        )
+        values = (*self.arguments, *self.keywords.values())
+        first = next((value for value in values if isinstance(value, Tensor) and value.ndim), None)
+        if first is None:
+            return 0
+        return len(first) if first.is_floating_point() else first.numel()
 
     def digest(self) -> int:
         """Return a number that tells batches apart; the sum over batches does not depend on their order."""
@@ -78,7 +79,8 @@ class Batch:
         for value in (*self.arguments, *self.keywords.values()):
             if isinstance(value, Tensor):
                 state.update(f"{value.dtype}{tuple(value.shape)}".encode())
-                state.update(value.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
+                flat = value.detach().reshape(-1).view(torch.uint8)
+                state.update(flat.cpu().numpy().tobytes())
         return int.from_bytes(state.digest()[:8], "big")
 
     def real(self, values: Tensor) -> Tensor:
@@ -113,7 +115,8 @@ def batches(
     Raises:
         DataError: If there are no data, strings come without a tokenizer, or a batch is none of these.
     """
-    if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable):
+    scalar = isinstance(data, Tensor) and not data.ndim
+    if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable) or scalar:
         raise DataError(
             f"data is {type(data).__name__}: give a list of strings, or an iterable of batches such as a "
             "DataLoader. One batch alone goes into a list: [batch]."
@@ -148,7 +151,9 @@ def windows(text: str | Tensor, tokenizer: Callable[..., Any] | None = None, *, 
     if isinstance(text, str):
         if tokenizer is None:
             raise DataError("A text needs a tokenizer: pass tokenizer=..., or token ids.")
-        text = torch.tensor(tokenizer(text)["input_ids"])
+        text = torch.tensor(_called(tokenizer, text)["input_ids"])
+    if text.ndim != 1:
+        raise DataError(f"text has shape {tuple(text.shape)}: give token ids of one text, (n,).")
     count = len(text) // tokens
     if count < 1:
         raise DataError(f"{len(text):,} tokens do not make a window of {tokens}.")
@@ -167,7 +172,7 @@ def _tokenized(
         strange = next((text for text in chunk if not isinstance(text, str)), None)
         if strange is not None:
             raise DataError(f"data mixes strings with {type(strange).__name__}. Give one kind only.")
-        encoded = tokenizer(chunk, truncation=True, max_length=limit, return_attention_mask=True)
+        encoded = _called(tokenizer, chunk, truncation=True, max_length=limit, return_attention_mask=True)
         lengths = [len(ids) for ids in encoded["input_ids"]]
         order = [i for i, length in enumerate(lengths) if length]
         if by_length:
@@ -177,6 +182,19 @@ def _tokenized(
             yield {key: _padded([values[i] for i in rows]) for key, values in encoded.items()}
 
 
+def _called(tokenizer: Callable[..., Any], texts: str | list[Any], **options: Any) -> Any:
+    """Return what the tokenizer makes of texts, or say that it is none."""
+    try:
+        encoded = tokenizer(texts, **options)
+        encoded["input_ids"]
+    except Exception as error:
+        raise DataError(
+            f"tokenizer={type(tokenizer).__name__} cannot encode texts as those of transformers do: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return encoded
+
+
 def _padded(rows: list[list[int]]) -> Tensor:
     tensors = [torch.tensor(row) for row in rows]
     return nn.utils.rnn.pad_sequence(tensors, batch_first=True)
@@ -184,7 +202,7 @@ def _padded(rows: list[list[int]]) -> Tensor:
 
 def as_batch(given: Any, index: int = 0) -> Batch:
     """Wrap one batch; raises `DataError` if it is nothing that a model is called with."""
-    if isinstance(given, Tensor):
+    if isinstance(given, Tensor) and given.ndim:
         return Batch(index, given, (given,), {}, None)
     if isinstance(given, Mapping):
         mask = given.get("attention_mask")
@@ -193,8 +211,9 @@ def as_batch(given: Any, index: int = 0) -> Batch:
     if isinstance(given, (tuple, list)) and given:
         inner = as_batch(given[0], index)
         return Batch(index, given, inner.arguments, inner.keywords, inner.mask)
+    what = "a tensor without dimensions" if isinstance(given, Tensor) else type(given).__name__
     raise DataError(
-        f"Batch {index} is {type(given).__name__}: a batch is a dict of tensors, a tensor, or a tuple whose "
+        f"Batch {index} is {what}: a batch is a dict of tensors, a tensor, or a tuple whose "
         "first element is the model's input."
     )
 

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lowrank.errors import LowRankError
-from lowrank.modes import eval_mode, hooked
+from lowrank.arguments import MODEL_OF, accepts, instance, whole
+from lowrank.errors import DataError, LowRankError
+from lowrank.modes import check_has_data, eval_mode, hooked
 from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear, kind_of
+from lowrank.obstacles import check_model
 from lowrank.text import format_bytes, format_table
 
 
@@ -81,6 +83,15 @@ class Benchmark:
         return format_table(header, rows) + "\n\n" + machine
 
 
+@accepts(
+    dense=instance(nn.Module, MODEL_OF),
+    small=instance(nn.Module, MODEL_OF),
+    inputs=instance(
+        (Tensor, tuple, list, Mapping), "a tensor, a tuple, or a mapping of keyword arguments", DataError
+    ),
+    repeats=whole(1),
+    warmup=whole(0),
+)
 def benchmark(
     dense: nn.Module,
     small: nn.Module,
@@ -105,8 +116,8 @@ def benchmark(
     Raises:
         LowRankError: If ``small`` has no factorized layer, the models do not fit, or no run is asked for.
     """
-    if repeats < 1 or warmup < 0:
-        raise LowRankError(f"repeats={repeats}, warmup={warmup}: time at least one run.")
+    for model in (dense, small):
+        check_model(model)
     names = [name for name, module in small.named_modules() if isinstance(module, LowRankLinear)]
     if not names:
         raise LowRankError(
@@ -120,8 +131,11 @@ def benchmark(
     device = _device(dense)
     if _device(small) != device:
         raise LowRankError(f"The models are on different devices: {device} and {_device(small)}.")
+    check_has_data(small)
     inputs = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, _plain(inputs))
     with eval_mode(dense), eval_mode(small), torch.no_grad():
+        _check_call("dense", dense, inputs)
+        _check_call("small", small, inputs)
         captured = _capture_inputs(dense, names, inputs)
         layers = tuple(
             _compare(dense.get_submodule(name), small.get_submodule(name), (given,), name, repeats, warmup)
@@ -137,12 +151,26 @@ def _plain(inputs: Any) -> Any:
     return dict(inputs) if isinstance(inputs, Mapping) else tuple(inputs)
 
 
+def _check_call(name: str, model: nn.Module, inputs: Any) -> None:
+    """Call a model once; its own error says which one it was.
+
+    Raises:
+        DataError: If it refuses the inputs.
+    """
+    try:
+        _call(model, inputs)
+    except Exception as error:
+        raise DataError(
+            f"{name} ({type(model).__name__}) refuses the inputs: {type(error).__name__}: {error}"
+        ) from error
+
+
 def _call(model: nn.Module, inputs: Any) -> Any:
     return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
 
 
 def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def _capture_inputs(model: nn.Module, names: list[str], inputs: Any) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from lowrank.errors import DataError, StatsError
 from lowrank.fingerprints import fingerprint_of_layer, fingerprint_of_tokenizer
 from lowrank.linalg.metric import gram
 from lowrank.lookups import LookupSums
-from lowrank.modes import hooked, training_only
+from lowrank.modes import check_has_data, hooked, training_only
 from lowrank.nn import kind_of
 from lowrank.objectives import of_loss, self_supervised
 from lowrank.statistics import Fingerprint, Gradients, Moments, Stats
@@ -50,6 +50,7 @@ def collect(
     """
     if loss is not None and loss != "auto" and not callable(loss):
         raise DataError(f'loss={loss!r}: give "auto", a function loss(outputs, batch), or None.')
+    check_has_data(model)
     generator = torch.Generator(_device(model)).manual_seed(seed)
     differentiate = loss is not None
     tables = [name for name in layers if isinstance(model.get_submodule(name), nn.Embedding)]

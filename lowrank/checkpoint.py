@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowrank._transformers import load_plugin, plugin
+from lowrank.arguments import accepts, flag, path
 from lowrank.errors import CheckpointError, LowRankError, PlanError, SchemeError
 from lowrank.folders import STRUCTURE, TENSORS, staged
 from lowrank.forms import scheme_of
@@ -35,6 +36,7 @@ FORMAT = 1
 """Version of ``lowrank.json``; a reader refuses anything newer."""
 
 
+@accepts(folder=path(CheckpointError), overwrite=flag)
 def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> Path:
     """Write ``model`` to ``folder`` so that `load` gives it back bit for bit.
 
@@ -69,6 +71,7 @@ def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> Pa
     return Path(folder)
 
 
+@accepts(folder=path(CheckpointError))
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     """Load what `save` wrote.
 

@@ -15,12 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.batches import batches, windows
+from lowrank.arguments import MODEL_OF, accepts, every, function, instance, number, optional, text, whole
+from lowrank.batches import as_batch, batches, windows
 from lowrank.errors import DataError
 from lowrank.modes import eval_mode
 from lowrank.objectives import increase, pooled
 
+_MODEL = instance(nn.Module, MODEL_OF)
+_TEXTS = every(text(DataError), (list, tuple), "a list of strings", DataError)
 
+
+@accepts(model=_MODEL, texts=_TEXTS, tokenizer=function, batch_size=whole(1))
 def embed(
     model: nn.Module, texts: Sequence[str], tokenizer: Callable[..., Any], *, batch_size: int = 64
 ) -> Tensor:
@@ -55,6 +60,7 @@ def embed(
     return embeddings[torch.tensor(order, device=embeddings.device).argsort()]
 
 
+@accepts(model=_MODEL, dense=_MODEL, texts=_TEXTS, tokenizer=function, batch_size=whole(1))
 def embedding_cosine(
     model: nn.Module,
     dense: nn.Module,
@@ -69,6 +75,18 @@ def embedding_cosine(
     return float((first * second.to(first)).sum(-1).mean())
 
 
+@accepts(
+    model=_MODEL,
+    pairs=every(
+        instance((list, tuple), "two strings", DataError),
+        (list, tuple),
+        "a list of pairs of strings",
+        DataError,
+    ),
+    scores=every(number(error=DataError), (list, tuple), "a list of numbers", DataError),
+    tokenizer=function,
+    batch_size=whole(1),
+)
 def sts_spearman(
     model: nn.Module,
     pairs: Sequence[tuple[str, str]],
@@ -81,12 +99,24 @@ def sts_spearman(
 
     Source: STS Benchmark, Cer et al. 2017 (arXiv:1708.00055).
     """
+    if len(pairs) != len(scores) or any(len(pair) != 2 for pair in pairs):
+        raise DataError(
+            f"{len(pairs)} pairs and {len(scores)} scores: give a score for each pair of two texts."
+        )
     texts = [text for pair in pairs for text in pair]
     embeddings = embed(model, texts, tokenizer, batch_size=batch_size)
     cosines = (embeddings[0::2] * embeddings[1::2]).sum(-1)
     return spearman(cosines.cpu(), torch.tensor(scores, dtype=torch.float64))
 
 
+@accepts(
+    model=_MODEL,
+    text=instance((str, Tensor), "a text, or its token ids", DataError),
+    tokenizer=optional(function),
+    window=whole(2),
+    count=optional(whole(1, error=DataError)),
+    batch_size=whole(1),
+)
 def perplexity(
     model: nn.Module,
     text: str | Tensor,
@@ -115,8 +145,9 @@ def perplexity(
     ids = ids[:count].to(_device(model))
     total = 0.0
     with evaluating(model):
-        for chunk in torch.split(ids, batch_size):
-            logits = _logits(model, model(input_ids=chunk))[:, :-1].float()
+        for index, chunk in enumerate(torch.split(ids, batch_size)):
+            outputs = as_batch({"input_ids": chunk}, index).call(model)
+            logits = _logits(model, outputs)[:, :-1].float()
             losses = nn.functional.cross_entropy(
                 logits.flatten(0, 1), chunk[:, 1:].flatten(), reduction="sum"
             )
@@ -124,6 +155,13 @@ def perplexity(
     return math.exp(total / (len(ids) * (window - 1)))
 
 
+@accepts(
+    model=_MODEL,
+    texts=_TEXTS,
+    labels=every(whole(error=DataError), (list, tuple), "a list of whole numbers", DataError),
+    tokenizer=function,
+    batch_size=whole(1),
+)
 def accuracy(
     model: nn.Module,
     texts: Sequence[str],
@@ -137,6 +175,8 @@ def accuracy(
     with evaluating(model):
         for batch in batches(texts, tokenizer, device=_device(model), batch_size=batch_size):
             found = _logits(model, batch.call(model)).argmax(-1)
+            if start + len(found) > len(labels):
+                raise DataError(f"{len(texts)} texts, but {len(labels)} labels: give a label for each text.")
             wanted = torch.tensor(labels[start : start + len(found)], device=found.device)
             right, start = right + int((found == wanted).sum()), start + len(found)
     if start != len(labels):
@@ -144,6 +184,7 @@ def accuracy(
     return right / start
 
 
+@accepts(model=_MODEL, dense=_MODEL, tokenizer=optional(function), batch_size=whole(1))
 def loss_increase(
     model: nn.Module,
     dense: nn.Module,
@@ -172,8 +213,13 @@ def loss_increase(
     return total / max(1, terms)
 
 
+@accepts(first=instance(Tensor, "a tensor", DataError), second=instance(Tensor, "a tensor", DataError))
 def spearman(first: Tensor, second: Tensor) -> float:
     """Return Spearman's rank correlation of two vectors; ties share their mean rank."""
+    if first.ndim != 1 or first.shape != second.shape:
+        raise DataError(
+            f"first {tuple(first.shape)} and second {tuple(second.shape)}: give two vectors of one length."
+        )
     return float(torch.corrcoef(torch.stack([_ranks(first), _ranks(second)]))[0, 1])
 
 

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lowrank import arguments
+from lowrank.arguments import MODEL_OF, accepts, instance, whole
 from lowrank.errors import BudgetError, LowRankError
 from lowrank.menus import Costs, Menu
 from lowrank.modes import hooked
@@ -46,7 +48,12 @@ class LatencyTable:
     environment: dict[str, str]
     seconds: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name in ("environment", "seconds"):
+            instance(dict, "a dict; LatencyTable.here(model) makes a table")(name, getattr(self, name))
+
     @classmethod
+    @accepts(model=instance(nn.Module, MODEL_OF))
     def here(cls, model: nn.Module) -> LatencyTable:
         """Make an empty table for the device and dtype of ``model``."""
         parameter = next(model.parameters())
@@ -60,6 +67,11 @@ class LatencyTable:
             }
         )
 
+    @accepts(
+        layer=instance(LayerPlan, "a LayerPlan, an entry of a plan"),
+        tokens=whole(1),
+        like=instance(Tensor, "a tensor of the layer's dtype and device"),
+    )
     def of(self, layer: LayerPlan, tokens: int, like: Tensor) -> list[tuple[int, float]]:
         """Return ``(rank, seconds)`` for a layer's shape, rank 0 for dense, measuring them if need be."""
         key = f"{layer.out_features}×{layer.in_features}@{tokens}"
@@ -69,11 +81,17 @@ class LatencyTable:
             self.seconds[key] = _measure(layer, tokens, ranks, like)
         return self.seconds[key]
 
+    @accepts(path=arguments.path())
     def save(self, path: str | Path) -> None:
-        """Write the table as JSON."""
-        Path(path).write_text(json.dumps(vars(self), indent=1, ensure_ascii=False), encoding="utf-8")
+        """Write the table as JSON; raises `LowRankError` if that is not possible."""
+        text = json.dumps(vars(self), indent=1, ensure_ascii=False)
+        try:
+            Path(path).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise LowRankError(f"{path}: the table cannot be written: {error}.") from error
 
     @classmethod
+    @accepts(path=arguments.path())
     def load(cls, path: str | Path) -> LatencyTable:
         """Read what `save` wrote.
 

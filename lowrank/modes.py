@@ -69,9 +69,25 @@ def check_can_train(model: nn.Module) -> None:
             )
 
 
+def check_has_data(model: nn.Module) -> None:
+    """Refuse a model that is to run and has parameters on the meta device.
+
+    Raises:
+        WeightError: If it has.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise WeightError(f"{name}: on the meta device, without data. Load the weights first.")
+
+
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module into eval mode, and undo it module by module."""
+    """Put every module into eval mode, and undo it module by module.
+
+    Raises:
+        WeightError: As `check_has_data`: the model is going to run.
+    """
+    check_has_data(model)
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lowrank.arguments import accepts, function, instance, optional
 from lowrank.batches import Batch
 from lowrank.errors import DataError
 
@@ -27,6 +28,10 @@ class Objective(NamedTuple):
     terms: int
 
 
+_BATCH = instance(Batch, "a Batch, from lowrank.batches", DataError)
+
+
+@accepts(batch=_BATCH, generator=optional(instance(torch.Generator, "a torch.Generator", DataError)))
 def self_supervised(outputs: Any, batch: Batch, generator: torch.Generator) -> Objective:
     """Return the default objective for what the model returned."""
     kind, tensors = _looked_at(outputs, batch)
@@ -36,6 +41,7 @@ def self_supervised(outputs: Any, batch: Batch, generator: torch.Generator) -> O
     return _probed(tensors[0], generator)
 
 
+@accepts(batch=_BATCH)
 def increase(outputs: Any, targets: Any, batch: Batch) -> Objective:
     """Return by how much the objective of `self_supervised` is larger than the dense model's.
 
@@ -69,9 +75,15 @@ def _looked_at(outputs: Any, batch: Batch) -> tuple[str, list[Tensor]]:
             f"The model returns {type(outputs).__name__}, of which no objective can be made. "
             "Pass loss=function(outputs, batch), or loss=None to do without gradients."
         )
+    if not tensor.ndim:
+        raise DataError(
+            f"Batch {batch.index}: the model returns one number, of which no objective can be made: outputs "
+            "have a dimension of samples. Pass loss=function(outputs, batch), or loss=None."
+        )
     return "output", [tensor.reshape(len(tensor), -1)]
 
 
+@accepts(loss=function, batch=_BATCH)
 def of_loss(loss: Callable[[Any, Any], Any], outputs: Any, batch: Batch) -> Objective:
     """Return the user's loss, a mean over the batch's samples, as a sum over them.
 

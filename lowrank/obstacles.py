@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lowrank.errors import LowRankError, TargetError
 from lowrank.linalg.svd import FLOATING
@@ -20,13 +21,19 @@ def check_model(model: object) -> nn.Module:
     """Return ``model`` if it is a module.
 
     Raises:
-        LowRankError: If it is something else, such as a path.
+        LowRankError: If it is something else, such as a path, or has parameters without a shape.
     """
     if not isinstance(model, nn.Module):
         raise LowRankError(
             f"A model is a torch.nn.Module, not {type(model).__name__}. Load it first, for example "
             "with AutoModel.from_pretrained(...)."
         )
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise LowRankError(
+                f"{name}: has no shape yet, which a layer such as LazyLinear gets when it is first called. "
+                "Call the model on a batch first."
+            )
     return model
 
 

@@ -16,22 +16,43 @@ from torch import Tensor, nn
 from lowrank import quantizing, surgery
 from lowrank._transformers import plugin
 from lowrank.anchoring import apply_anchored
+from lowrank.arguments import SEED, Check, accepts, device, flag, function, instance, optional, path, whole
 from lowrank.batches import Batch, batches
 from lowrank.calibration import collect
 from lowrank.coding import with_common_codes_uncentred
 from lowrank.deciding import Request, Timing, check_dense, decide, drafted, spectra_of
-from lowrank.errors import BudgetError, DataError, LowRankError, TargetError
+from lowrank.errors import BudgetError, DataError, LowRankError, PlanError, StatsError, TargetError
 from lowrank.factoring import pooled
 from lowrank.forms import INT8
 from lowrank.latency import LatencyTable
 from lowrank.linalg import Scheme, Spectrum
+from lowrank.nn import TiedLinear
 from lowrank.obstacles import check_model
 from lowrank.planning import Budget, Plan
 from lowrank.ranks import nothing_changes, reasons
 from lowrank.statistics import Stats
 from lowrank.targets import draft
 
+_STATS = optional(instance(Stats, "what calibrate(model, data) returns, or Stats.load(folder)", StatsError))
+_REQUEST: dict[str, Check] = {
+    "latencies": optional(instance(LatencyTable, "a LatencyTable", BudgetError)),
+    "stats": _STATS,
+    "add_bias": flag,
+    "round_to": whole(1, error=BudgetError),
+    "residual": flag,
+    "progress": flag,
+}
+"""What `compress` and `plan` have in common; patterns and budgets are checked where they are read."""
 
+_DATA: dict[str, Check] = {
+    "tokenizer": optional(function),
+    "sequential": flag,
+    "spill": optional(path(DataError)),
+    "seed": SEED,
+}
+
+
+@accepts(**_REQUEST, **_DATA)
 def compress(
     model: nn.Module,
     *,
@@ -189,6 +210,7 @@ def compress(
     return model
 
 
+@accepts(stats=_STATS, seed=SEED, progress=flag)
 def quantize(
     model: nn.Module,
     scheme: str = "int8",
@@ -286,6 +308,14 @@ def _check_spill(sequential: bool, spill: str | Path | None) -> None:
         raise DataError(f"spill={str(spill)!r}: there is no such folder.")
 
 
+@accepts(
+    tokenizer=optional(function),
+    device=optional(device),
+    batch_size=whole(1),
+    max_length=optional(whole(1)),
+    seed=SEED,
+    progress=flag,
+)
 def calibrate(
     model: nn.Module,
     data: Iterable[Any],
@@ -338,7 +368,7 @@ def calibrate(
     layers = drafted(model, request, None, tables=True)
     stream = _stream(model, data, tokenizer, device, batch_size, max_length)
     names = [layer.name for layer in layers.targeted]
-    names += layers.owners
+    names += [name for name in layers.owners if not isinstance(model.get_submodule(name), TiedLinear)]
     if not names:
         raise TargetError("\n".join([f"No layer of {layers.model} is there to calibrate.", *reasons(layers)]))
     heads = {layer.name: layer.same_as for layer in layers if layer.same_as is not None}
@@ -361,6 +391,7 @@ def _stream(
     )
 
 
+@accepts(**_REQUEST)
 def plan(
     model: nn.Module,
     *,
@@ -441,6 +472,9 @@ def _decided(
     return with_common_codes_uncentred(quantizing.with_heads(model, decided)).without_needless_ties()
 
 
+@accepts(
+    plan=instance(Plan, "a Plan, from plan(model, ...)", PlanError), stats=_STATS, progress=flag, **_DATA
+)
 def apply(
     model: nn.Module,
     plan: Plan,
@@ -487,9 +521,10 @@ def apply(
             "sequential=True goes with data=, such as those of the calibration; data= goes with nothing else."
         )
     _check_spill(sequential, spill)
+    check_model(model)
     hf = plugin()
     if hf is not None:
-        hf.check_unquantized(check_model(model))
+        hf.check_unquantized(model)
     quantizing.check_kernels(model, plan, slow)
     try:
         if data is None:
@@ -531,6 +566,7 @@ def decompress(model: nn.Module) -> nn.Module:
     return model
 
 
+@accepts(stats=_STATS, add_bias=flag, progress=flag)
 def spectra(
     model: nn.Module,
     *,

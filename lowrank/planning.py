@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from lowrank.arguments import accepts, every, instance, path, text
 from lowrank.errors import BudgetError, PlanError, RankError, TargetError
 from lowrank.patterns import matches, no_match
 from lowrank.text import format_table
@@ -165,8 +166,10 @@ class LayerPlan:
     copied: bool = False
 
     def __post_init__(self) -> None:
+        _typed(type(self), {"name": self.name}, "A layer of a plan")
         if self.rank is not None:
             check_rank(self.rank, where=self.name)
+        _typed(type(self), vars(self), self.name)
 
     @property
     def has_bias(self) -> bool:
@@ -305,6 +308,12 @@ class Plan:
     _index: dict[str, LayerPlan] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        values = {name: value for name, value in vars(self).items() if name not in ("layers", "codes")}
+        _typed(type(self), values, "The plan")
+        for name, item in (("layers", LayerPlan), ("codes", CodedWeight)):
+            every(instance(item, f"a {item.__name__}", PlanError), (list, tuple), "a list", PlanError)(
+                name, getattr(self, name)
+            )
         object.__setattr__(self, "codes", tuple(self.codes))
         ranks = {layer.name: layer.rank for layer in self.layers}
         layers = (
@@ -398,6 +407,7 @@ class Plan:
         before = sum(layer.dense_parameters for layer in self.targeted)
         return sum(layer.parameters for layer in self.targeted) / before if before else 1.0
 
+    @accepts(layers=instance(Mapping, "a mapping of layer names to LayerPlans", PlanError))
     def with_layers(self, layers: Mapping[str, LayerPlan]) -> Plan:
         """Return the plan with the named layers replaced."""
         return replace(self, layers=tuple(layers.get(layer.name, layer) for layer in self.layers))
@@ -421,6 +431,7 @@ class Plan:
         A layer keeps its entry here if it has the rank and the tie that the plan gave it; its error is
         ``found``'s, which was measured.
         """
+        _check_plan("found", found)
         layers = {}
         for layer in found:
             planned = self._index.get(layer.name)
@@ -429,6 +440,7 @@ class Plan:
         layers_now = found.with_layers(layers).layers
         return replace(self, model=found.model, layers=layers_now, codes=found.codes)
 
+    @accepts(pattern=text(TargetError))
     def with_rank(self, pattern: str, rank: int | None) -> Plan:
         """Return the plan with every matching layer set to ``rank``; `apply` checks that they can be.
 
@@ -486,6 +498,7 @@ class Plan:
 
     def diff(self, other: Plan) -> list[Change]:
         """List the layers whose rank or form differs, or that only one of the plans has."""
+        _check_plan("other", other)
         names = list(dict.fromkeys([layer.name for layer in [*self.layers, *other.layers]]))
         mine, its = self._schemes(), other._schemes()
         changes = [
@@ -535,6 +548,7 @@ class Plan:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     @classmethod
+    @accepts(text=text(PlanError))
     def from_json(cls, text: str) -> Plan:
         """Read what `to_json` wrote; raises `PlanError` as `from_dict` does."""
         try:
@@ -543,6 +557,7 @@ class Plan:
             raise PlanError(f"The plan is not JSON: {error}.") from error
         return cls.from_dict(data)
 
+    @accepts(path=path(PlanError))
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON to ``path``; raises `PlanError` if that is not possible."""
         try:
@@ -551,6 +566,7 @@ class Plan:
             raise PlanError(f"{path}: the plan cannot be written: {error}.") from error
 
     @classmethod
+    @accepts(path=path(PlanError))
     def load(cls, path: str | Path) -> Plan:
         """Read a plan from ``path``.
 
@@ -602,6 +618,10 @@ class Plan:
         for code in self.codes:
             found.setdefault(_coded_layer(code, self._index), []).append(code.scheme)
         return {name: " + ".join(dict.fromkeys(schemes)) for name, schemes in found.items()}
+
+
+def _check_plan(name: str, value: object) -> None:
+    instance(Plan, "a Plan, from plan(model, ...)", PlanError)(name, value)
 
 
 def _coded_layer(code: CodedWeight, layers: Container[str]) -> str:
@@ -657,7 +677,8 @@ def _layer_from_dict(data: object) -> LayerPlan:
     missing = {"kind", "in_features", "out_features", "bias"} - values.keys()
     if missing:
         raise PlanError(f"{data['name']}: the plan lacks {', '.join(sorted(missing))}.")
-    if values["in_features"] < 1 or values["out_features"] < 1:
+    whole = values.get("rank") is None  # a layer without elements stays as it is
+    if min(values["in_features"], values["out_features"]) < (0 if whole else 1):
         raise PlanError(f"{data['name']}: in_features and out_features must be positive.")
     return LayerPlan(**values)
 

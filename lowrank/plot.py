@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowrank import arguments
+from lowrank.arguments import accepts, instance, optional
 from lowrank.errors import LowRankError
 from lowrank.linalg import Spectrum
 from lowrank.planning import Plan
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+@accepts(plan=instance(Plan, "a Plan, from plan(model, ...)"), path=optional(arguments.path()))
 def plot_ranks(plan: Plan, path: str | Path | None = None) -> Figure:
     """Draw how much of each targeted layer remains, with its rank.
 
@@ -40,6 +43,11 @@ def plot_ranks(plan: Plan, path: str | Path | None = None) -> Figure:
     return _written(figure, path)
 
 
+@accepts(
+    spectra=instance(Mapping, "what lowrank.spectra(model) returns"),
+    plan=optional(instance(Plan, "a Plan, from plan(model, ...)")),
+    path=optional(arguments.path()),
+)
 def plot_spectra(
     spectra: Mapping[str, Spectrum], plan: Plan | None = None, path: str | Path | None = None
 ) -> Figure:
@@ -89,5 +97,8 @@ def _figure(height: float) -> tuple[Figure, Any]:
 
 def _written(figure: Figure, path: str | Path | None) -> Figure:
     if path is not None:
-        figure.savefig(path, dpi=150)
+        try:
+            figure.savefig(path, dpi=150)
+        except (OSError, ValueError) as error:
+            raise LowRankError(f"path={str(path)!r}: the picture cannot be written: {error}") from error
     return figure

@@ -55,6 +55,8 @@ def with_codes(
         LowRankError: If nothing is left to code.
     """
     check_holder(model)
+    check_patterns("targets", targets)
+    check_patterns("ignore", ignore)
     plan = plan.with_layers(_equal(model, plan, targets, ignore, heads or {}, apart))
     chosen = list(_chosen(model, plan, scheme, targets, ignore, stats, heads or {}))
     if not chosen and not optional:

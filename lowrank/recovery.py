@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowrank.arguments import MODEL_OF, SEED, accepts, flag, function, instance, number, optional, path, whole
 from lowrank.batches import Batch, batches
 from lowrank.blocks import find_blocks
 from lowrank.blockwise import BlockRuns
 from lowrank.distillation import Lesson
 from lowrank.distributed import check_alike, check_whole, copy_from_first, processes, unwrapped
-from lowrank.errors import DataError, LowRankError
-from lowrank.modes import eval_mode, training_only
+from lowrank.errors import CheckpointError, DataError, LowRankError
+from lowrank.modes import check_has_data, eval_mode, training_only
 from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedLinear
 from lowrank.obstacles import check_model
 from lowrank.runs import Course, Pace, Run
@@ -32,6 +33,20 @@ EVALUATIONS = 8
 """How often the held-out batches are looked at, beside the first time."""
 
 
+@accepts(
+    teacher=instance(nn.Module, MODEL_OF),
+    tokenizer=optional(function),
+    hidden_weight=number(0),
+    mixed_precision=optional(flag),
+    held_out=optional(whole(1)),
+    blockwise=flag,
+    codes=flag,
+    batch_size=whole(1),
+    max_length=optional(whole(1)),
+    seed=SEED,
+    snapshots=optional(path(CheckpointError)),
+    progress=flag,
+)
 def recover(
     model: nn.Module,
     teacher: nn.Module,
@@ -194,8 +209,8 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def _check(model: nn.Module, teacher: nn.Module, minutes: float | None, steps: int | None) -> None:
-    check_model(model)
-    check_model(teacher)
+    for one in (model, teacher):
+        check_has_data(check_model(one))
     if model is teacher:
         raise LowRankError("The teacher is the compressed model itself. Keep a copy of the dense model.")
     own = LowRankLinear, LowRankEmbedding, QuantizedLinear

@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowrank._transformers import plugin
+from lowrank.arguments import MODEL_OF, accepts, function, instance, optional
 from lowrank.checkpoint import stored_tensors
-from lowrank.errors import LowRankError
+from lowrank.errors import LowRankError, PlanError
 from lowrank.evaluation import loss_increase
 from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear
 from lowrank.obstacles import check_model
@@ -168,6 +169,11 @@ class Report:
         return "\n".join(lines)
 
 
+@accepts(
+    plan=optional(instance(Plan, "a Plan, from plan(model, ...)", PlanError)),
+    dense=optional(instance(nn.Module, MODEL_OF)),
+    tokenizer=optional(function),
+)
 def report(
     model: nn.Module,
     *,

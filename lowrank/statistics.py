@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lowrank.arguments import accepts, choice, flag, instance, path, refused, text
 from lowrank.errors import CheckpointError, StatsError
 from lowrank.folders import staged
 from lowrank.linalg import Diagonal, Gram, Metric, PulledBack
@@ -191,12 +192,14 @@ class Stats:
         tensors += [tensor for table in self.tables.values() for tensor in table.tensors.values()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
+    @accepts(layer=text(StatsError))
     def moments(self, layer: str) -> Moments:
         """Return the moments of what ``layer`` reads; raises `StatsError` if it was never called."""
         if layer not in self.sources:
             raise StatsError(f"{layer}: the statistics do not have this layer. Calibrate this model again.")
         return self.inputs[self.sources[layer]]
 
+    @accepts(layer=text(StatsError), metric=text(StatsError))
     def is_diagonal(self, layer: str, metric: str) -> bool:
         """Tell whether ``metric`` knows only a diagonal of ``layer``'s moments, since it is very wide."""
         if layer in self.tables:
@@ -209,6 +212,7 @@ class Stats:
         felt = self.gradients or any(table.gradients is not None for table in self.tables.values())
         return "loss" if felt else "inputs"
 
+    @accepts(layer=text(StatsError), metric=text(StatsError))
     def lacks(self, layer: str, metric: str) -> str | None:
         """Return why ``layer`` cannot be measured by ``metric``, or ``None``."""
         if layer in self.tables:
@@ -219,6 +223,11 @@ class Stats:
             return "no gradient of the loss reached it during calibration"
         return None
 
+    @accepts(
+        layer=text(StatsError),
+        kind=choice(("weight", "diagonal", "inputs", "loss"), StatsError),
+        centred=flag,
+    )
     def metric(self, layer: str, kind: str, centred: bool) -> Metric:
         """Return the metric of one layer, or of a table, whose rows weigh as often as they are read.
 
@@ -247,19 +256,29 @@ class Stats:
             )
         return Metric(inputs, self.gradients[layer].side)
 
+    @accepts(layer=text(StatsError))
     def loss_per_square(self, layer: str) -> float:
         """Return the factor from a squared error under ``"loss"`` to the objective's increase per term.
 
         To second order, a change ``δy`` of the layer's output costs ``½ Σ (gᵀδy)²``, and the squared
         error is a mean over tokens.
         """
+        if layer not in self.tables and layer not in self.gradients:
+            raise StatsError(
+                f"{layer}: the statistics have no gradients of this layer. Calibrate with a loss."
+            )
         tokens = self.tables[layer].tokens if layer in self.tables else self.gradients[layer].tokens
         return 0.5 * self.held_out_ratio(layer) * tokens / max(1, self.terms)
 
+    @accepts(layer=text(StatsError))
     def held_out_ratio(self, layer: str) -> float:
         """Return the squared error measured on held-out tokens over the predicted one; 1 if not known."""
         return self.held_out[layer].ratio if layer in self.held_out else 1.0
 
+    @accepts(
+        owner=text(StatsError),
+        users=instance(Mapping, "a mapping of layer names to True or False", StatsError),
+    )
     def pooled(self, owner: str, users: Mapping[str, bool]) -> Stats:
         """Return statistics in which those of ``owner`` are over what all layers with its weight read.
 
@@ -271,6 +290,8 @@ class Stats:
             owner: A linear layer.
             users: By name of each layer with its weight, the owner included, whether to centre its inputs.
         """
+        if owner not in users:
+            raise StatsError(f"{owner}: users={list(users)} must have the owner of the weight, too.")
         sums = [(self.moments(name), centred) for name, centred in users.items()]
         weight = sum(moments.weight for moments, _ in sums)
         parts = [moments.weight * moments.second(centred) for moments, centred in sums]
@@ -298,6 +319,8 @@ class Stats:
         Raises:
             StatsError: If they are of another model or tokenizer, or know other layers.
         """
+        if not isinstance(other, Stats):
+            raise refused("other", other, "Stats, from calibrate(model, data)", StatsError)
         mine, its = self.fingerprint, other.fingerprint
         if (mine.layers, mine.tokenizer) != (its.layers, its.tokenizer):
             raise StatsError("Statistics of different models or tokenizers cannot be added.")
@@ -320,6 +343,7 @@ class Stats:
             {name: table + other.tables[name] for name, table in self.tables.items()},
         )
 
+    @accepts(folder=path(CheckpointError), overwrite=flag)
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write ``stats.safetensors`` and ``stats.json`` into ``folder``.
 
@@ -356,6 +380,7 @@ class Stats:
             (staging / _STRUCTURE).write_text(json.dumps(structure, indent=2), encoding="utf-8")
 
     @classmethod
+    @accepts(folder=path(StatsError))
     def load(cls, folder: str | Path) -> Stats:
         """Read what `save` wrote.
 

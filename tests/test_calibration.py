@@ -1,10 +1,22 @@
 """Calibration against slow oracles: sums over all tokens at once, and gradients taken one by one."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank import DataError, StatsError, WeightError, calibrate
+import lowrank
+from lowrank import (
+    CheckpointError,
+    DataError,
+    LowRankError,
+    StatsError,
+    WeightError,
+    calibrate,
+    compress,
+    decompress,
+)
 from lowrank.batches import batches
 from lowrank.linalg import Gram, Metric, spectrum
 
@@ -326,3 +338,76 @@ def test_weights_made_in_inference_mode_are_refused_and_nothing_is_frozen(data):
         with pytest.raises(WeightError, match=r"0\.weight: was made in inference mode, and can neither"):
             calibrate(model, data, loss=loss)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_compressed_model_with_tied_layers_can_be_calibrated_as_far_as_it_is_dense(mlp, data):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 8))
+    model[1].weight = model[0].weight
+    compress(model, rank=4, targets=["0", "1"])
+    assert sorted(calibrate(model, data).sources) == ["2"]
+    decompress(model)
+    assert sorted(calibrate(model, data).sources) == ["0", "1", "2"]
+
+
+def test_a_model_on_the_meta_device_cannot_run_and_the_error_says_so(mlp, data):
+    empty = nn.Sequential(nn.Linear(64, 96, device="meta"), nn.Linear(96, 64, device="meta"))
+    small = compress(nn.Sequential(nn.Linear(64, 64)), rank=4)
+    calls = {
+        "calibrate": lambda: calibrate(empty, data),
+        "recover": lambda: lowrank.recover(small, empty, data, steps=1),
+        "report": lambda: lowrank.report(small, dense=empty, data=data),
+        "benchmark": lambda: lowrank.benchmark(empty, copy.deepcopy(small).to("meta"), data[0]),
+        "sequential": lambda: compress(empty, rank=4, sequential=True, data=data),
+        "plan": lambda: lowrank.plan(empty, keep=0.5),
+        "quantize": lambda: lowrank.quantize(empty),
+    }
+    for call in calls.values():
+        with pytest.raises(WeightError, match="meta device"):
+            call()
+    with pytest.raises(CheckpointError, match=r"0\.weight: on the meta device, without data"):
+        lowrank.save(empty, "never")
+
+
+def test_layers_without_a_shape_yet_are_refused_by_every_call(data):
+    lazy = nn.Sequential(nn.LazyLinear(64), nn.Linear(64, 64))
+    small = compress(nn.Sequential(nn.Linear(64, 64)), rank=4)
+    calls = [
+        lambda: calibrate(lazy, data),
+        lambda: compress(lazy, rank=4),
+        lambda: lowrank.plan(lazy, rank=4),
+        lambda: lowrank.quantize(lazy),
+        lambda: decompress(lazy),
+        lambda: lowrank.recover(small, lazy, data, steps=1),
+        lambda: lowrank.report(lazy),
+        lambda: lowrank.spectra(lazy),
+        lambda: lowrank.save(lazy, "never"),
+    ]
+    for call in calls:
+        with pytest.raises(LowRankError, match=r"0\.weight: has no shape yet.*Call the model on a batch"):
+            call()
+    lazy(data[0])
+    compress(lazy, rank=4)
+
+
+@pytest.mark.parametrize("number", [torch.tensor(1.0), torch.tensor(1)], ids=["float", "int"])
+def test_a_batch_without_dimensions_is_refused(mlp, number):
+    with pytest.raises(DataError, match="Batch 0 is a tensor without dimensions"):
+        calibrate(mlp, [number] * 4)
+    with pytest.raises(DataError, match="data is Tensor"):
+        calibrate(mlp, number)
+    small = compress(nn.Sequential(nn.Linear(64, 64)), rank=4)
+    with pytest.raises(DataError, match=r"dense \(Sequential\) refuses the inputs"):
+        lowrank.benchmark(nn.Sequential(nn.Linear(64, 64)), small, number)
+
+
+def test_numbers_beside_the_input_are_part_of_a_batch(data):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(64, 64)
+
+        def forward(self, scale, x):
+            return self.layer(x) * scale
+
+    model = Scaled()
+    assert calibrate(model, [{"scale": torch.tensor(2), "x": x} for x in data]).tokens == 200

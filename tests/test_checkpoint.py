@@ -4,6 +4,7 @@ import json
 import re
 import struct
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -628,3 +629,19 @@ def test_overwriting_keeps_every_file_that_is_no_part_of_the_checkpoint(tmp_path
     lowrank.save(compressed(build_mlp), folder, overwrite=True)
     assert (folder / "my_embeddings.safetensors").read_text() == "mine"
     assert not (folder / "model-00001-of-00002.safetensors").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize(
+    "layer",
+    [(nn.Linear, 64, 0), (nn.Linear, 0, 64), (nn.Embedding, 0, 8), (nn.Embedding, 8, 0)],
+    ids=["no-outputs", "no-inputs", "no-rows", "no-columns"],
+)
+def test_layers_without_elements_are_saved_and_loaded(tmp_path, layer):
+    build = partial(*layer)
+    model = nn.Sequential(nn.Linear(64, 64), build())
+    lowrank.compress(model, rank=4, targets=["0"])
+    lowrank.save(model, tmp_path / "x")
+    again = lowrank.load(tmp_path / "x", nn.Sequential(nn.Linear(64, 64), build()))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    lowrank.report(again)

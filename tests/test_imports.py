@@ -63,13 +63,14 @@ def test_linalg_knows_only_errors_and_itself(path):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "nn").glob("*.py")), ids=ids)
-def test_nn_knows_only_errors_linalg_and_itself(path):
-    allowed = ("lowrank.errors", "lowrank.linalg", "lowrank.nn")
+def test_nn_knows_only_arguments_errors_linalg_and_itself(path):
+    allowed = ("lowrank.arguments", "lowrank.errors", "lowrank.linalg", "lowrank.nn")
     assert all(under(name, *allowed) for name in own(imported_by(path)))
 
 
-def test_planning_knows_only_errors_and_text():
+def test_planning_knows_only_arguments_errors_and_text():
     assert {name.rpartition(".")[0] for name in own(imported_by(ROOT / "planning.py"))} == {
+        "lowrank.arguments",
         "lowrank.errors",
         "lowrank.patterns",
         "lowrank.text",
@@ -83,6 +84,7 @@ def test_errors_and_text_know_nothing_of_the_library(leaf):
 
 LAYERS = [
     {"errors", "text"},
+    {"arguments"},
     {"patterns", "tensorfile", "folders", "linalg", "allocator", "modes"},
     {"batches", "blocks", "textfiles", "fingerprints", "distributed"},
     {"lookups"},

@@ -12,7 +12,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lowrank.errors import LowRankError
+from lowrank.arguments import instance, optional, refused, whole
+from lowrank.errors import LowRankError, WeightError
+
+FLOATING_DTYPE = instance(torch.dtype, "a torch.dtype, such as torch.float32")
+PARAMETER = instance(nn.Parameter, "a torch.nn.Parameter", WeightError)
+TENSOR = instance(Tensor, "a tensor", WeightError)
+
+
+def MATRIX(name: str, value: object) -> Tensor:  # noqa: N802
+    """Accept matrices."""
+    if not isinstance(value, Tensor) or value.ndim != 2:
+        raise refused(name, value, "a matrix, a tensor of two dimensions", WeightError)
+    return value
+
+
+def check_padding(index: object, rows: int) -> None:
+    """Refuse a padding row that a table of ``rows`` does not have; negative ones count from its end."""
+    optional(whole(-rows, rows - 1))("padding_idx", index)
 
 
 @dataclass(frozen=True)

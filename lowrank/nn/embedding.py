@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lowrank import arguments
+from lowrank.arguments import accepts, flag, optional, whole
 from lowrank.errors import RankError
 from lowrank.linalg import linear
+from lowrank.nn.dense import FLOATING_DTYPE, MATRIX, PARAMETER, check_padding
 from lowrank.nn.linear import decoded_weight
 
 
@@ -38,6 +41,13 @@ class LowRankEmbedding(nn.Module):
     weight: Tensor
     kind = "embedding"
 
+    @accepts(
+        num_embeddings=whole(1),
+        embedding_dim=whole(1),
+        bias=flag,
+        device=optional(arguments.device),
+        dtype=optional(FLOATING_DTYPE),
+    )
     def __init__(
         self,
         num_embeddings: int,
@@ -57,6 +67,7 @@ class LowRankEmbedding(nn.Module):
                 f"rank {rank!r} of a table of {num_embeddings} rows of {embedding_dim}: "
                 f"give a whole number from 1 to {largest}."
             )
+        check_padding(padding_idx, num_embeddings)
         self.num_embeddings, self.embedding_dim, self.rank = num_embeddings, embedding_dim, rank
         self.padding_idx = padding_idx
         self.relative_error: float | None = None
@@ -70,6 +81,7 @@ class LowRankEmbedding(nn.Module):
         return self.up.bias
 
     @classmethod
+    @accepts(left=MATRIX, right=MATRIX, bias=optional(PARAMETER))
     def from_factors(
         cls,
         left: Tensor,
@@ -81,6 +93,11 @@ class LowRankEmbedding(nn.Module):
     ) -> LowRankEmbedding:
         """Wrap ``left (num_embeddings, rank)``, which is not copied, and ``right (rank, embedding_dim)``."""
         rank, width = right.shape
+        if left.shape[1] != rank:
+            raise RankError(
+                f"left {tuple(left.shape)} and right {tuple(right.shape)} have no product: give "
+                "(num_embeddings, rank) and (rank, embedding_dim)."
+            )
         table = cls(len(left), width, rank, bias is not None, padding_idx=padding_idx, device="meta")
         table.down.weight = nn.Parameter(left)
         table.up.weight = nn.Parameter(right.T.contiguous())

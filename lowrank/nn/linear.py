@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from lowrank.errors import RankError, WeightError
+from lowrank import arguments
+from lowrank.arguments import accepts, flag, instance, optional, text, whole
+from lowrank.errors import LowRankError, RankError, WeightError
 from lowrank.linalg import linear, truncated_svd
 from lowrank.linalg.products import is_compiled
-from lowrank.nn.dense import kind_of
+from lowrank.nn.dense import FLOATING_DTYPE, MATRIX, PARAMETER, kind_of
 from lowrank.nn.quantized import Coded, QuantizedLinear
 from lowrank.nn.shared import SharedDown
 
@@ -40,6 +42,15 @@ class LowRankLinear(nn.Module):
         same_input: Whether the layer whose ``down`` it uses reads the same input, if it uses another's.
     """
 
+    @accepts(
+        in_features=whole(1),
+        out_features=whole(1),
+        bias=flag,
+        kind=text(),
+        shared=flag,
+        device=optional(arguments.device),
+        dtype=optional(FLOATING_DTYPE),
+    )
     def __init__(
         self,
         in_features: int,
@@ -78,6 +89,15 @@ class LowRankLinear(nn.Module):
         return self.up.bias
 
     @classmethod
+    @accepts(
+        left=MATRIX,
+        right=MATRIX,
+        bias=optional(PARAMETER),
+        kind=text(),
+        shared=flag,
+        added_bias=flag,
+        base=optional(instance(QuantizedLinear, "a QuantizedLinear, the weight that is corrected")),
+    )
     def from_factors(
         cls,
         left: Tensor,
@@ -91,6 +111,7 @@ class LowRankLinear(nn.Module):
         base: QuantizedLinear | None = None,
     ) -> LowRankLinear:
         """Wrap ``left (out, rank)`` and ``right (rank, in)`` without copying; the bias is shared."""
+        _check_factors(left, right)
         rank, in_features = right.shape
         layer = cls(
             in_features, left.shape[0], rank, bias is not None, kind=kind, shared=shared, device="meta"
@@ -106,6 +127,7 @@ class LowRankLinear(nn.Module):
         return layer
 
     @classmethod
+    @accepts(layer=instance(nn.Module, "a layer, such as torch.nn.Linear", WeightError))
     def from_linear(cls, layer: nn.Module, rank: int, *, seed: int = 0) -> LowRankLinear:
         """Factor one dense layer (`torch.nn.Linear` or transformers' ``Conv1D``); it is not changed.
 
@@ -125,6 +147,7 @@ class LowRankLinear(nn.Module):
         new = cls.from_factors(left, right, bias, kind=kind.name, relative_error=error)
         return new.train(layer.training)
 
+    @accepts(same_input=flag)
     def use_down_of(self, owner: LowRankLinear, same_input: bool = True) -> None:
         """Use the ``down`` of ``owner`` from now on, which must have been made ``shared``.
 
@@ -135,7 +158,10 @@ class LowRankLinear(nn.Module):
             same_input: Whether both read the same tensor, one after the other: its product is then kept
                 from the one to the other. If not, each computes its own, and none is kept.
         """
-        assert isinstance(owner.down, SharedDown)
+        if not isinstance(owner, LowRankLinear) or not isinstance(owner.down, SharedDown):
+            raise arguments.refused("owner", owner, "a LowRankLinear that was made with shared=True")
+        if not self.owns_down:
+            raise LowRankError("use_down_of: this layer uses the down of another one already.")
         del self.down
         self.__dict__["_owner"] = owner
         self.same_input = same_input
@@ -194,6 +220,14 @@ class LowRankLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"rank={self.rank}, bias={self.bias is not None}{'' if self.owns_down else ', shared down'}{base}"
+        )
+
+
+def _check_factors(left: Tensor, right: Tensor) -> None:
+    if left.shape[1] != right.shape[0]:
+        raise RankError(
+            f"left {tuple(left.shape)} and right {tuple(right.shape)} have no product: give (out, rank) and "
+            "(rank, in)."
         )
 
 

@@ -18,11 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.errors import WeightError
+from lowrank import arguments
+from lowrank.arguments import accepts, flag, instance, optional, text, whole
+from lowrank.errors import SchemeError, WeightError
 from lowrank.linalg import Scheme, decode, encode, encode_smoothed, linear, recode
 from lowrank.linalg.codes import joined, scaled
 from lowrank.linalg.products import is_compiled, is_transformed
 from lowrank.nn import kernels
+from lowrank.nn.dense import FLOATING_DTYPE, MATRIX, PARAMETER, TENSOR, check_padding
+
+_SCHEME = instance(Scheme, 'a Scheme, such as Scheme("int8")', SchemeError)
 
 
 class Coded(nn.Module):
@@ -121,6 +126,17 @@ class QuantizedLinear(Coded):
     smooth: Tensor | None
     center: Tensor | None
 
+    @accepts(
+        in_features=whole(1),
+        out_features=whole(1),
+        bias=flag,
+        scheme=_SCHEME,
+        kind=text(),
+        smooth=flag,
+        centred=flag,
+        device=optional(arguments.device),
+        dtype=optional(FLOATING_DTYPE),
+    )
     def __init__(
         self,
         in_features: int,
@@ -148,6 +164,15 @@ class QuantizedLinear(Coded):
         )
 
     @classmethod
+    @accepts(
+        weight=MATRIX,
+        bias=optional(PARAMETER),
+        scheme=_SCHEME,
+        kind=text(),
+        smooth=optional(TENSOR),
+        center=optional(TENSOR),
+        moments=optional(MATRIX),
+    )
     def from_weight(
         cls,
         weight: Tensor,
@@ -350,6 +375,13 @@ class QuantizedEmbedding(Coded):
         device, dtype: ``dtype`` is that of the output.
     """
 
+    @accepts(
+        num_embeddings=whole(1),
+        embedding_dim=whole(1),
+        scheme=_SCHEME,
+        device=optional(arguments.device),
+        dtype=optional(FLOATING_DTYPE),
+    )
     def __init__(
         self,
         num_embeddings: int,
@@ -360,12 +392,14 @@ class QuantizedEmbedding(Coded):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_padding(padding_idx, num_embeddings)
         super().__init__(num_embeddings, embedding_dim, scheme, device, dtype)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.padding_idx = padding_idx
         self.weight = self.weight.reshape(0, embedding_dim)  # who resizes a table asks for two sizes
 
     @classmethod
+    @accepts(table=instance(nn.Embedding, "a torch.nn.Embedding", WeightError), scheme=_SCHEME)
     def from_embedding(cls, table: nn.Embedding, scheme: Scheme) -> QuantizedEmbedding:
         """Code the table of ``table``, which must have no ``max_norm``.
 
