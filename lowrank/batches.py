@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, ValuesView
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,9 +67,10 @@ class Batch:
         """Real tokens in the batch; of inputs without tokens, samples."""
         if self.mask is not None:
             return int(self.mask.sum())
-        values = (*self.arguments, *self.keywords.values())
-        first = next((value for value in values if isinstance(value, Tensor) and value.ndim), None)
+        first = _first_tensor((*self.arguments, *self.keywords.values()))
         if first is None:
+            return 1  # of objects that only the model understands
+        if not first.numel():
             return 0
         return len(first) if first.is_floating_point() else first.numel()
 
@@ -112,8 +113,11 @@ def batches(
         by_length: Whether strings of like length may be put together, which spares padding. The order
             then changes within every sixteen batches.
 
+    Strings without tokens are left out.
+
     Raises:
-        DataError: If there are no data, strings come without a tokenizer, or a batch is none of these.
+        DataError: If there are no data, strings come without a tokenizer, or a batch is none of these or has
+            no token: it is empty, or padding only.
     """
     scalar = isinstance(data, Tensor) and not data.ndim
     if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable) or scalar:
@@ -130,8 +134,20 @@ def batches(
         if tokenizer is None:
             raise DataError("data has strings, so a tokenizer is needed: pass tokenizer=...")
         items = _tokenized(items, tokenizer, batch_size, max_length, by_length)
+    index = -1
     for index, given in enumerate(items):
-        yield as_batch(moved(given, device), index)
+        batch = as_batch(moved(given, device), index)
+        _check_has_tokens(batch)
+        yield batch
+    if index < 0:
+        raise DataError("None of the strings in data has a token: all of them are empty. Give others.")
+
+
+def _check_has_tokens(batch: Batch) -> None:
+    if batch.tokens:
+        return
+    why = "is empty" if batch.mask is None or not batch.mask.numel() else "is padding only: its mask is all 0"
+    raise DataError(f"Batch {batch.index} {why}. Leave it out of the data.")
 
 
 def windows(text: str | Tensor, tokenizer: Callable[..., Any] | None = None, *, tokens: int = 512) -> Tensor:
@@ -216,6 +232,18 @@ def as_batch(given: Any, index: int = 0) -> Batch:
         f"Batch {index} is {what}: a batch is a dict of tensors, a tensor, or a tuple whose "
         "first element is the model's input."
     )
+
+
+def _first_tensor(values: Iterable[Any]) -> Tensor | None:
+    """Return the first tensor with dimensions, also inside of dicts, tuples and lists."""
+    for value in values:
+        if isinstance(value, Tensor) and value.ndim:
+            return value
+        inside = value.values() if isinstance(value, Mapping) else value
+        found = _first_tensor(inside) if isinstance(inside, (tuple, list, ValuesView)) else None
+        if found is not None:
+            return found
+    return None
 
 
 def moved(value: Any, device: torch.device | str | None) -> Any:

@@ -21,7 +21,7 @@ from lowrank.batches import Batch, batches
 from lowrank.calibration import collect
 from lowrank.coding import with_common_codes_uncentred
 from lowrank.deciding import Request, Timing, check_dense, decide, drafted, spectra_of
-from lowrank.errors import BudgetError, DataError, LowRankError, PlanError, StatsError, TargetError
+from lowrank.errors import BudgetError, DataError, LowRankError, PlanError, TargetError
 from lowrank.factoring import pooled
 from lowrank.forms import INT8
 from lowrank.latency import LatencyTable
@@ -30,10 +30,10 @@ from lowrank.nn import TiedLinear
 from lowrank.obstacles import check_model
 from lowrank.planning import Budget, Plan
 from lowrank.ranks import nothing_changes, reasons
-from lowrank.statistics import Stats
+from lowrank.statistics import Stats, check_stats
 from lowrank.targets import draft
 
-_STATS = optional(instance(Stats, "what calibrate(model, data) returns, or Stats.load(folder)", StatsError))
+_STATS = optional(check_stats)
 _REQUEST: dict[str, Check] = {
     "latencies": optional(instance(LatencyTable, "a LatencyTable", BudgetError)),
     "stats": _STATS,

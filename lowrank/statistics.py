@@ -219,7 +219,9 @@ class Stats:
             return self.tables[layer].lacks(metric)
         if layer not in self.sources:
             return "was not called during calibration"
-        if metric == "loss" and layer not in self.gradients:
+        if not self.moments(layer).weight:
+            return "read no token during calibration"
+        if metric == "loss" and (layer not in self.gradients or not self.gradients[layer].tokens):
             return "no gradient of the loss reached it during calibration"
         return None
 
@@ -404,6 +406,17 @@ class Stats:
             raise StatsError(
                 f"{folder}: not statistics of lowrank, or damaged: {type(error).__name__}: {error}."
             ) from error
+
+
+def check_stats(name: str, value: Any) -> Stats:
+    """Accept statistics that have seen something."""
+    wanted = "what calibrate(model, data) returns, or Stats.load(folder)"
+    stats: Stats = instance(Stats, wanted, StatsError)(name, value)
+    if stats.tokens < 1:
+        raise StatsError(
+            f"{name}: these statistics have seen {stats.tokens} tokens. Calibrate again, on other data."
+        )
+    return stats
 
 
 def _assembled(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Stats:

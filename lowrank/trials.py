@@ -72,7 +72,7 @@ def make_trials(model: nn.Module, stats: Stats, heads: Mapping[str, str]) -> dic
         assert kind is not None
         weight = kind.weight(layer).detach()
         rank = weight.numel() // (2 * sum(weight.shape))
-        if rank:
+        if rank and stats.lacks(name, kind_of_metric) is None:
             metric = stats.metric(name, kind_of_metric, centred=True)
             left, right, *_ = truncated_svd(weight, rank, metric)
             mean = stats.moments(name).mean.to(weight)
