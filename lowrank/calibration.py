@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowrank.batches import Batch
-from lowrank.errors import DataError, StatsError
+from lowrank.batches import HELD_OUT, Batch
+from lowrank.errors import DataError, FewTokensWarning, StatsError
 from lowrank.fingerprints import fingerprint_of_layer, fingerprint_of_tokenizer
 from lowrank.linalg.metric import gram
 from lowrank.lookups import LookupSums
 from lowrank.modes import check_has_data, hooked, training_only
 from lowrank.nn import kind_of
+from lowrank.notices import warn
 from lowrank.objectives import of_loss, self_supervised
 from lowrank.statistics import Fingerprint, Gradients, Moments, Stats
 from lowrank.trials import TrialRun, make_trials
@@ -31,6 +32,10 @@ WIDEST = 8192
 
 HELD_OUT_TOKENS = 16_384
 """Tokens up to which batches wait for that in memory."""
+
+TOKENS_PER_FEATURE = 4
+"""Fewer warn. In T tokens of n independent features the variances of directions spread over (1 ± √(n/T))² of
+the true ones: with four tokens for each the smallest, which factors drop, look four times too small."""
 
 
 def collect(
@@ -58,11 +63,12 @@ def collect(
     lookups = LookupSums(model, tables, users, differentiate)
     collector = _Collector(model, [name for name in layers if name not in tables], differentiate, lookups)
     held: list[Batch] = []
-    held_tokens = terms = 0
+    held_tokens = terms = seen = 0
     bar = tqdm(total=_length(stream), desc="calibrating", unit="batch", disable=None if progress else True)
     with bar, training_only(model), torch.set_grad_enabled(differentiate):
         with collector.listening():
             for batch in stream:
+                seen += 1
                 if batch.held_out and held_tokens + batch.tokens <= HELD_OUT_TOKENS:
                     held.append(batch)  # its turn comes when the others are known
                     held_tokens += batch.tokens
@@ -78,7 +84,31 @@ def collect(
                 collector.start(batch)
                 terms += _pass(model, batch, loss, generator)
                 bar.update()
-    return run.added_to(collector.stats(tokenizer, terms))
+    stats = run.added_to(collector.stats(tokenizer, terms))
+    _warn_of_little_data(stats, seen)
+    return stats
+
+
+def _warn_of_little_data(stats: Stats, batches: int) -> None:
+    """Warn where predictions from these data need not hold on others."""
+    if batches < HELD_OUT:
+        warn(
+            f"Batches: {batches}. With fewer than {HELD_OUT} calibration holds none out, so nothing tells "
+            "how far its predictions hold on other data. Give more data, or smaller batches (batch_size=).",
+            FewTokensWarning,
+        )
+    full = {name: moments for name, moments in stats.inputs.items() if moments.products.ndim == 2}
+    name = min(full, key=lambda name: full[name].weight / len(full[name].total), default=None)
+    if name is None:
+        return
+    tokens, features = int(full[name].weight), len(full[name].total)
+    if tokens < TOKENS_PER_FEATURE * features:
+        wanted = TOKENS_PER_FEATURE * features
+        warn(
+            f"{name}: calibrated on {tokens:,} tokens, and reads {features:,} features. With fewer than "
+            f"{wanted:,} tokens the predicted loss can be far too low. Give more data.",
+            FewTokensWarning,
+        )
 
 
 def _length(stream: Iterable[Batch]) -> int | None:

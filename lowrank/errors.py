@@ -34,6 +34,10 @@ class SlowKernelWarning(UserWarning):
     """int4 weights of linear layers have no kernel on their device, and are decoded at every call."""
 
 
+class FewTokensWarning(UserWarning):
+    """Calibration has seen too few tokens or batches for its predictions to hold on other data."""
+
+
 class PlanError(LowRankError):
     """A plan does not fit the model, or would not save anything."""
 

@@ -83,7 +83,7 @@ def test_errors_and_text_know_nothing_of_the_library(leaf):
 
 
 LAYERS = [
-    {"errors", "text"},
+    {"errors", "text", "notices"},
     {"arguments"},
     {"patterns", "tensorfile", "folders", "linalg", "allocator", "modes"},
     {"batches", "blocks", "textfiles", "fingerprints", "distributed"},
