@@ -6,7 +6,6 @@ Memory is counted, not sampled: the bytes of the tensors alive during a forward 
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import statistics
@@ -26,7 +25,7 @@ from lowrank.errors import DataError, LowRankError
 from lowrank.modes import check_has_data, eval_mode, hooked
 from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear, kind_of
 from lowrank.obstacles import check_model
-from lowrank.text import format_bytes, format_table
+from lowrank.text import format_bytes, format_table, to_json
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Benchmark:
         data = asdict(self)
         for comparison, row in zip((self.model, *self.layers), (data["model"], *data["layers"]), strict=True):
             row["speedup"] = comparison.speedup
-        return json.dumps(data, indent=2)
+        return to_json(data)
 
     def __str__(self) -> str:
         header = ("layer", "rank", "dense ms", "small ms", "speed-up", "theory", "peak dense", "peak small")

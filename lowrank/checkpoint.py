@@ -186,7 +186,7 @@ def _write(model: nn.Module, folder: Path) -> None:
         "tensors": {name: digest_of(tensor) for name, tensor in ready.items()},
         "aliases": aliases,
     }
-    (folder / STRUCTURE).write_text(json.dumps(structure, indent=1), encoding="utf-8")
+    (folder / STRUCTURE).write_text(json.dumps(structure, indent=1, allow_nan=False), encoding="utf-8")
 
 
 def _is_view(tensor: Tensor) -> bool:

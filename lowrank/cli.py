@@ -19,6 +19,7 @@ from lowrank import pipeline
 from lowrank.errors import BudgetError, DataError, LowRankError, RankError, SchemeError, TargetError
 from lowrank.planning import Plan
 from lowrank.statistics import Stats
+from lowrank.text import to_json
 
 app = typer.Typer(
     name="lowrank",
@@ -254,11 +255,9 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Measure how good a checkpoint is."""
-    import json
-
     value = _measure(source, task, data, dense, windows)
     typer.echo(
-        json.dumps({"source": source, "task": task, "value": value}) if as_json else f"{task} {value:.4f}"
+        to_json({"source": source, "task": task, "value": value}, None) if as_json else f"{task} {value:.4f}"
     )
 
 

@@ -84,7 +84,7 @@ class LatencyTable:
     @accepts(path=arguments.path())
     def save(self, path: str | Path) -> None:
         """Write the table as JSON; raises `LowRankError` if that is not possible."""
-        text = json.dumps(vars(self), indent=1, ensure_ascii=False)
+        text = json.dumps(vars(self), indent=1, ensure_ascii=False, allow_nan=False)
         try:
             Path(path).write_text(text, encoding="utf-8")
         except OSError as error:

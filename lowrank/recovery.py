@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from lowrank.errors import CheckpointError, DataError, LowRankError
 from lowrank.modes import check_has_data, eval_mode, training_only
 from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedLinear
 from lowrank.obstacles import check_model
-from lowrank.runs import Course, Pace, Run
+from lowrank.runs import Course, Pace, Run, check_finite
 
 EVALUATIONS = 8
 """How often the held-out batches are looked at, beside the first time."""
@@ -105,8 +105,8 @@ def recover(
         The same model in its best state on the held-out batches, perhaps the one that it came in.
 
     Raises:
-        DataError: If there are fewer than two batches, teacher and model return different things, or
-            processes have different data.
+        DataError: If there are fewer than two batches, teacher and model return different things, their
+            distance is not finite on a batch, or processes have different data.
         CheckpointError: If the snapshot is damaged or of another model, or cannot be written.
         LowRankError: If nothing in the model is factorized or coded, it is sharded over processes, or not
             exactly one duration is given. With ``blockwise``, if there are no blocks, or fewer steps than
@@ -133,11 +133,11 @@ def recover(
         if blockwise:
             blocks = _trainable_blocks(student, teacher)
             with training_only(student), eval_mode(teacher):
-                _finish(BlockRuns(student, lesson, blocks, pace, course, folder))
+                _finish(BlockRuns(student, lesson, blocks, pace, course, folder), held)
         else:
             parameters = trainable(student)
             with training_only(student, parameters), lesson.listening():
-                _finish(Run(lesson.distance, parameters, pace, course, folder))
+                _finish(Run(lesson.distance, parameters, pace, course, folder), held)
     return model
 
 
@@ -154,8 +154,9 @@ def _trained_codes(model: nn.Module, wanted: bool) -> Iterator[None]:
             layer.fasten()
 
 
-def _finish(run: Run | BlockRuns) -> None:
+def _finish(run: Run | BlockRuns, held: Sequence[Batch]) -> None:
     """Train to the end, and leave the best state also where that is not reached."""
+    check_finite(run.best.value, held)
     try:
         run.resume()
         run.train()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from lowrank.obstacles import check_model
 from lowrank.planning import LayerPlan, Plan
 from lowrank.targets import draft
 from lowrank.tensorfile import safetensors_bytes
-from lowrank.text import format_bytes, format_table
+from lowrank.text import format_bytes, format_table, to_json
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ class Report:
         for layer, row in zip(self.layers, data["layers"], strict=True):
             row.update(macs_before=layer.macs_before, macs=layer.macs)
         data["kept_fraction"] = self.kept_fraction
-        return json.dumps(data, indent=2)
+        return to_json(data)
 
     def _macs(self) -> str:
         if all(layer.macs == layer.parameters for layer in self.layers):

@@ -71,7 +71,7 @@ class Snapshot:
             numbers["blocks"] = self.blocks
         with staged(folder, overwrite=True) as staging:
             save_file(tensors, staging / _TENSORS, METADATA)
-            (staging / _STRUCTURE).write_text(json.dumps(numbers), encoding="utf-8")
+            (staging / _STRUCTURE).write_text(json.dumps(numbers, allow_nan=False), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path, parameters: Sequence[Tensor], blockwise: bool = False) -> Snapshot | None:

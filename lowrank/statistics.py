@@ -379,7 +379,9 @@ class Stats:
         }
         with staged(Path(folder), overwrite) as staging:
             save_file({k: t.contiguous() for k, t in tensors.items()}, staging / _TENSORS, METADATA)
-            (staging / _STRUCTURE).write_text(json.dumps(structure, indent=2), encoding="utf-8")
+            (staging / _STRUCTURE).write_text(
+                json.dumps(structure, indent=2, allow_nan=False), encoding="utf-8"
+            )
 
     @classmethod
     @accepts(folder=path(StatsError))

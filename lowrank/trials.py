@@ -14,6 +14,7 @@ one number per layer, on held-out data.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.batches import Batch
+from lowrank.errors import StatsError
 from lowrank.linalg import Metric, spectrum, truncated_svd
 from lowrank.modes import hooked
 from lowrank.nn import kind_of
@@ -137,7 +139,7 @@ class TrialRun:
             if not output.requires_grad:
                 output = output.detach().requires_grad_().clone()
             output.register_hook(  # type: ignore[no-untyped-call]
-                lambda gradient: self._count(name, (error * gradient).float().sum(-1, keepdim=True))
+                lambda gradient: self._count(name, (error.float() * gradient.float()).sum(-1, keepdim=True))
             )
             return output
 
@@ -146,7 +148,13 @@ class TrialRun:
     def _count(self, name: str, errors: Tensor) -> None:
         assert self.batch is not None
         rows = self.batch.real(errors)
-        self._measured[name] += float(rows.float().square().sum(dtype=torch.float64))
+        measured = float(rows.float().square().sum(dtype=torch.float64))
+        if not math.isfinite(measured):
+            raise StatsError(
+                f"{name}: what it returns in batch {self.batch.index}, or its gradient, is NaN or infinite. "
+                "It overflows, in half precision perhaps."
+            )
+        self._measured[name] += measured
         self._tokens[name] += len(rows)
 
     def added_to(self, stats: Stats) -> Stats:

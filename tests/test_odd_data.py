@@ -1,6 +1,7 @@
 """Data that hold nothing, too little, or nonsense: each call says so, with the batch's number."""
 
 import copy
+import json
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ import lowrank
 from lowrank import DataError, FewTokensWarning, StatsError, apply, calibrate, compress, plan, recover
 from lowrank.calibration import WIDEST
 from lowrank.evaluation import loss_increase
+from lowrank.text import to_json
 
 
 def made(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -136,6 +138,40 @@ def test_a_layer_that_never_gets_a_token_says_so_in_the_plan():
     for loss in ("auto", None):
         stats = calibrate(model, data, loss=loss)
         assert plan(model, keep=0.5, stats=stats)["idle"].reason == "read no token during calibration"
+
+
+# --- values that are not finite
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("position", [3, 4], ids=["held-out", "trained-on"])
+def test_recovery_refuses_data_that_are_not_finite_and_leaves_the_model(mlp, odd, position):
+    """One batch of eight is held out, the one at position 4."""
+    small = compress(copy.deepcopy(mlp), rank=4)
+    before = {name: value.clone() for name, value in small.state_dict().items()}
+    data = [made(20, 64, seed=i) for i in range(8)]
+    data[position][3, 3] = odd
+    with pytest.raises(DataError, match=f"Batch {position}: the distance of the compressed model"):
+        recover(small, mlp, data, steps=20)
+    assert small.state_dict().keys() == before.keys()
+    if position == 4:
+        assert all(torch.equal(value, before[name]) for name, value in small.state_dict().items())
+
+
+def test_an_output_that_overflows_on_held_out_data_is_refused():
+    """The inputs are finite, and so are their moments."""
+    model = nn.Sequential(nn.Linear(8, 8)).half()
+    nn.init.constant_(model[0].weight, 6e4)
+    with pytest.raises(
+        StatsError, match="0: what it returns in batch 3, or its gradient, is NaN or infinite"
+    ):
+        calibrate(model, [torch.ones(4, 8).half()] * 4, loss=None)
+
+
+def test_json_has_null_where_a_number_is_not_finite():
+    text = to_json({"a": [float("nan"), 1.0], "b": {"c": float("-inf")}, "d": (2, "NaN", True)})
+    wanted = {"a": [None, 1.0], "b": {"c": None}, "d": [2, "NaN", True]}
+    assert json.loads(text, parse_constant=lambda name: pytest.fail(name)) == wanted
 
 
 # --- few data
