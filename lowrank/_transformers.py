@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 _TRIGGER = "transformers.modeling_utils"
 
@@ -27,6 +28,17 @@ def plugin() -> ModuleType | None:
 def load_plugin() -> ModuleType:
     """Return `lowrank.hf`, importing transformers if need be."""
     return importlib.import_module("lowrank.hf")
+
+
+def check_tokenizer(model: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer of transformers that cannot be the model's; see `lowrank.hf.tokenizer`.
+
+    Raises:
+        DataError: If its vocabulary is far smaller than the model's.
+    """
+    hf = plugin()
+    if hf is not None:
+        hf.check_tokenizer(model, tokenizer)
 
 
 def watch() -> None:

@@ -8,15 +8,23 @@ from __future__ import annotations
 
 import inspect as inspect_module  # a command below has the short name
 import sys
-from contextlib import suppress
+import warnings
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TextIO
 
 import typer
 from torch import nn
 
 from lowrank import pipeline
-from lowrank.errors import BudgetError, DataError, LowRankError, RankError, SchemeError, TargetError
+from lowrank.errors import (
+    BudgetError,
+    CheckpointError,
+    DataError,
+    LowRankError,
+    RankError,
+    SchemeError,
+    TargetError,
+)
 from lowrank.planning import Plan
 from lowrank.statistics import Stats
 from lowrank.text import to_json
@@ -175,6 +183,7 @@ def compress(
     """Compress a checkpoint and write it, ready for from_pretrained."""
     from lowrank.checkpoint import save
     from lowrank.folders import check_folder
+    from lowrank.hf.tokenizer import vocabulary_of
     from lowrank.reporting import report
 
     budget: dict[str, Any] = {"rank": rank, "keep": keep, "energy": energy, "error": error}
@@ -198,7 +207,8 @@ def compress(
     else:
         pipeline.compress(model, **budget, **choice, **how, inputs=_first(samples))
     save(model, out, overwrite=overwrite)
-    _copy_tokenizer(source, out)
+    if vocabulary_of(model) is not None:
+        _copy_tokenizer(source, out, quiet)
     _show(report(model), as_json, quiet)
 
 
@@ -263,13 +273,14 @@ def evaluate(
 
 def _measure(source: str, task: str, data: Path, dense: str | None, windows: int | None) -> float:
     from lowrank import evaluation
+    from lowrank.hf.tokenizer import load_tokenizer
     from lowrank.textfiles import read_labelled, read_lines, read_pairs, read_text
 
     if task not in TASKS:
         raise typer.BadParameter(f"{task}: choose one of {', '.join(TASKS)}.", param_hint="--task")
     if task == "cosine" and dense is None:
         raise typer.BadParameter("cosine compares with the dense model.", param_hint="--dense")
-    model, tokenizer = _load(source, quiet=True), _tokenizer(source)
+    model, tokenizer = _load(source, quiet=True), load_tokenizer(source)
     if task == "perplexity":
         return evaluation.perplexity(model, read_text(data), tokenizer, count=windows)
     if task == "sts":
@@ -302,10 +313,11 @@ def bench(
     import torch
 
     from lowrank.benchmarking import benchmark
+    from lowrank.hf.tokenizer import vocabulary_of
 
     first, second = _load(dense, quiet=True), _load(small, quiet=True)
     generator = torch.Generator().manual_seed(0)
-    vocabulary = first.config.get_text_config().to_dict().get("vocab_size")  # type: ignore[union-attr,operator]
+    vocabulary = vocabulary_of(first)
     if vocabulary is None:
         raise LowRankError(
             f"{dense}: not a model of tokens, so there is no input to make up. "
@@ -329,9 +341,11 @@ def demo(
 
 
 def main() -> None:
-    """Run the command line, and turn failures into one line and an exit code."""
+    """Run the command line, and turn warnings and failures into one line each, and an exit code."""
     try:
-        app()
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            app()
     except SystemExit as done:
         if done.code == 130:  # what typer makes of Ctrl-C, without a word
             _fail("interrupted", 1)
@@ -340,6 +354,19 @@ def main() -> None:
         if "--debug" in sys.argv:
             raise
         _fail(_one_line(error), 2 if isinstance(error, WRONG_USE) else 1)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    own = category.__module__ == LowRankError.__module__
+    text = f"lowrank: {message}" if own else warnings.formatwarning(message, category, filename, lineno, line)
+    typer.echo(text.rstrip(), file, err=file is None)
 
 
 def _one_line(error: Exception) -> str:
@@ -374,15 +401,6 @@ def _load(source: str, quiet: bool) -> nn.Module:
         raise LowRankError(f"{source}: cannot be loaded: {error}") from error
 
 
-def _tokenizer(source: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise LowRankError(f"{source}: no tokenizer can be loaded: {error}") from error
-
-
 class _Samples(NamedTuple):
     """What a file of text holds, as `lowrank.calibrate` takes it."""
 
@@ -395,9 +413,12 @@ def _samples(model: nn.Module, source: str, file: Path | None, windows: int | No
     if file is None:
         return None
     from lowrank import batches
+    from lowrank._transformers import check_tokenizer
+    from lowrank.hf.tokenizer import load_tokenizer
     from lowrank.textfiles import read_lines, read_text
 
-    tokenizer = _tokenizer(source)
+    tokenizer = load_tokenizer(source)
+    check_tokenizer(model, tokenizer)
     if not type(model).__name__.endswith(("CausalLM", "LMHeadModel")):
         return _Samples(read_lines(file), tokenizer)
     ids = batches.windows(read_text(file), tokenizer)[:windows]
@@ -434,9 +455,12 @@ def _calm_transformers(quiet: bool) -> None:
         logging.disable_progress_bar()
 
 
-def _copy_tokenizer(source: str, folder: Path) -> None:
-    """Write the source's tokenizer into ``folder``, if it has one, so that the folder is complete."""
-    from transformers import AutoTokenizer
+def _copy_tokenizer(source: str, folder: Path, quiet: bool) -> None:
+    """Write the source's tokenizer into ``folder``, so that it is complete, or say why not."""
+    from lowrank.hf.tokenizer import load_tokenizer
 
-    with suppress(OSError, ValueError):
-        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    try:
+        load_tokenizer(source).save_pretrained(folder)
+    except CheckpointError as error:
+        if not quiet:
+            typer.echo(f"lowrank: no tokenizer is copied to {folder}: {_one_line(error)}", err=True)

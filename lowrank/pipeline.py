@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank import quantizing, surgery
-from lowrank._transformers import plugin
+from lowrank._transformers import check_tokenizer, plugin
 from lowrank.anchoring import apply_anchored
 from lowrank.arguments import SEED, Check, accepts, device, flag, function, instance, optional, path, whole
 from lowrank.batches import Batch, batches
@@ -384,6 +384,7 @@ def _stream(
     max_length: int | None = None,
 ) -> Iterator[Batch]:
     """Return the batches of ``data``, where the model is."""
+    check_tokenizer(model, tokenizer)
     if device is None:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
     return batches(

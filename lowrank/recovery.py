@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowrank._transformers import check_tokenizer
 from lowrank.arguments import MODEL_OF, SEED, accepts, flag, function, instance, number, optional, path, whole
 from lowrank.batches import Batch, batches
 from lowrank.blocks import find_blocks
@@ -118,6 +119,7 @@ def recover(
     if not isinstance(learning_rate, (int, float)) or not 0 < learning_rate < math.inf:
         raise LowRankError(f"learning_rate={learning_rate!r}: give a positive number, such as 3e-4.")
     student, teacher = unwrapped(model), unwrapped(teacher)
+    check_tokenizer(teacher, tokenizer)
     device = next(p.device for p in student.parameters())
     stream = batches(
         data, tokenizer, device=device, batch_size=batch_size, max_length=max_length, by_length=True

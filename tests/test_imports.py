@@ -85,7 +85,7 @@ def test_errors_and_text_know_nothing_of_the_library(leaf):
 LAYERS = [
     {"errors", "text", "notices"},
     {"arguments"},
-    {"patterns", "tensorfile", "folders", "linalg", "allocator", "modes"},
+    {"patterns", "tensorfile", "folders", "linalg", "allocator", "modes", "_transformers"},
     {"batches", "blocks", "textfiles", "fingerprints", "distributed"},
     {"lookups"},
     {"planning", "statistics", "objectives", "snapshots"},
@@ -97,7 +97,7 @@ LAYERS = [
     {"coding", "outlooks"},
     {"targets", "calibration", "ranks", "surgery", "recovery", "evaluation"},  # the stages
     {"anchoring", "quantizing", "sharing"},
-    {"_transformers", "plot", "costs", "latency"},
+    {"plot", "costs", "latency"},
     {"deciding"},
     {"checkpoint", "pipeline", "benchmarking"},
     {"hf", "reporting"},

@@ -36,6 +36,7 @@ from lowrank.coding import PARTS
 from lowrank.errors import BudgetError, CheckpointError, LowRankError, PlanError
 from lowrank.folders import TENSORS
 from lowrank.hf.ties import rewrite_ties, with_tied_heads
+from lowrank.hf.tokenizer import check_tokenizer as check_tokenizer
 from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, TiedLinear
 from lowrank.pipeline import compress
 from lowrank.planning import Budget, Plan
