@@ -1,7 +1,7 @@
 """Save and load: safetensors for the tensors, JSON for the structure, never pickle.
 
-A folder is written beside its final place and renamed when it is complete, so that an interrupt
-leaves the old one whole. Transformers models become ordinary ``save_pretrained`` folders; for any
+A folder is written as one step (see `lowrank.folders`), so that an interrupt leaves the old one
+whole. Transformers models become ordinary ``save_pretrained`` folders; for any
 other module the folder holds ``model.safetensors`` and ``lowrank.json``:
 
     {"format": 1, "plan": {...}, "tensors": {name: sha256}, "aliases": {name: name}}
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lowrank._transformers import load_plugin, plugin
 from lowrank.arguments import accepts, flag, path
 from lowrank.errors import CheckpointError, LowRankError, PlanError, SchemeError
-from lowrank.folders import STRUCTURE, TENSORS, staged
+from lowrank.folders import STRUCTURE, TENSORS, settle, staged
 from lowrank.forms import scheme_of
 from lowrank.nn import LowRankEmbedding
 from lowrank.obstacles import check_model, check_not_compiled
@@ -44,15 +44,15 @@ def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> Pa
         model: A compressed (or dense) module. A transformers model is written by its own
             ``save_pretrained``, for ``from_pretrained``.
         folder: A new or empty folder; its parents are made.
-        overwrite: Replace the checkpoint in a folder that has files; other files stay. The old
-            folder is whole until the new one is complete.
+        overwrite: Replace the checkpoint in a folder that has files; other files stay. However the call
+            ends, the next one that saves or loads there finds the old checkpoint whole, or the new one.
 
     Returns:
         The folder.
 
     Raises:
-        CheckpointError: If the folder is not empty or cannot be written, or the model holds state
-            that is no tensor.
+        CheckpointError: If the folder is not empty, has no name of its own (such as "."), cannot be written
+            or is being written by another process; or if the model holds state that is no tensor.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64))
@@ -63,12 +63,17 @@ def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> Pa
     """
     check_not_compiled(check_model(model))
     with staged(Path(folder), overwrite) as staging:
-        hf = plugin()
-        if hf is not None and hf.is_pretrained(model):
-            hf.save(model, staging)
-        else:
-            _write(model, staging)
+        write(model, staging)
     return Path(folder)
+
+
+def write(model: nn.Module, folder: Path) -> None:
+    """Write the files of a checkpoint into ``folder``, which `lowrank.folders.staged` gives."""
+    hf = plugin()
+    if hf is not None and hf.is_pretrained(model):
+        hf.save(model, folder)
+    else:
+        _write(model, folder)
 
 
 @accepts(folder=path(CheckpointError))
@@ -90,6 +95,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
             extra or of another shape, or the architecture is another. The model is then as before.
     """
     folder = Path(folder)
+    settle(folder)
     if (folder / STRUCTURE).is_file():
         if model is None:
             raise CheckpointError(

@@ -111,6 +111,11 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Decide every layer's rank and predict its error; change nothing."""
+    from lowrank.atomicfile import check_file
+
+    for file in (out, picture):
+        if file is not None:
+            check_file(file)
     model = _load(source, quiet)
     samples = _samples(model, source, data, windows)
     made = pipeline.plan(
@@ -181,8 +186,8 @@ def compress(
     debug: Debug = False,
 ) -> None:
     """Compress a checkpoint and write it, ready for from_pretrained."""
-    from lowrank.checkpoint import save
-    from lowrank.folders import check_folder
+    from lowrank.checkpoint import write
+    from lowrank.folders import check_folder, staged
     from lowrank.hf.tokenizer import vocabulary_of
     from lowrank.reporting import report
 
@@ -206,9 +211,10 @@ def compress(
         pipeline.apply(model, Plan.load(plan_file), **how)
     else:
         pipeline.compress(model, **budget, **choice, **how, inputs=_first(samples))
-    save(model, out, overwrite=overwrite)
-    if vocabulary_of(model) is not None:
-        _copy_tokenizer(source, out, quiet)
+    with staged(out, overwrite) as folder:
+        write(model, folder)
+        if vocabulary_of(model) is not None:
+            _copy_tokenizer(source, folder, quiet)
     _show(report(model), as_json, quiet)
 
 
@@ -389,8 +395,10 @@ def _show(result: Any, as_json: bool, quiet: bool = False) -> None:
 def _load(source: str, quiet: bool) -> nn.Module:
     _calm_transformers(quiet)
     from lowrank import hf
+    from lowrank.folders import settle
 
     folder = Path(source)
+    settle(folder)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise LowRankError(f"{source}: no config.json here, so not a transformers folder.")
     if not folder.exists() and (folder.is_absolute() or source.startswith(".") or source.count("/") > 1):
@@ -460,7 +468,12 @@ def _copy_tokenizer(source: str, folder: Path, quiet: bool) -> None:
     from lowrank.hf.tokenizer import load_tokenizer
 
     try:
-        load_tokenizer(source).save_pretrained(folder)
+        tokenizer = load_tokenizer(source)
     except CheckpointError as error:
         if not quiet:
-            typer.echo(f"lowrank: no tokenizer is copied to {folder}: {_one_line(error)}", err=True)
+            typer.echo(f"lowrank: no tokenizer is copied: {_one_line(error)}", err=True)
+        return
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the package tokenizers has no class for what the file system refuses
+        raise OSError(f"the tokenizer: {error}") from error

@@ -43,7 +43,7 @@ class PlanError(LowRankError):
 
 
 class CheckpointError(LowRankError):
-    """A file is missing, damaged, foreign or from a newer version; or a folder cannot be written."""
+    """A file is missing, damaged, foreign or from a newer version; or a file or folder cannot be written."""
 
 
 class DataError(LowRankError):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lowrank import arguments
 from lowrank.arguments import MODEL_OF, accepts, instance, whole
+from lowrank.atomicfile import replaced
 from lowrank.errors import BudgetError, LowRankError
 from lowrank.menus import Costs, Menu
 from lowrank.modes import hooked
@@ -83,12 +84,14 @@ class LatencyTable:
 
     @accepts(path=arguments.path())
     def save(self, path: str | Path) -> None:
-        """Write the table as JSON; raises `LowRankError` if that is not possible."""
+        """Write the table as JSON, in one step.
+
+        Raises:
+            CheckpointError: If the file cannot be written; an older one is then as it was.
+        """
         text = json.dumps(vars(self), indent=1, ensure_ascii=False, allow_nan=False)
-        try:
-            Path(path).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise LowRankError(f"{path}: the table cannot be written: {error}.") from error
+        with replaced(Path(path)) as new:
+            new.write_text(text, encoding="utf-8")
 
     @classmethod
     @accepts(path=arguments.path())

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank.arguments import accepts, every, instance, path, text
+from lowrank.atomicfile import replaced
 from lowrank.errors import BudgetError, PlanError, RankError, TargetError
 from lowrank.patterns import matches, no_match
 from lowrank.text import format_table
@@ -559,11 +560,14 @@ class Plan:
 
     @accepts(path=path(PlanError))
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON to ``path``; raises `PlanError` if that is not possible."""
-        try:
-            Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
-        except OSError as error:
-            raise PlanError(f"{path}: the plan cannot be written: {error}.") from error
+        """Write the plan as JSON to ``path``, in one step.
+
+        Raises:
+            CheckpointError: If the file cannot be written; an older one is then as it was.
+        """
+        text = self.to_json() + "\n"
+        with replaced(Path(path)) as new:
+            new.write_text(text, encoding="utf-8")
 
     @classmethod
     @accepts(path=path(PlanError))

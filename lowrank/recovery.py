@@ -23,8 +23,16 @@ from lowrank.batches import Batch, batches
 from lowrank.blocks import find_blocks
 from lowrank.blockwise import BlockRuns
 from lowrank.distillation import Lesson
-from lowrank.distributed import check_alike, check_whole, copy_from_first, processes, unwrapped
+from lowrank.distributed import (
+    check_alike,
+    check_whole,
+    copy_from_first,
+    process_number,
+    processes,
+    unwrapped,
+)
 from lowrank.errors import CheckpointError, DataError, LowRankError
+from lowrank.folders import check_folder
 from lowrank.modes import check_has_data, eval_mode, training_only
 from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedLinear
 from lowrank.obstacles import check_model
@@ -118,6 +126,9 @@ def recover(
     _check(model, teacher, minutes, steps)
     if not isinstance(learning_rate, (int, float)) or not 0 < learning_rate < math.inf:
         raise LowRankError(f"learning_rate={learning_rate!r}: give a positive number, such as 3e-4.")
+    folder = Path(snapshots) if snapshots is not None else None
+    if folder is not None and process_number() == 0:
+        check_folder(folder, overwrite=True)
     student, teacher = unwrapped(model), unwrapped(teacher)
     check_tokenizer(teacher, tokenizer)
     device = next(p.device for p in student.parameters())
@@ -130,7 +141,7 @@ def recover(
     mixed = _multiplies_bfloat16(device) if mixed_precision is None else mixed_precision
     lesson = Lesson(student, teacher, hidden_weight, torch.autocast(device.type, torch.bfloat16, mixed))
     course = Course(train, held, learning_rate, EVALUATIONS, seed, progress)
-    pace, folder = Pace(minutes, steps), Path(snapshots) if snapshots is not None else None
+    pace = Pace(minutes, steps)
     with _trained_codes(student, codes):
         if blockwise:
             blocks = _trainable_blocks(student, teacher)

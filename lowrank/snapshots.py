@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowrank.errors import CheckpointError
-from lowrank.folders import staged
+from lowrank.folders import settle, staged
 from lowrank.tensorfile import METADATA, read_header
 
 SNAPSHOT_FORMAT = 1
@@ -86,6 +86,7 @@ class Snapshot:
             CheckpointError: If the snapshot is damaged, from a newer version, of another model, or of a
                 run of the other kind.
         """
+        settle(folder)
         if not (folder / _STRUCTURE).exists():
             return None
         file = folder / _TENSORS

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lowrank.arguments import accepts, choice, flag, instance, path, refused, text
 from lowrank.errors import CheckpointError, StatsError
-from lowrank.folders import staged
+from lowrank.folders import settle, staged
 from lowrank.linalg import Diagonal, Gram, Metric, PulledBack
 from lowrank.linalg.shrinkage import shrunk
 from lowrank.lookups import Lookups
@@ -393,6 +393,7 @@ class Stats:
         """
         file = Path(folder) / _TENSORS
         try:
+            settle(Path(folder))
             structure = json.loads((Path(folder) / _STRUCTURE).read_text(encoding="utf-8"))
             if structure["format"] > STATS_FORMAT:
                 raise StatsError(

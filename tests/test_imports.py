@@ -71,6 +71,7 @@ def test_nn_knows_only_arguments_errors_linalg_and_itself(path):
 def test_planning_knows_only_arguments_errors_and_text():
     assert {name.rpartition(".")[0] for name in own(imported_by(ROOT / "planning.py"))} == {
         "lowrank.arguments",
+        "lowrank.atomicfile",
         "lowrank.errors",
         "lowrank.patterns",
         "lowrank.text",
@@ -84,7 +85,8 @@ def test_errors_and_text_know_nothing_of_the_library(leaf):
 
 LAYERS = [
     {"errors", "text", "notices"},
-    {"arguments"},
+    {"arguments", "locks"},
+    {"atomicfile"},
     {"patterns", "tensorfile", "folders", "linalg", "allocator", "modes", "_transformers"},
     {"batches", "blocks", "textfiles", "fingerprints", "distributed"},
     {"lookups"},
