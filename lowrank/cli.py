@@ -214,7 +214,7 @@ def compress(
     with staged(out, overwrite) as folder:
         write(model, folder)
         if vocabulary_of(model) is not None:
-            _copy_tokenizer(source, folder, quiet)
+            _copy_tokenizer(source, folder, out, quiet)
     _show(report(model), as_json, quiet)
 
 
@@ -463,7 +463,7 @@ def _calm_transformers(quiet: bool) -> None:
         logging.disable_progress_bar()
 
 
-def _copy_tokenizer(source: str, folder: Path, quiet: bool) -> None:
+def _copy_tokenizer(source: str, folder: Path, out: Path, quiet: bool) -> None:
     """Write the source's tokenizer into ``folder``, so that it is complete, or say why not."""
     from lowrank.hf.tokenizer import load_tokenizer
 
@@ -471,7 +471,7 @@ def _copy_tokenizer(source: str, folder: Path, quiet: bool) -> None:
         tokenizer = load_tokenizer(source)
     except CheckpointError as error:
         if not quiet:
-            typer.echo(f"lowrank: no tokenizer is copied: {_one_line(error)}", err=True)
+            typer.echo(f"lowrank: no tokenizer is copied to {out}: {_one_line(error)}", err=True)
         return
     try:
         tokenizer.save_pretrained(folder)
