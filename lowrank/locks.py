@@ -35,14 +35,16 @@ def locked(work: Path) -> Iterator[Path]:
         BusyError: If another process has it.
         OSError: If it cannot be made or written.
     """
-    handle = _lock(work)
     try:
-        yield work
+        handle = _lock(work)
+        try:
+            yield work
+        finally:
+            with suppress(OSError):
+                (work / _LOCK).unlink()
+            os.close(handle)  # which ends the lock, as the end of the process does
     finally:
-        with suppress(OSError):
-            (work / _LOCK).unlink()
-        os.close(handle)  # which ends the lock, as the end of the process does
-        with suppress(OSError):  # not empty: another process has come
+        with suppress(OSError):  # it is not empty: another process has come
             work.rmdir()
 
 
