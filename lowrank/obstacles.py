@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lowrank.errors import LowRankError, TargetError
+from lowrank.guards import names_set
 from lowrank.linalg.svd import FLOATING
 from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear, kind_of
 from lowrank.reads import layers_read
@@ -166,9 +167,10 @@ def _finder(model: nn.Module) -> Callable[..., str | None]:
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(place_of(parameter), []).append(name)
+    changing = frozenset[str]().union(*(names_set(cls) for cls in {type(part) for part in model.modules()}))
     readers: dict[int, str] = {}  # of several the nearest, which comes last
     for module in model.modules():
-        for layer in layers_read(module):
+        for layer in layers_read(module, changing):
             readers[id(layer)] = type(module).__name__
 
     def obstacle(

@@ -91,7 +91,7 @@ LAYERS = [
     {"batches", "blocks", "textfiles", "fingerprints", "distributed"},
     {"lookups"},
     {"planning", "statistics", "objectives", "snapshots"},
-    {"forms"},
+    {"forms", "guards"},
     {"nn", "reads", "distillation", "menus", "sums", "streams"},
     {"ties", "inheritance"},
     {"obstacles", "runs"},
