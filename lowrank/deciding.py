@@ -20,11 +20,13 @@ from lowrank.errors import BudgetError, WeightError
 from lowrank.evaluation import evaluating
 from lowrank.factoring import check_layer_of, matrix_of, metric_of, pooled
 from lowrank.forms import FLOAT, TABLE, Form, forms_of
+from lowrank.heads import heads_of, output_layer
 from lowrank.latency import LatencyTable, latency_costs, seconds_of
+from lowrank.leftovers import with_reach
 from lowrank.linalg import Spectrum, spectrum
 from lowrank.linalg.svd import check_options
 from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, QuantizedEmbedding, TiedLinear
-from lowrank.obstacles import check_model
+from lowrank.obstacles import check_holder
 from lowrank.outlooks import outlooks_of, residual_errors
 from lowrank.patterns import is_wildcard
 from lowrank.planning import METRICS, Budget, CodedWeight, Plan
@@ -107,11 +109,12 @@ def drafted(
     Where forms compete, and with ``tables``, embedding tables are targets, too. Without ``equal``, equal
     weights are not looked for.
     """
+    check_holder(model)
     hf = plugin()
-    heads = hf.head_layers(check_model(model)) if hf is not None else None
     apart = None if not equal else hf.parts(model) if hf is not None else ()
     every = tables or len(request.forms) > 1
-    plan = draft(check_model(model), request.targets, request.ignore, heads, every, apart)
+    plan = draft(model, request.targets, request.ignore, known_heads(model), every, apart)
+    plan = with_reach(model, plan)
     if request.residual and request.budget is not None and request.budget.kind == "rank":
         plan = plan.with_layers({x.name: replace(x, residual=True) for x in plan.targeted if x.kind != TABLE})
     metric = request.metric_with(stats)
@@ -130,6 +133,17 @@ def drafted(
     return replace(plan, metric=metric).with_layers(layers)
 
 
+def known_heads(model: nn.Module) -> dict[str, str]:
+    """Return ``{layer name: head}`` of layers that the model's structure shows to belong to a head.
+
+    transformers' models say where their base ends; of others the last layer may be one.
+    """
+    hf = plugin()
+    if hf is not None and hf.is_pretrained(model):
+        return hf.head_layers(model)  # type: ignore[no-any-return]
+    return output_layer(model)
+
+
 def check_dense(model: nn.Module, drafted: Plan, request: Request) -> None:
     """Refuse a request for layers of which some are compressed already: it would count and change the others.
 
@@ -141,8 +155,7 @@ def check_dense(model: nn.Module, drafted: Plan, request: Request) -> None:
     Raises:
         BudgetError: If it names a layer that is factorized or coded, and others that are not.
     """
-    hf = plugin()
-    heads = hf.head_layers(model) if hf is not None else {}
+    heads = heads_of(model, known_heads(model))
     spelled, ignore = request.targets or (), request.ignore or ()
     done = []
     for layer in drafted:
@@ -153,7 +166,7 @@ def check_dense(model: nn.Module, drafted: Plan, request: Request) -> None:
         table = isinstance(own, (LowRankEmbedding, QuantizedEmbedding))
         if table and not any(spells(pattern, layer.name) for pattern in spelled):
             continue  # tables are no targets unless they are spelled
-        if not_wanted(layer.name, request.targets, ignore, heads.get(layer.name)) is None:
+        if not_wanted(layer.name, request.targets, ignore, heads) is None:
             done.append(layer.name)
     if done and drafted.targeted:
         raise BudgetError(

@@ -38,6 +38,10 @@ class FewTokensWarning(UserWarning):
     """Calibration has seen too few tokens or batches for its predictions to hold on other data."""
 
 
+class ReachWarning(UserWarning):
+    """Most of the model's parameters are in no layer that `lowrank.compress` can change."""
+
+
 class PlanError(LowRankError):
     """A plan does not fit the model, or would not save anything."""
 

@@ -5,6 +5,7 @@ Drafting a plan asks for the reasons; applying one checks against them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
@@ -89,6 +90,32 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def dense_elements(layer: nn.Module) -> int:
+    """Count the elements that the weight of a linear layer or table has, or had when it was dense."""
+    if isinstance(layer, LowRankEmbedding):
+        return layer.num_embeddings * layer.embedding_dim
+    if isinstance(layer, (LowRankLinear, TiedLinear)):
+        return layer.in_features * layer.out_features
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return math.prod(layer.shape) if isinstance(layer, Coded) else weight.numel()
+
+
+def other_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Yield the parameters that are no weight or factor of a linear layer or table, in the model's order.
+
+    With each its module's name, the module, and its own name there; a tied one comes once.
+    """
+    known = [*linear_layers(model), *embeddings(model)]
+    within = {id(part) for _, layer in known for part in layer.modules()} - {id(layer) for _, layer in known}
+    seen = {place_of(x.weight) for _, x in known if isinstance(x.weight, nn.Parameter)}  # type: ignore[arg-type]
+    for holder, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            factor = id(module) in within and parameter.ndim > 1
+            if not factor and place_of(parameter) not in seen:
+                seen.add(place_of(parameter))
+                yield holder, module, name, parameter
+
+
 def find_obstacles(model: nn.Module, same_as: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return ``{layer name: reason}`` for every linear layer that cannot be factorized.
 
@@ -155,6 +182,34 @@ def find_embedding_obstacles(model: nn.Module) -> dict[str, str]:
     return found
 
 
+def find_doubts(model: nn.Module) -> dict[str, str]:
+    """Return ``{layer name: reason}`` for every linear layer of which reading the code leaves a doubt.
+
+    The reasons are among those of `find_obstacles`.
+    """
+    doubt = _doubts(model)
+    found = {name: doubt(module) for name, module in linear_layers(model)}
+    return {name: reason for name, reason in found.items() if reason is not None}
+
+
+def _doubts(model: nn.Module) -> Callable[[nn.Module], str | None]:
+    """Look the model's code over once, and return the function that tells the doubt it leaves of a layer."""
+    changing = frozenset[str]().union(*(names_set(cls) for cls in {type(part) for part in model.modules()}))
+    readers: dict[int, str] = {}  # of several the nearest, which comes last
+    for module in model.modules():
+        for layer in layers_read(module, changing):
+            readers[id(layer)] = type(module).__name__
+
+    def doubt(layer: nn.Module) -> str | None:
+        if id(layer) in readers:
+            return f"has its weight read by value in {readers[id(layer)]}"
+        if isinstance(layer, nn.Linear) and kind_of(layer) is None:
+            return f"is a {type(layer).__name__}, which may compute something else than nn.Linear"
+        return None
+
+    return doubt
+
+
 def _finder(model: nn.Module) -> Callable[..., str | None]:
     """Look the model over once, and return the function that tells what stands in a layer's way.
 
@@ -167,11 +222,7 @@ def _finder(model: nn.Module) -> Callable[..., str | None]:
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(place_of(parameter), []).append(name)
-    changing = frozenset[str]().union(*(names_set(cls) for cls in {type(part) for part in model.modules()}))
-    readers: dict[int, str] = {}  # of several the nearest, which comes last
-    for module in model.modules():
-        for layer in layers_read(module, changing):
-            readers[id(layer)] = type(module).__name__
+    doubt = _doubts(model)
 
     def obstacle(
         name: str, module: nn.Module, shared: frozenset[str], corrects_bias: bool = True
@@ -187,10 +238,10 @@ def _finder(model: nn.Module) -> Callable[..., str | None]:
         if len(names[id(module)]) > 1:
             other = next(n for n in names[id(module)] if n != name)
             return f"is used twice, also as {other}"
-        if id(module) in readers:
-            return f"has its weight read by value in {readers[id(module)]}"
+        if (doubtful := doubt(module)) is not None:
+            return doubtful
         if kind_of(module) is None and type(module) is not nn.Embedding:
-            return f"is a {type(module).__name__}, which may compute something else than nn.Linear"
+            return f"is a {type(module).__name__}, which may do something else than nn.Embedding"
         weight = module.weight
         if not isinstance(weight, nn.Parameter) or type(weight.data) is not Tensor:
             return f"has a weight of type {type(weight).__name__}, not a plain parameter"

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +21,12 @@ from lowrank.arguments import SEED, Check, accepts, device, flag, function, inst
 from lowrank.batches import Batch, batches
 from lowrank.calibration import collect
 from lowrank.coding import with_common_codes_uncentred
-from lowrank.deciding import Request, Timing, check_dense, decide, drafted, spectra_of
-from lowrank.errors import BudgetError, DataError, LowRankError, PlanError, TargetError
+from lowrank.deciding import Request, Timing, check_dense, decide, drafted, known_heads, spectra_of
+from lowrank.errors import BudgetError, DataError, LowRankError, PlanError, ReachWarning, TargetError
 from lowrank.factoring import pooled
 from lowrank.forms import INT8
 from lowrank.latency import LatencyTable
+from lowrank.leftovers import with_reach
 from lowrank.linalg import Scheme, Spectrum
 from lowrank.nn import TiedLinear
 from lowrank.obstacles import check_model
@@ -50,6 +52,10 @@ _DATA: dict[str, Check] = {
     "spill": optional(path(DataError)),
     "seed": SEED,
 }
+
+
+REACH_TO_WARN_BELOW = 0.3
+"""A share of the model's parameters: `compress` warns where it can change less, and nobody asked for that."""
 
 
 @accepts(**_REQUEST, **_DATA)
@@ -146,6 +152,10 @@ def compress(
     Raises:
         LowRankError: If anything is wrong with the request or the model; the model is then as before.
 
+    Warns:
+        ReachWarning: If less than 30 % of the model's parameters can change, and neither ``targets`` nor
+            ``ignore`` asked for that.
+
     Source: Eckart & Young 1936; the allocation as Shoham & Gersho 1988.
 
     Example:
@@ -194,7 +204,9 @@ def compress(
         layers = drafted(model, request, stats, equal=equal)
     predict = budget.kind != "rank"  # a given rank decides nothing by its error: spare the spectra
     timing = Timing(inputs, latencies)
-    decided = _decided(model, layers, request, stats, predict, progress, timing)
+    decided = with_reach(model, _decided(model, layers, request, stats, predict, progress, timing))
+    if targets is None and ignore is None and decided.reachable_fraction < REACH_TO_WARN_BELOW:
+        warnings.warn(decided.small_reach(), ReachWarning, stacklevel=3)
     apply(
         model,
         decided,
@@ -278,13 +290,13 @@ def _coded(
     optional: bool = False,
 ) -> Plan:
     hf = plugin()
-    heads, apart = (hf.head_layers(model), hf.parts(model)) if hf is not None else (None, ())
+    apart = hf.parts(model) if hf is not None else ()
     found = quantizing.with_codes(
         *(model, plan, scheme),
         targets=targets,
         ignore=ignore,
         stats=stats,
-        heads=heads,
+        heads=known_heads(model),
         apart=apart,
         optional=optional,
     )
@@ -447,7 +459,8 @@ def plan(
     )
     layers = drafted(model, request, stats)
     check_dense(model, layers, request)
-    return _decided(model, layers, request, stats, True, progress, Timing(inputs, latencies))
+    decided = _decided(model, layers, request, stats, True, progress, Timing(inputs, latencies))
+    return with_reach(model, decided)
 
 
 def _decided(

@@ -16,6 +16,7 @@ from torch import nn
 
 from lowrank.coding import described
 from lowrank.errors import TargetError
+from lowrank.heads import heads_of
 from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear, kind_of
 from lowrank.obstacles import (
     check_holder,
@@ -27,17 +28,6 @@ from lowrank.obstacles import (
 from lowrank.patterns import matches, no_match
 from lowrank.planning import LayerPlan, Plan
 from lowrank.ties import embeddings, followers, is_copy, pads_with_zeros, tied_heads
-
-HEADS = frozenset(
-    {
-        *("classifier", "pre_classifier", "score", "qa_outputs", "pooler", "sequence_summary"),
-        *("lm_head", "lm_loss", "embed_out", "cls", "predictions", "seq_relationship", "head", "heads"),
-        *("generator_lm_head", "generator_predictions", "discriminator_predictions"),
-        *("classification_head", "mlm_head", "decode_head"),
-        *("vocab_projector", "vocab_transform", "logits_proj"),
-    }
-)
-"""Name components of output heads: small, close to the loss, and often tied to an embedding."""
 
 
 def draft(
@@ -56,7 +46,7 @@ def draft(
             is a target only if a pattern spells its name (``"classifier"``, ``"lm_head*"``), and so is an
             embedding table (``"*.word_embeddings"``, ``"*embed*"``). A table and its tied heads are one.
         ignore: Patterns of layers to leave alone; they win over ``targets``.
-        heads: ``{layer name: head}`` of layers that belong to a head, beside those that `HEADS` tells.
+        heads: ``{layer name: head}`` of layers that belong to a head, beside those that names tell.
         tables: Whether all embedding tables are targets, too, unless ``targets`` are given.
         apart: Names of the modules within ``model`` that are saved on their own: of two equal weights one is
             kept only where both are in the same of them. ``None`` does not look for equal weights.
@@ -81,9 +71,10 @@ def draft(
     targeted = {plan.name for plan in plans.values() if plan.targeted}
     users = followers(model) | {head: x for head, x in tied_heads(model).items() if x in targeted}
     equal: dict[str, str] = {}
+    in_heads = heads_of(model, heads)
     if apart is not None:
         given = targets, ignore or ()
-        wanted = [name for name in layers if not_wanted(name, *given, (heads or {}).get(name)) is None]
+        wanted = [name for name in layers if not_wanted(name, *given, in_heads) is None]
         equal = find_equals(model, [name for name in wanted if name not in users], apart)
     users |= equal
     blocked = find_obstacles(model, equal)
@@ -100,8 +91,7 @@ def draft(
                 f"{name}: this layer cannot be factorized: it {reason}. "
                 "Take it out of targets; it stays as it is."
             )
-        head = heads.get(name) if heads is not None else None
-        reason = reason or not_wanted(name, targets, ignore or (), head)
+        reason = reason or not_wanted(name, targets, ignore or (), in_heads)
         plans[name] = replace(plan, reason=reason or "", targeted=reason is None)
     ordered = tuple(plans[n] for n, _ in model.named_modules(remove_duplicate=False) if n in plans)
     codes = tuple(described(n, m) for n, m in model.named_modules() if isinstance(m, Coded))
@@ -207,7 +197,10 @@ def check_patterns(argument: str, patterns: Sequence[str] | None) -> Sequence[st
 
 
 def not_wanted(
-    name: str, targets: Sequence[str] | None, ignore: Sequence[str], head: str | None = None
+    name: str,
+    targets: Sequence[str] | None,
+    ignore: Sequence[str],
+    heads: Mapping[str, Sequence[str]],
 ) -> str | None:
     """Return why the user's patterns leave the layer alone; ``None`` if they do not.
 
@@ -215,14 +208,14 @@ def not_wanted(
         name: Its name.
         targets: As for `draft`.
         ignore: As for `draft`.
-        head: The head that it belongs to, if `HEADS` does not tell.
+        heads: The heads by layer, from `lowrank.heads.heads_of`.
     """
     if any(matches(name, pattern) for pattern in ignore):
         return "ignored"
     wanted = [pattern for pattern in targets or ["*"] if matches(name, pattern)]
     if not wanted:
         return "not among the targets"
-    heads = [part for part in name.split(".") if part in HEADS] + ([head] if head is not None else [])
-    if heads and not any(head in pattern for head in heads for pattern in wanted):
-        return f"part of a head ({heads[0]})"
+    own = heads.get(name, ())
+    if own and not any(head in pattern for head in own for pattern in wanted):
+        return f"part of a head ({own[0]})"
     return None
