@@ -1,4 +1,4 @@
-"""The command line: ``lowrank calibrate | plan | compress | eval | inspect | bench | demo``.
+"""The command line: ``lowrank calibrate | plan | compress | eval | inspect | bench | demo | setup``.
 
 Exit codes: 0 done, 2 wrong use, 1 failed. A failure is one line on stderr; ``--debug`` adds the
 traceback. Progress bars appear on terminals only, and never with ``-q``.
@@ -344,6 +344,20 @@ def demo(
 
     _calm_transformers(quiet)
     run_demo(keep=keep, progress=not quiet, say=(lambda line: None) if quiet else typer.echo)
+
+
+@app.command()
+def setup(
+    remove: Annotated[bool, typer.Option("--remove", help="Take the hook away again.")] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Let all programs of this Python environment load compressed checkpoints without `import lowrank`."""
+    from lowrank import startup
+
+    file = startup.uninstall() if remove else startup.install()
+    if not quiet:
+        typer.echo(f"{file}: {'is gone.' if remove else 'lowrank is ready when transformers is imported.'}")
 
 
 def main() -> None:
