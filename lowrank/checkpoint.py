@@ -13,7 +13,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +21,8 @@ from torch import Tensor, nn
 
 from lowrank._transformers import load_plugin, plugin
 from lowrank.arguments import accepts, flag, path
+from lowrank.cardfile import write_card
+from lowrank.cards import module_card
 from lowrank.errors import CheckpointError, LowRankError, PlanError, SchemeError
 from lowrank.folders import STRUCTURE, TENSORS, settle, staged
 from lowrank.forms import scheme_of
@@ -30,7 +31,7 @@ from lowrank.obstacles import check_model, check_not_compiled
 from lowrank.planning import LayerPlan, Plan
 from lowrank.surgery import check_structure, restructure
 from lowrank.targets import draft
-from lowrank.tensorfile import DTYPE_NAMES, METADATA
+from lowrank.tensorfile import DTYPE_NAMES, METADATA, state_of, stored_tensors
 
 FORMAT = 1
 """Version of ``lowrank.json``; a reader refuses anything newer."""
@@ -43,9 +44,10 @@ def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> Pa
     Args:
         model: A compressed (or dense) module. A transformers model is written by its own
             ``save_pretrained``, for ``from_pretrained``.
-        folder: A new or empty folder; its parents are made.
-        overwrite: Replace the checkpoint in a folder that has files; other files stay. However the call
-            ends, the next one that saves or loads there finds the old checkpoint whole, or the new one.
+        folder: A new or empty folder; its parents are made. It gets a model card, too (``README.md``).
+        overwrite: Replace the checkpoint in a folder that has files; other files stay, also a README
+            of yours. However the call ends, the next one that saves or loads there finds the old
+            checkpoint whole, or the new one.
 
     Returns:
         The folder.
@@ -59,7 +61,7 @@ def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> Pa
         >>> from tempfile import mkdtemp
         >>> path = save(model, mkdtemp())
         >>> sorted(file.name for file in path.iterdir())
-        ['lowrank.json', 'model.safetensors']
+        ['README.md', 'lowrank.json', 'model.safetensors']
     """
     check_not_compiled(check_model(model))
     with staged(Path(folder), overwrite) as staging:
@@ -108,29 +110,6 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
             raise CheckpointError(f"{folder}: a transformers folder. Call load(folder) without a model.")
         return load_plugin().load(folder)  # type: ignore[no-any-return]
     raise CheckpointError(f"{folder}: no {STRUCTURE} and no config.json here. Is this the right folder?")
-
-
-def stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors that a checkpoint of ``model`` holds, and the names that share one of them.
-
-    Raises:
-        CheckpointError: If the state dict holds something that is no tensor, or has no data.
-    """
-    tensors: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    owner: dict[tuple[Any, ...], str] = {}
-    for name, tensor in _state(model).items():
-        if tensor.dtype not in DTYPE_NAMES:
-            raise CheckpointError(f"{name}: {tensor.dtype} cannot be stored in a safetensors file.")
-        if tensor.is_meta:
-            raise CheckpointError(f"{name}: on the meta device, without data. Load the weights first.")
-        key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if tensor.numel() and key in owner:
-            aliases[name] = owner[key]
-        else:
-            owner[key] = name
-            tensors[name] = tensor
-    return tensors, aliases
 
 
 def stored_shapes(layer: LayerPlan) -> dict[str, tuple[int, ...]]:
@@ -193,6 +172,7 @@ def _write(model: nn.Module, folder: Path) -> None:
         "aliases": aliases,
     }
     (folder / STRUCTURE).write_text(json.dumps(structure, indent=1, allow_nan=False), encoding="utf-8")
+    write_card(folder, module_card(model))
 
 
 def _is_view(tensor: Tensor) -> bool:
@@ -205,18 +185,6 @@ def digest_of(tensor: Tensor) -> str:
     data = tensor.reshape(-1).view(torch.uint8).cpu().numpy()
     about = f"{DTYPE_NAMES.get(tensor.dtype)} {tuple(tensor.shape)} "
     return hashlib.sha256(about.encode() + data.tobytes()).hexdigest()
-
-
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict, which must hold tensors only."""
-    state = model.state_dict()
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(
-                f"{name}: the model's state is a {type(value).__name__}, not a tensor, and nothing is "
-                "ever pickled. Keep it in a buffer, or save it yourself."
-            )
-    return state
 
 
 def _read(folder: Path, model: nn.Module) -> nn.Module:
@@ -294,7 +262,7 @@ def _check_architecture(
     shapes: Mapping[str, tuple[int, ...]],
     aliases: Mapping[str, str],
 ) -> None:
-    stored = _state(model)
+    stored = state_of(model)
     for name, buffer in model.named_buffers():
         if buffer.is_meta and name not in stored:
             raise CheckpointError(
@@ -316,7 +284,7 @@ def _check_architecture(
 
 def _expected_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
     """Return the state dict's shapes as they will be once ``model`` has the structure of ``plan``."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in _state(model).items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in state_of(model).items()}
     for layer in plan.factorized:
         if f"{layer.name}.up.weight" in shapes:
             continue  # factorized already

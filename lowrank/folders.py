@@ -27,6 +27,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from lowrank.atomicfile import flush, keep_mode, refusals
+from lowrank.cardfile import is_own_card, keep_readme
 from lowrank.errors import CheckpointError
 from lowrank.locks import WORK, BusyError, locked
 
@@ -69,6 +70,7 @@ def staged(folder: Path, overwrite: bool) -> Iterator[Path]:
         new = work / "new"
         new.mkdir()
         yield new
+        keep_readme(folder, new)
         for file in _files(new):
             flush(new / file)
         _move_aside(new, folder, work / "old")
@@ -172,7 +174,8 @@ def _move_aside(new: Path, folder: Path, old: Path) -> None:
     for name in going:
         keep_mode(folder / name, new / name)
     for entry in folder.iterdir():
-        if any(kind.fullmatch(entry.name) for kind in kinds) and not entry.is_dir():
+        replaced = any(kind.fullmatch(entry.name) for kind in kinds) or (kinds and is_own_card(entry))
+        if replaced and not entry.is_dir():
             going.add(Path(entry.name))
     old.mkdir()
     for name in reversed(_manifests_last(going)):

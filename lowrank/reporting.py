@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from lowrank._transformers import plugin
 from lowrank.arguments import MODEL_OF, accepts, function, instance, optional
-from lowrank.checkpoint import stored_tensors
 from lowrank.deciding import known_heads
 from lowrank.errors import LowRankError, PlanError
 from lowrank.evaluation import loss_increase
@@ -21,7 +20,7 @@ from lowrank.obstacles import check_model
 from lowrank.planning import LayerPlan, Plan
 from lowrank.reach import UnplannedWeight, describe_reach
 from lowrank.targets import draft
-from lowrank.tensorfile import safetensors_bytes
+from lowrank.tensorfile import safetensors_bytes, stored_tensors
 from lowrank.text import format_bytes, format_table, to_json
 
 

@@ -86,7 +86,7 @@ def test_errors_and_text_know_nothing_of_the_library(leaf):
 
 LAYERS = [
     {"errors", "text", "notices"},
-    {"arguments", "locks", "reach"},
+    {"arguments", "locks", "reach", "cardfile"},
     {"atomicfile"},
     {"patterns", "tensorfile", "folders", "linalg", "allocator", "modes", "_transformers"},
     {"batches", "blocks", "textfiles", "fingerprints", "distributed"},
@@ -102,9 +102,11 @@ LAYERS = [
     {"anchoring", "quantizing", "sharing"},
     {"plot", "costs", "latency"},
     {"deciding"},
+    {"reporting"},
+    {"cards"},
     {"checkpoint", "pipeline", "benchmarking"},
-    {"hf", "reporting"},
-    {"demo"},
+    {"hf"},
+    {"demo", "startup"},
     {"cli"},
 ]
 """From below to above: a file imports only what stands below it, inside functions as well."""

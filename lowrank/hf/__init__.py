@@ -8,8 +8,9 @@ Importing this file registers both; `lowrank` imports it as soon as transformers
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -31,10 +32,12 @@ from transformers.quantizers import HfQuantizer, auto, register_quantization_con
 from transformers.utils.loading_report import LoadStateDictInfo
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lowrank.checkpoint import checked, digest_of, plan_shapes, stored_tensors
+from lowrank.cards import HOW_TO_LOAD
+from lowrank.checkpoint import checked, digest_of, plan_shapes
 from lowrank.coding import PARTS
 from lowrank.errors import BudgetError, CheckpointError, LowRankError, PlanError
 from lowrank.folders import TENSORS
+from lowrank.hf.cards import refresh_card
 from lowrank.hf.ties import rewrite_ties, with_tied_heads
 from lowrank.hf.tokenizer import check_tokenizer as check_tokenizer
 from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, TiedLinear
@@ -42,7 +45,7 @@ from lowrank.pipeline import compress
 from lowrank.planning import Budget, Plan
 from lowrank.surgery import restructure
 from lowrank.targets import draft
-from lowrank.tensorfile import DTYPE_NAMES, Stored, read_header
+from lowrank.tensorfile import DTYPE_NAMES, Stored, read_header, stored_tensors
 
 METHOD = "lowrank"
 
@@ -62,6 +65,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         plan: The plan that was carried out, as `Plan.to_dict` gives it; then no budget is needed.
         tensors: The digests that `lowrank.save` leaves in ``config.json`` for `lowrank.load`. Not kept: the
             config of a model in memory must not vouch for tensors that may change.
+        how_to_load: A sentence in ``config.json`` for people whose program does not know the method.
 
     Raises:
         LowRankError: If the budget is malformed, or the plan is damaged or from a newer version.
@@ -93,6 +97,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         slow: str = "warn",
         share: str | None = None,
         share_size: int | None = None,
+        how_to_load: str | None = None,
     ) -> None:
         self.quant_method = quant_method
         self.plan = plan
@@ -102,6 +107,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
                     "LowRankConfig: give either a plan that was carried out or a budget, not both."
                 )
             Plan.from_dict(plan)  # a damaged or newer plan is refused here
+            self.how_to_load = HOW_TO_LOAD
             return
         Budget.of(rank=rank, keep=keep, energy=energy, error=error, max_bytes=max_bytes)
         self.rank, self.keep, self.energy, self.error, self.max_bytes = rank, keep, energy, error, max_bytes
@@ -495,6 +501,29 @@ def save(model: PreTrainedModel, folder: Path) -> None:
         tensors = {name: digest_of(tensor) for _, name, tensor in _tensors(folder)}
         config["quantization_config"]["tensors"] = tensors
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _with_card(save_pretrained: Callable[..., None]) -> Callable[..., None]:
+    """Let ``save_pretrained`` write the model card of a compressed model, too."""
+
+    @functools.wraps(save_pretrained)
+    def saved(
+        self: PreTrainedModel,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        save_pretrained(self, save_directory, is_main_process, *args, **kwargs)
+        adapters_only = getattr(self, "_hf_peft_config_loaded", False)
+        if self.should_save_on_this_rank(is_main_process) and not adapters_only:
+            refresh_card(self, Path(save_directory), recorded(self))
+
+    return saved
+
+
+# transformers has no function to register for what is written beside a model; all its models save by this.
+PreTrainedModel.save_pretrained = _with_card(PreTrainedModel.save_pretrained)
 
 
 def load(folder: str | Path) -> PreTrainedModel:
