@@ -23,13 +23,15 @@ def check_model(model: object) -> nn.Module:
     """Return ``model`` if it is a module.
 
     Raises:
-        LowRankError: If it is something else, such as a path, or has parameters without a shape.
+        LowRankError: If it is something else, such as a path, if it only wraps a transformers model, or
+            if it has parameters without a shape.
     """
     if not isinstance(model, nn.Module):
         raise LowRankError(
             f"A model is a torch.nn.Module, not {type(model).__name__}. Load it first, for example "
             "with AutoModel.from_pretrained(...)."
         )
+    _check_not_wrapped(model)
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise LowRankError(
@@ -37,6 +39,23 @@ def check_model(model: object) -> nn.Module:
                 "Call the model on a batch first."
             )
     return model
+
+
+def _check_not_wrapped(model: nn.Module) -> None:
+    """Refuse a module of sentence-transformers: it takes a dict of features, not a model's inputs."""
+    if not _is_of(model, "sentence_transformers"):
+        return
+    parts = (name for name, part in model.named_modules() if name and _is_of(part, "transformers"))
+    inner, kind, way = next(parts, None), type(model).__name__, "Pass the transformers model inside of it"
+    if inner is not None:
+        path = "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in inner.split("."))
+        way += f", model{path}, which is changed in place: the {kind} then computes with it"
+    raise LowRankError(f"The model is a {kind}, which wraps one and takes other inputs. {way}.")
+
+
+def _is_of(module: nn.Module, package: str) -> bool:
+    """Tell whether the module's class, or one that it extends, is defined in ``package``."""
+    return any(cls.__module__.partition(".")[0] == package for cls in type(module).__mro__)
 
 
 def check_not_compiled(model: nn.Module) -> nn.Module:
