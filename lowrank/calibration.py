@@ -18,7 +18,7 @@ from tqdm import tqdm
 from lowrank.batches import HELD_OUT, Batch
 from lowrank.errors import DataError, FewTokensWarning, StatsError
 from lowrank.fingerprints import fingerprint_of_layer, fingerprint_of_tokenizer
-from lowrank.linalg.metric import gram
+from lowrank.linalg.metric import products_of_pairs, squares, wide
 from lowrank.lookups import LookupSums
 from lowrank.modes import check_has_data, hooked, training_only
 from lowrank.nn import kind_of
@@ -220,7 +220,7 @@ class _Collector:
         weight = kind.weight(layer).detach()
         rows = self._batch.real(gradient.detach())
         if _is_tall(weight):
-            rows = rows @ weight  # Wᵀ g
+            rows = wide(rows) @ wide(weight)  # Wᵀ g
         sums = self._gradients.setdefault(name, _Sums(rows))
         if not sums.add(rows):
             raise StatsError(
@@ -231,6 +231,12 @@ class _Collector:
     def stats(self, tokenizer: Any, terms: int) -> Stats:
         """Return the sums so far; layers that were never called are absent."""
         inputs = {}
+        for name, sums in (*self._inputs.items(), *self._gradients.items()):
+            if not bool(sums.products().isfinite().all()):
+                raise StatsError(
+                    f"{name}: reads values, or gets gradients, whose squares float64 cannot hold. Scale the "
+                    "data, or the weights before it."
+                )
         for name, sums in self._inputs.items():
             inputs[name] = Moments(sums.rows, sums.total.clone(), sums.products().clone())
         gradients = {}
@@ -269,7 +275,7 @@ class _Sums:
 
     def add(self, rows: Tensor) -> bool:
         """Add ``rows (tokens, n)``; return whether all are finite."""
-        rows = rows if rows.dtype == torch.float64 else rows.float()
+        rows = wide(rows)
         total = rows.sum(0, dtype=torch.float64)
         self.rows += len(rows)
         self.total += total
@@ -280,17 +286,11 @@ class _Sums:
 
     def products(self) -> Tensor:
         """Return the products of all rows."""
-        if self._waiting:
+        if sum(map(len, self._waiting)):
             self._multiply()
         return self._products
 
     def _multiply(self) -> None:
         rows = torch.cat(self._waiting)
         self._waiting.clear()
-        if not self._full:
-            self._products += rows.square().sum(0, dtype=torch.float64)
-            return
-        products = gram(rows.T)
-        if not bool(products.diagonal().isfinite().all()):  # beyond 1e19 float32 overflows
-            products = gram(rows.T.double())
-        self._products += products
+        self._products += products_of_pairs(rows) if self._full else squares(rows)

@@ -19,12 +19,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lowrank.batches import Batch
 from lowrank.errors import StatsError
 from lowrank.linalg import Metric, spectrum, truncated_svd
+from lowrank.linalg.metric import squares, wide
 from lowrank.modes import hooked
 from lowrank.nn import kind_of
 from lowrank.statistics import Held, Stats
@@ -139,7 +139,7 @@ class TrialRun:
             if not output.requires_grad:
                 output = output.detach().requires_grad_().clone()
             output.register_hook(  # type: ignore[no-untyped-call]
-                lambda gradient: self._count(name, (error.float() * gradient.float()).sum(-1, keepdim=True))
+                lambda gradient: self._count(name, (wide(error) * wide(gradient)).sum(-1, keepdim=True))
             )
             return output
 
@@ -148,7 +148,7 @@ class TrialRun:
     def _count(self, name: str, errors: Tensor) -> None:
         assert self.batch is not None
         rows = self.batch.real(errors)
-        measured = float(rows.float().square().sum(dtype=torch.float64))
+        measured = float(squares(rows).sum())
         if not math.isfinite(measured):
             raise StatsError(
                 f"{name}: what it returns in batch {self.batch.index}, or its gradient, is NaN or infinite. "

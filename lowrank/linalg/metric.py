@@ -250,6 +250,28 @@ def gram(matrix: Tensor, block: int = 192) -> Tensor:
     return result
 
 
+def products_of_pairs(rows: Tensor) -> Tensor:
+    """Return ``Σ x xᵀ`` over ``rows (tokens, n)``, at least one, shape ``(n, n)``, float64.
+
+    It is computed in the dtype of the rows, from features that are divided by powers of two, which is exact:
+    otherwise the products of features below 1e-19 or above 1e19 leave the range of float32.
+    """
+    unit = rows.abs().amax(0)
+    unit = torch.where(unit > 0, powers_of_two(unit), 1.0)
+    scale = unit.to(torch.float64)
+    return gram((rows / unit).T).to(torch.float64) * scale[:, None] * scale
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` in float32 at least: in half precision, products of small gradients would be lost."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def squares(rows: Tensor) -> Tensor:
+    """Return ``Σ x²`` over ``rows (tokens, n)``, shape ``(n,)``, in float64 but without a copy in float64."""
+    return torch.linalg.vector_norm(rows, dim=0, dtype=torch.float64).square()
+
+
 def powers_of_two(values: Tensor) -> Tensor:
     """Return the largest powers of two that are not above positive ``values``: dividing by them is exact."""
     mantissas, _ = torch.frexp(values)  # in [½, 1)
