@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from harness import Attack
+from kills import KILLS
 
-ATTACKS: tuple[Attack, ...] = ()
+ATTACKS: tuple[Attack, ...] = (KILLS,)
 
 
 def named(name: str) -> Attack:
