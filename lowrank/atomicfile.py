@@ -65,9 +65,10 @@ def _opened_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def refusals(path: Path, *others: type[Exception]) -> Iterator[None]:
     """Turn what the file system says into an error that names ``path``, and ``others`` that stand for it."""
+    refusing: tuple[type[Exception], ...] = (OSError, *others)
     try:
         yield
-    except (OSError, *others) as error:
+    except refusing as error:
         raise CheckpointError(f"{path}: cannot be written: {error}.") from error
 
 
