@@ -58,6 +58,10 @@ AddBias = Annotated[bool, typer.Option("--add-bias", help="Give layers without a
 Windows = Annotated[int | None, typer.Option(help="Windows of 512 tokens to use; all by default.", min=1)]
 Targets = Annotated[list[str] | None, typer.Option(help="Pattern of layers to factorize; repeatable.")]
 Ignore = Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave alone; repeatable.")]
+Overrule = Annotated[
+    list[str] | None,
+    typer.Option(help="Pattern of layers that may change although the code leaves a doubt; repeatable."),
+]
 Allocation = Annotated[str, typer.Option(help="How --keep is spread: global or uniform.")]
 RoundTo = Annotated[int, typer.Option(help="Chosen ranks are multiples of this.")]
 Share = Annotated[
@@ -97,6 +101,7 @@ def plan(
     add_bias: AddBias = False,
     targets: Targets = None,
     ignore: Ignore = None,
+    overrule: Overrule = None,
     allocation: Allocation = "global",
     round_to: RoundTo = 8,
     share: Share = None,
@@ -127,11 +132,12 @@ def plan(
         max_bytes=max_bytes,
         speedup=speedup,
         inputs=_first(samples),
-        stats=_stats(model, samples, stats_folder, not quiet, both=speedup is not None),
+        stats=_stats(model, samples, stats_folder, not quiet, overrule, both=speedup is not None),
         metric=metric,
         add_bias=add_bias,
         targets=targets,
         ignore=ignore,
+        overrule=overrule,
         allocation=allocation,
         round_to=round_to,
         share=share,
@@ -167,6 +173,7 @@ def compress(
     add_bias: AddBias = False,
     targets: Targets = None,
     ignore: Ignore = None,
+    overrule: Overrule = None,
     allocation: Allocation = "global",
     round_to: RoundTo = 8,
     share: Share = None,
@@ -194,7 +201,13 @@ def compress(
     budget: dict[str, Any] = {"rank": rank, "keep": keep, "energy": energy, "error": error}
     budget |= {"max_bytes": max_bytes, "speedup": speedup}
     choice: dict[str, Any] = {"targets": targets, "ignore": ignore, "allocation": allocation}
-    choice |= {"metric": metric, "add_bias": add_bias, "round_to": round_to, "share": share}
+    choice |= {
+        "overrule": overrule,
+        "metric": metric,
+        "add_bias": add_bias,
+        "round_to": round_to,
+        "share": share,
+    }
     choice |= {"share_size": share_size}
     choice |= {"quantize": quantize, "group_size": group_size, "residual": residual}
     if plan_file is not None:
@@ -202,7 +215,8 @@ def compress(
     check_folder(out, overwrite)
     model = _load(source, quiet)
     samples = _samples(model, source, data, windows)
-    stats = _stats(model, samples, stats_folder, not quiet, both=sequential or speedup is not None)
+    both = sequential or speedup is not None
+    stats = _stats(model, samples, stats_folder, not quiet, overrule, both=both)
     how: dict[str, Any] = {"stats": stats, "sequential": sequential, "seed": seed, "progress": not quiet}
     how |= {"slow": slow}
     if sequential and samples is not None:
@@ -235,6 +249,7 @@ def calibrate(
     out: Annotated[Path, typer.Argument(help="The folder to write the statistics to.")],
     data: Annotated[Path, typer.Option(help="Text: a sample per line, or one text for a language model.")],
     windows: Windows = None,
+    overrule: Overrule = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that has files.")] = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -244,7 +259,7 @@ def calibrate(
 
     check_folder(out, overwrite)
     model = _load(source, quiet)
-    stats = _stats(model, _samples(model, source, data, windows), None, not quiet)
+    stats = _stats(model, _samples(model, source, data, windows), None, not quiet, overrule)
     assert stats is not None
     stats.save(out, overwrite=overwrite)
     if not quiet:
@@ -459,6 +474,7 @@ def _stats(
     samples: _Samples | None,
     folder: Path | None,
     progress: bool,
+    overrule: list[str] | None,
     both: bool = False,
 ) -> Stats | None:
     """Load the statistics, or calibrate; ``both`` if the samples have another use, too."""
@@ -466,7 +482,9 @@ def _stats(
         raise BudgetError("Give either --data or --stats, not both.")
     if folder is not None:
         return Stats.load(folder)
-    return None if samples is None else pipeline.calibrate(model, *samples, progress=progress)
+    if samples is None:
+        return None
+    return pipeline.calibrate(model, *samples, overrule=overrule, progress=progress)
 
 
 def _calm_transformers(quiet: bool) -> None:

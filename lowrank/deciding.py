@@ -56,6 +56,7 @@ class Request:
     group_size: int | None = None
     residual: bool = False
     share_size: int | None = None
+    overrule: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         self._check_codes()
@@ -113,7 +114,8 @@ def drafted(
     hf = plugin()
     apart = None if not equal else hf.parts(model) if hf is not None else ()
     every = tables or len(request.forms) > 1
-    plan = draft(model, request.targets, request.ignore, known_heads(model), every, apart)
+    heads = known_heads(model)
+    plan = draft(model, request.targets, request.ignore, heads, every, apart, request.overrule)
     plan = with_reach(model, plan)
     if request.residual and request.budget is not None and request.budget.kind == "rank":
         plan = plan.with_layers({x.name: replace(x, residual=True) for x in plan.targeted if x.kind != TABLE})

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 
 from torch import nn
 
-from lowrank.obstacles import dense_elements, find_doubts, linear_layers, other_parameters
+from lowrank.obstacles import dense_elements, find_readers, linear_layers, other_parameters
 from lowrank.ties import embeddings
 
 HEADS = frozenset(
@@ -69,11 +69,13 @@ def output_layer(model: nn.Module) -> dict[str, str]:
     linear layers has none: its last layer is like the others.
     """
     places = {name: place for place, (name, _) in enumerate(model.named_modules())}
-    sizes = {name: dense_elements(layer) for name, layer in linear_layers(model) if name in places}
+    layers = {name: layer for name, layer in linear_layers(model) if name in places}
     matrices = [(name, p.numel()) for name, _, _, p in other_parameters(model) if p.ndim > 1]
-    last, doubts = next(reversed(sizes), None), find_doubts(model)
-    if last is None or last in doubts or any(places[name] > places[last] for name, _ in matrices):
+    readers, last = find_readers(model), next(reversed(layers), None)
+    read = {name for name, layer in layers.items() if id(layer) in readers}
+    if last is None or last in read or any(places[name] > places[last] for name, _ in matrices):
         return {}
-    trunk = sum(size for _, size in matrices) + sum(sizes[name] for name in doubts.keys() & sizes.keys())
-    others = sum(size for name, size in sizes.items() if name not in doubts and name != last)
+    sizes = {name: dense_elements(layer) for name, layer in layers.items()}
+    trunk = sum(size for _, size in matrices) + sum(sizes[name] for name in read)
+    others = sum(size for name, size in sizes.items() if name not in read and name != last)
     return {last: last.rpartition(".")[2]} if trunk > others else {}

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from lowrank.errors import LowRankError, TargetError
 from lowrank.guards import names_set
 from lowrank.linalg.svd import FLOATING
-from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear, kind_of
+from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear, find_kind, kind_of
 from lowrank.reads import layers_read
 from lowrank.ties import embeddings, equal_layers, place_of, tied_heads
 
@@ -135,7 +135,9 @@ def other_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Te
                 yield holder, module, name, parameter
 
 
-def find_obstacles(model: nn.Module, same_as: Mapping[str, str] | None = None) -> dict[str, str]:
+def find_obstacles(
+    model: nn.Module, same_as: Mapping[str, str] | None = None, overruled: Collection[str] = ()
+) -> dict[str, str]:
     """Return ``{layer name: reason}`` for every linear layer that cannot be factorized.
 
     A reason reads on from "it …": ``"is used twice, also as encoder.b"``.
@@ -144,8 +146,9 @@ def find_obstacles(model: nn.Module, same_as: Mapping[str, str] | None = None) -
         model: What has the layers.
         same_as: ``{layer name: name of another}`` of layers that are replaced together with another, whose
             weight they use; that they share one is then no obstacle.
+        overruled: Names of layers of which a doubt (`find_doubts`) is no obstacle.
     """
-    obstacle = _finder(model)
+    obstacle = _finder(model, overruled)
     groups: dict[str, set[str]] = {}
     for name, owner in (same_as or {}).items():
         groups.setdefault(owner, {f"{owner}.weight"}).add(f"{name}.weight")
@@ -156,14 +159,16 @@ def find_obstacles(model: nn.Module, same_as: Mapping[str, str] | None = None) -
     return {name: reason for name, reason in found.items() if reason}
 
 
-def find_equals(model: nn.Module, wanted: Collection[str], apart: Sequence[str] = ()) -> dict[str, str]:
+def find_equals(
+    model: nn.Module, wanted: Collection[str], apart: Sequence[str] = (), overruled: Collection[str] = ()
+) -> dict[str, str]:
     """Return ``{layer name: name of the first}`` for linear layers whose weight is another's, or equal.
 
     Only layers of ``wanted`` are compared, in its order, and only those returned that can be replaced
     together; for ``apart`` see `lowrank.ties.equal_layers`.
     """
     groups = equal_layers(model, wanted, apart)
-    obstacle = _finder(model) if groups else None
+    obstacle = _finder(model, overruled) if groups else None
     found: dict[str, str] = {}
     for group in groups:
         assert obstacle is not None
@@ -175,9 +180,11 @@ def find_equals(model: nn.Module, wanted: Collection[str], apart: Sequence[str] 
     return found
 
 
-def find_all_obstacles(model: nn.Module, same_as: Mapping[str, str] | None = None) -> dict[str, str]:
+def find_all_obstacles(
+    model: nn.Module, same_as: Mapping[str, str] | None = None, overruled: Collection[str] = ()
+) -> dict[str, str]:
     """Return what `find_obstacles` and `find_embedding_obstacles` find."""
-    return find_obstacles(model, same_as) | find_embedding_obstacles(model)
+    return find_obstacles(model, same_as, overruled) | find_embedding_obstacles(model)
 
 
 def find_embedding_obstacles(model: nn.Module) -> dict[str, str]:
@@ -204,34 +211,44 @@ def find_embedding_obstacles(model: nn.Module) -> dict[str, str]:
 def find_doubts(model: nn.Module) -> dict[str, str]:
     """Return ``{layer name: reason}`` for every linear layer of which reading the code leaves a doubt.
 
-    The reasons are among those of `find_obstacles`.
+    The reasons are among those of `find_obstacles`. Layers that are factorized or coded are there, too, where
+    a doubt has been overruled.
     """
     doubt = _doubts(model)
     found = {name: doubt(module) for name, module in linear_layers(model)}
     return {name: reason for name, reason in found.items() if reason is not None}
 
 
-def _doubts(model: nn.Module) -> Callable[[nn.Module], str | None]:
-    """Look the model's code over once, and return the function that tells the doubt it leaves of a layer."""
+def find_readers(model: nn.Module) -> dict[int, str]:
+    """Return by ``id`` of a layer the class of the nearest module whose methods read its weight by value."""
     changing = frozenset[str]().union(*(names_set(cls) for cls in {type(part) for part in model.modules()}))
     readers: dict[int, str] = {}  # of several the nearest, which comes last
     for module in model.modules():
         for layer in layers_read(module, changing):
             readers[id(layer)] = type(module).__name__
+    return readers
+
+
+def _doubts(model: nn.Module) -> Callable[[nn.Module], str | None]:
+    """Look the model's code over once, and return the function that tells the doubt it leaves of a layer."""
+    readers = find_readers(model)
 
     def doubt(layer: nn.Module) -> str | None:
         if id(layer) in readers:
             return f"has its weight read by value in {readers[id(layer)]}"
-        if isinstance(layer, nn.Linear) and kind_of(layer) is None:
-            return f"is a {type(layer).__name__}, which may compute something else than nn.Linear"
+        own = isinstance(layer, (LowRankLinear, QuantizedLinear, TiedLinear))
+        kind = find_kind(layer.kind) if own else kind_of(layer)  # type: ignore[arg-type]
+        if kind is not None and not kind.certain:
+            return f"is a {kind.module.__name__}, which may compute something else than nn.Linear"
         return None
 
     return doubt
 
 
-def _finder(model: nn.Module) -> Callable[..., str | None]:
+def _finder(model: nn.Module, overruled: Collection[str] = ()) -> Callable[..., str | None]:
     """Look the model over once, and return the function that tells what stands in a layer's way.
 
+    Doubts about the layers named ``overruled`` do not.
     Its third argument names the weights that a layer may share, since their modules are replaced with it.
     With ``False`` as its last, the layer's bias stays as it is.
     """
@@ -257,7 +274,7 @@ def _finder(model: nn.Module) -> Callable[..., str | None]:
         if len(names[id(module)]) > 1:
             other = next(n for n in names[id(module)] if n != name)
             return f"is used twice, also as {other}"
-        if (doubtful := doubt(module)) is not None:
+        if name not in overruled and (doubtful := doubt(module)) is not None:
             return doubtful
         if kind_of(module) is None and type(module) is not nn.Embedding:
             return f"is a {type(module).__name__}, which may do something else than nn.Embedding"

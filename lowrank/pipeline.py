@@ -30,6 +30,7 @@ from lowrank.leftovers import with_reach
 from lowrank.linalg import Scheme, Spectrum
 from lowrank.nn import TiedLinear
 from lowrank.obstacles import check_model
+from lowrank.overruling import check_reads, check_subclasses
 from lowrank.planning import Budget, Plan
 from lowrank.ranks import nothing_changes, reasons
 from lowrank.statistics import Stats, check_stats
@@ -78,6 +79,7 @@ def compress(
     add_bias: bool = False,
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
+    overrule: Sequence[str] | None = None,
     allocation: str = "global",
     round_to: int = 8,
     share: str | None = None,
@@ -106,7 +108,8 @@ def compress(
         max_bytes: What the whole model's parameters and buffers may take; a file adds their names to that,
             a hundred bytes or so for each tensor.
         speedup: Dense latency over compressed latency of the whole model, above 1, measured here and now.
-        inputs: What the model is called with to measure that: a batch, as in ``data``.
+        inputs: What the model is called with to measure that, or to check ``overrule``: a batch, as in
+            ``data``.
         latencies: A table of measured layers to use again, and to add to.
         data: What to calibrate on, as for `lowrank.calibrate`. Without data the error is that of the
             weights alone, which costs far more accuracy.
@@ -119,6 +122,10 @@ def compress(
             the mean of the error; a bias that exists always does so under a calibrated metric.
         targets: Unix-style patterns of the layers to factorize; by default all but the heads.
         ignore: Patterns of layers to leave alone.
+        overrule: Patterns of layers that may change although reading the model's code leaves a doubt: their
+            weight seems to be read by value, or they are of a subclass of `torch.nn.Linear`. Subclasses are
+            run on random numbers first; for weights that seem to be read, the model is run on ``inputs``, or
+            on the first batch of ``data``, with and without them.
         allocation: ``"global"``, or ``"uniform"`` to keep the same fraction of each layer.
         round_to: Ranks that are chosen, not given, are multiples of this; under ``"int4"`` all are multiples
             of its groups.
@@ -174,6 +181,7 @@ def compress(
         add_bias=add_bias,
         targets=targets,
         ignore=ignore,
+        overrule=overrule,
         allocation=allocation,
         round_to=round_to,
         tolerance=tolerance,
@@ -193,13 +201,19 @@ def compress(
     if not layers.targeted:
         raise BudgetError(nothing_changes(layers, budget, {}))
     check_dense(model, layers, request)
-    if sequential and isinstance(data, Iterator):
+    if (sequential or overrule) and isinstance(data, Iterator):
         data = list(data)  # to be gone through twice
+    _check_overruled(model, layers, inputs, data, tokenizer)
     if data is not None and stats is not None and not sequential:
         raise LowRankError("Give either data or stats, not both. Add statistics of more data with +.")
     if data is not None and stats is None:
         stats = calibrate(
-            model, data, tokenizer, loss, targets=targets, ignore=ignore, seed=seed, progress=progress
+            *(model, data, tokenizer, loss),
+            targets=targets,
+            ignore=ignore,
+            overrule=overrule,
+            seed=seed,
+            progress=progress,
         )
         layers = drafted(model, request, stats, equal=equal)
     predict = budget.kind != "rank"  # a given rank decides nothing by its error: spare the spectra
@@ -303,6 +317,20 @@ def _coded(
     return found.without_needless_ties()
 
 
+def _check_overruled(
+    model: nn.Module,
+    plan: Plan,
+    inputs: Any,
+    data: Iterable[Any] | None = None,
+    tokenizer: Callable[..., Any] | None = None,
+) -> None:
+    """Try what the user has overruled, on ``inputs`` or on the first batch of ``data``."""
+    check_subclasses(model, plan)
+    samples = data if inputs is None else [inputs]
+    batch = next(_stream(model, samples, tokenizer), None) if plan.overruled and samples is not None else None
+    check_reads(model, plan, batch)
+
+
 def _enough_batches(data: Iterable[Any]) -> int:
     """Return the strings per batch that make eight batches of few strings, and else 32."""
     few = isinstance(data, Sequence) and isinstance(data[0] if data else None, str)
@@ -337,6 +365,7 @@ def calibrate(
     *,
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
+    overrule: Sequence[str] | None = None,
     batch_size: int = 32,
     max_length: int | None = None,
     seed: int = 0,
@@ -355,6 +384,7 @@ def calibrate(
         device: Where batches are moved to; by default where the model's first parameter is.
         targets: Unix-style patterns of the layers to look at; by default all but the heads.
         ignore: Patterns of layers to leave out.
+        overrule: Patterns of layers to look at although they may have to stay dense, as in `compress`.
         batch_size: Strings per batch.
         max_length: Longest string in tokens; by default what the tokenizer allows, at most 512.
         seed: Seed of the sampled labels; the global random state is not touched.
@@ -376,7 +406,7 @@ def calibrate(
         >>> stats.tokens, sorted(stats.gradients)
         (64, ['0', '2'])
     """
-    request = Request(metric="weight", targets=targets, ignore=ignore)
+    request = Request(metric="weight", targets=targets, ignore=ignore, overrule=overrule)
     layers = drafted(model, request, None, tables=True)
     stream = _stream(model, data, tokenizer, device, batch_size, max_length)
     names = [layer.name for layer in layers.targeted]
@@ -421,6 +451,7 @@ def plan(
     add_bias: bool = False,
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
+    overrule: Sequence[str] | None = None,
     allocation: str = "global",
     round_to: int = 8,
     share: str | None = None,
@@ -448,6 +479,7 @@ def plan(
         add_bias=add_bias,
         targets=targets,
         ignore=ignore,
+        overrule=overrule,
         allocation=allocation,
         round_to=round_to,
         tolerance=tolerance,
@@ -459,6 +491,7 @@ def plan(
     )
     layers = drafted(model, request, stats)
     check_dense(model, layers, request)
+    _check_overruled(model, layers, inputs)
     decided = _decided(model, layers, request, stats, True, progress, Timing(inputs, latencies))
     return with_reach(model, decided)
 
@@ -540,6 +573,7 @@ def apply(
     if hf is not None:
         hf.check_unquantized(model)
     quantizing.check_kernels(model, plan, slow)
+    check_subclasses(model, plan)
     try:
         if data is None:
             surgery.apply(model, plan, stats, seed=seed, progress=progress)

@@ -147,6 +147,8 @@ class LayerPlan:
             model); ``None`` unless the metric is ``"loss"``.
         residual: Whether the weight stays, as integers, and the factors correct what these lost:
             ``W ≈ Q + LR``. The plan then has a `CodedWeight` called ``"….base"``.
+        overruled: Whether the layer may change although reading the model's code leaves a doubt, which the
+            user has overruled.
     """
 
     name: str
@@ -166,6 +168,7 @@ class LayerPlan:
     same_as: str | None = None
     same_input: bool = True
     copied: bool = False
+    overruled: bool = False
 
     def __post_init__(self) -> None:
         _typed(type(self), {"name": self.name}, "A layer of a plan")
@@ -377,6 +380,11 @@ class Plan:
     def owners(self) -> dict[str, str]:
         """By name of a linear layer that uses the weight of another one, the name of that."""
         return {layer.name: owner for owner, users in self.equal.items() for layer in users}
+
+    @property
+    def overruled(self) -> frozenset[str]:
+        """The names of the layers of which the user has overruled a doubt."""
+        return frozenset(layer.name for layer in self.layers if layer.overruled)
 
     @property
     def targeted(self) -> tuple[LayerPlan, ...]:

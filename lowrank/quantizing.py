@@ -91,7 +91,7 @@ def _equal(
         and layer.name not in taken
         and not_wanted(layer.name, targets, ignore or (), heads) is None
     ]
-    equal = find_equals(model, wanted, apart)
+    equal = find_equals(model, wanted, apart, plan.overruled)
     return {
         name: replace(plan[name].following(owner), copied=is_copy(model, name, owner))
         for name, owner in equal.items()
@@ -157,7 +157,7 @@ def _chosen(
     layers = {layer.name: layer for layer in plan}
     uses = Counter(id(module) for module in modules.values())
     equal = plan.owners
-    blocked = find_all_obstacles(model, equal)
+    blocked = find_all_obstacles(model, equal, plan.overruled)
     done = {code.name for code in plan.codes}
     tied = tied_heads(model)
     for name, module in modules.items():

@@ -20,6 +20,7 @@ from lowrank.heads import heads_of
 from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear, kind_of
 from lowrank.obstacles import (
     check_holder,
+    find_doubts,
     find_embedding_obstacles,
     find_equals,
     find_obstacles,
@@ -37,6 +38,7 @@ def draft(
     heads: Mapping[str, str] | None = None,
     tables: bool = False,
     apart: Sequence[str] | None = None,
+    overrule: Sequence[str] | None = None,
 ) -> Plan:
     """List every linear layer of ``model`` as a plan without ranks.
 
@@ -50,6 +52,7 @@ def draft(
         tables: Whether all embedding tables are targets, too, unless ``targets`` are given.
         apart: Names of the modules within ``model`` that are saved on their own: of two equal weights one is
             kept only where both are in the same of them. ``None`` does not look for equal weights.
+        overrule: Patterns of layers that may change although reading the model's code leaves a doubt.
 
     Returns:
         A `Plan` with a `LayerPlan` for each linear layer, in the model's order.
@@ -62,10 +65,16 @@ def draft(
     layers = dict(linear_layers(model))
     lookups = dict(embeddings(model))
     known = [*layers, *lookups]
-    for pattern in [*check_patterns("targets", targets), *check_patterns("ignore", ignore)]:
+    given = {"targets": targets, "ignore": ignore, "overrule": overrule}
+    for pattern in [pattern for name, value in given.items() for pattern in check_patterns(name, value)]:
         if not any(matches(name, pattern) for name in known):
             where = "linear layers and tables" if lookups else "linear layers"
             raise no_match(pattern, known, f"{where} of {type(model).__name__}")
+    overruled = {
+        name
+        for name in find_doubts(model)
+        if not _is_dense(layers[name]) or any(matches(name, pattern) for pattern in overrule or ())
+    }
     every = tables and targets is None
     plans = {plan.name: plan for plan in _tables(model, lookups, targets or (), ignore or (), every)}
     targeted = {plan.name for plan in plans.values() if plan.targeted}
@@ -73,14 +82,13 @@ def draft(
     equal: dict[str, str] = {}
     in_heads = heads_of(model, heads)
     if apart is not None:
-        given = targets, ignore or ()
-        wanted = [name for name in layers if not_wanted(name, *given, in_heads) is None]
-        equal = find_equals(model, [name for name in wanted if name not in users], apart)
+        wanted = [name for name in layers if not_wanted(name, targets, ignore or (), in_heads) is None]
+        equal = find_equals(model, [name for name in wanted if name not in users], apart, overruled)
     users |= equal
-    blocked = find_obstacles(model, equal)
+    blocked = find_obstacles(model, equal, overruled)
     owners = {id(x.down): n for n, x in layers.items() if isinstance(x, LowRankLinear) and x.owns_down}
     for name, module in layers.items():
-        plan = _describe(name, module, owners)
+        plan = replace(_describe(name, module, owners), overruled=name in overruled)
         if name in users:
             copied = is_copy(model, name, users[name]) if name in equal else plan.copied
             plans[name] = replace(_following(plan, users[name]), copied=copied)
@@ -149,6 +157,10 @@ def _describe_table(name: str, table: nn.Embedding | LowRankEmbedding) -> LayerP
     return LayerPlan(name, LowRankEmbedding.kind, columns, rows, False, added_bias=not pads_with_zeros(table))
 
 
+def _is_dense(layer: nn.Module) -> bool:
+    return not isinstance(layer, (LowRankLinear, QuantizedLinear, TiedLinear))
+
+
 def _following(plan: LayerPlan, owner: str) -> LayerPlan:
     if not owner:
         raise TargetError(
@@ -178,8 +190,9 @@ def _describe(name: str, module: nn.Module, owners: Mapping[int, str]) -> LayerP
         return LayerPlan(name, module.kind, *sizes, module.bias is not None, copied=copied)
     kind = kind_of(module)
     bias = module.bias is not None
-    if kind is None:  # a subclass of nn.Linear
-        return LayerPlan(name, type(module).__name__, module.in_features, module.out_features, bias)  # type: ignore[arg-type]
+    assert kind is not None  # of a linear layer
+    if not kind.certain:  # its weight may be packed
+        return LayerPlan(name, kind.name, module.in_features, module.out_features, bias)  # type: ignore[arg-type]
     rows, columns = kind.weight(module).shape
     return LayerPlan(name, kind.name, columns, rows, bias)
 

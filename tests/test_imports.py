@@ -99,7 +99,7 @@ LAYERS = [
     {"factoring", "trials", "blockwise", "heads"},
     {"coding", "outlooks"},
     {"targets", "leftovers", "calibration", "ranks", "surgery", "recovery", "evaluation"},  # the stages
-    {"anchoring", "quantizing", "sharing"},
+    {"anchoring", "quantizing", "sharing", "overruling"},
     {"plot", "costs", "latency"},
     {"deciding"},
     {"reporting"},

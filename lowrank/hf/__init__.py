@@ -62,6 +62,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         targets, ignore, allocation, round_to, tolerance, seed: As in `lowrank.compress`.
         quantize, group_size, residual, slow: As in `lowrank.compress`.
         share, share_size: As in `lowrank.compress`; ``share="inputs"`` needs data.
+        overrule: As in `lowrank.compress`, for subclasses of `torch.nn.Linear`: others need inputs.
         plan: The plan that was carried out, as `Plan.to_dict` gives it; then no budget is needed.
         tensors: The digests that `lowrank.save` leaves in ``config.json`` for `lowrank.load`. Not kept: the
             config of a model in memory must not vouch for tensors that may change.
@@ -98,6 +99,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         share: str | None = None,
         share_size: int | None = None,
         how_to_load: str | None = None,
+        overrule: Sequence[str] | None = None,
     ) -> None:
         self.quant_method = quant_method
         self.plan = plan
@@ -111,7 +113,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
             return
         Budget.of(rank=rank, keep=keep, energy=energy, error=error, max_bytes=max_bytes)
         self.rank, self.keep, self.energy, self.error, self.max_bytes = rank, keep, energy, error, max_bytes
-        self.targets, self.ignore = targets, ignore
+        self.targets, self.ignore, self.overrule = targets, ignore, overrule
         self.allocation, self.round_to = allocation, round_to
         self.tolerance, self.seed = tolerance, seed
         self.quantize, self.group_size, self.residual, self.slow = quantize, group_size, residual, slow

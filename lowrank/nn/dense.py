@@ -44,12 +44,15 @@ class DenseKind:
         module: The exact type.
         transposed: Whether ``module.weight`` is ``(in, out)``.
         build: Makes an uninitialised layer on the meta device from ``(in, out, bias)``.
+        certain: Whether its layers compute ``Wx + b`` for sure; if not, they stay as they are unless a user
+            overrules that.
     """
 
     name: str
     module: type[nn.Module]
     transposed: bool
     build: Callable[[int, int, bool], nn.Module]
+    certain: bool = True
 
     def weight(self, layer: nn.Module) -> Tensor:
         """Return a view of the weight as ``(out, in)``."""
@@ -77,12 +80,15 @@ def register(kind: DenseKind) -> None:
 
 
 def kind_of(module: nn.Module) -> DenseKind | None:
-    """Return how ``module`` stores its weight; ``None`` if its exact type is not registered."""
+    """Return how ``module`` stores its weight; ``None`` if it is of no kind of linear layer."""
     cls = type(module)
     if cls not in _KINDS and _place_of(cls) == _CONV1D:
         register(_conv1d(cls))
-    elif cls not in _KINDS and computes_the_same(cls):
-        register(_subclass(cls))
+    elif cls not in _KINDS and issubclass(cls, nn.Linear):
+        kind = _subclass(cls)
+        if not kind.certain:  # not registered: parametrizing makes a new class for each layer
+            return kind
+        register(kind)
     return _KINDS.get(cls)
 
 
@@ -92,10 +98,15 @@ def kind_named(name: str) -> DenseKind:
     Raises:
         LowRankError: If no such kind is registered.
     """
-    for kind in reversed(_KINDS.values()):  # of a class that was defined anew, the last
-        if kind.name == name:
-            return kind
-    raise LowRankError(f'No kind of dense layer is called "{name}" here. Call lowrank.nn.register first.')
+    kind = find_kind(name)
+    if kind is None:
+        raise LowRankError(f'No kind of dense layer is called "{name}" here. Call lowrank.nn.register first.')
+    return kind
+
+
+def find_kind(name: str) -> DenseKind | None:
+    """Return the kind called ``name``, if it is registered; of a class that was defined anew, the last."""
+    return next((kind for kind in reversed(_KINDS.values()) if kind.name == name), None)
 
 
 register(
@@ -127,5 +138,9 @@ def _subclass(cls: type[nn.Module]) -> DenseKind:
     others = {kind.name for kind in _KINDS.values() if _place_of(kind.module) != _place_of(cls)}
     name = _place_of(cls) if cls.__name__ in others | {"embedding"} else cls.__name__
     return DenseKind(
-        name=name, module=cls, transposed=False, build=functools.partial(build, cls, device="meta")
+        name=name,
+        module=cls,
+        transposed=False,
+        build=functools.partial(build, cls, device="meta"),
+        certain=computes_the_same(cls),
     )
