@@ -221,7 +221,8 @@ def find_doubts(model: nn.Module) -> dict[str, str]:
 
 def find_readers(model: nn.Module) -> dict[int, str]:
     """Return by ``id`` of a layer the class of the nearest module whose methods read its weight by value."""
-    changing = frozenset[str]().union(*(names_set(cls) for cls in {type(part) for part in model.modules()}))
+    classes: set[type] = {type(module) for module in model.modules()}
+    changing = frozenset[str]().union(*map(names_set, classes))
     readers: dict[int, str] = {}  # of several the nearest, which comes last
     for module in model.modules():
         for layer in layers_read(module, changing):

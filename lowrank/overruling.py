@@ -91,7 +91,7 @@ def check_reads(model: nn.Module, plan: Plan, batch: Batch | None) -> None:
     if batch is None:
         raise DataError(
             f"{names[0]}: has its weight read by value in {found[names[0]]}. To overrule that, the model has "
-            "to run: give inputs=, a batch as the model will get it."
+            "to run: give inputs=, a batch as the model will get it (--data on the command line)."
         )
     expected = _outputs(model, batch, ())
     if _unlike(model, batch, names, expected) is None:

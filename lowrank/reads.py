@@ -28,8 +28,8 @@ Chain = tuple[str, ...]
 
 ANY = "*"
 LOOKS = ("dtype", "device")
-"""Attributes of a weight that a factorized layer's empty ``weight`` has as the dense one does; so has it the
-type, and is not ``None``."""
+"""Attributes of a weight that a factorized layer's empty ``weight`` has as the dense one does; it is a
+tensor, too, and not ``None``."""
 VIEWS = ("children", "named_children", "values", "items")
 """Methods of a container whose result holds the container's children."""
 
@@ -56,7 +56,7 @@ def layers_read(module: nn.Module, changing: Collection[str] | None = None) -> I
         changing: Attributes that are no constants, from `names_set` of all classes in the model; of the
             module's own class by default.
     """
-    cls: type[nn.Module] = type(module)
+    cls: type = type(module)
     changing = names_set(cls) if changing is None else changing
     for read in weights_read(cls):
         if is_closed(read.guards, module, changing):
@@ -118,8 +118,7 @@ class _Scan(ast.NodeVisitor):
         owner, name = _getattr(node)
         if owner is not None and name == "weight":
             self._read(owner)
-        asks_type = isinstance(node.func, ast.Name) and node.func.id == "isinstance" and len(node.args) == 2
-        self.generic_visit(node.args[0] if asks_type and _is_weight(node.args[0]) else node)
+        self.generic_visit(node.args[0] if _asks_for_a_tensor(node) else node)
 
     def visit_Compare(self, node: ast.Compare) -> None:
         signs, (other, *more) = node.ops, node.comparators
@@ -195,6 +194,14 @@ class _Scan(ast.NodeVisitor):
 
 def _is_weight(node: ast.AST) -> bool:
     return isinstance(node, ast.Attribute) and node.attr == "weight"
+
+
+def _asks_for_a_tensor(node: ast.Call) -> bool:
+    """Tell whether a call is ``isinstance(layer.weight, Tensor)``; the empty ``weight`` is one, too."""
+    if not (isinstance(node.func, ast.Name) and node.func.id == "isinstance" and len(node.args) == 2):
+        return False
+    weight, kind = node.args
+    return _is_weight(weight) and getattr(kind, "attr", getattr(kind, "id", "")) == "Tensor"
 
 
 def _is_read(node: ast.Name | ast.Attribute) -> bool:

@@ -70,9 +70,10 @@ def draft(
         if not any(matches(name, pattern) for name in known):
             where = "linear layers and tables" if lookups else "linear layers"
             raise no_match(pattern, known, f"{where} of {type(model).__name__}")
+    doubts = find_doubts(model)
     overruled = {
         name
-        for name in find_doubts(model)
+        for name in doubts
         if not _is_dense(layers[name]) or any(matches(name, pattern) for pattern in overrule or ())
     }
     every = tables and targets is None
@@ -95,9 +96,10 @@ def draft(
             continue
         reason = blocked.get(name)
         if reason and name in (targets or ()):
+            tried = " If reading the code is mistaken there, overrule= tries it." if name in doubts else ""
             raise TargetError(
                 f"{name}: this layer cannot be factorized: it {reason}. "
-                "Take it out of targets; it stays as it is."
+                f"Take it out of targets; it stays as it is.{tried}"
             )
         reason = reason or not_wanted(name, targets, ignore or (), in_heads)
         plans[name] = replace(plan, reason=reason or "", targeted=reason is None)

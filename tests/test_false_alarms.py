@@ -93,6 +93,11 @@ class WithAnOption(nn.Linear):
         return super().forward(x)
 
 
+class WithAKeyword(nn.Linear):
+    def forward(self, x, *, scale=None):
+        return super().forward(x)
+
+
 class ByTheInput(nn.Linear):
     def forward(self, x):
         return super().forward(x) if x.ndim == 2 else x
@@ -107,6 +112,11 @@ class OfAnotherFunction(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+class Setting(nn.Linear):
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+
+
 class Mixin:
     def merge(self):
         return None
@@ -118,7 +128,7 @@ class Mixed(nn.Linear, Mixin):
 
 OTHER = (
     *(Twice, BiasTwice, Forgetful, OnlyMatrices, Activated, WithAnotherMethod, WithItsOwnSizes, WithAnOption),
-    *(ByTheInput, OfAnotherFunction, Mixed),
+    *(WithAKeyword, ByTheInput, OfAnotherFunction, Setting, Mixed),
 )
 
 

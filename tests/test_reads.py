@@ -304,8 +304,17 @@ class Compared(Model):
         return x + self.block.lin.weight.shape[0] if same else x
 
 
+class AskedForAParameter(Model):
+    def forward(self, x):
+        return x if isinstance(self.proj.weight, nn.Parameter) else self.proj(x)
+
+
 def test_the_identity_and_the_shape_of_a_weight_count_as_its_value():
     assert set(find_obstacles(Compared())) == {"proj", "called", "block.lin"}
+
+
+def test_whether_a_weight_is_a_parameter_counts_since_that_of_a_factorized_layer_is_none():
+    assert set(find_obstacles(AskedForAParameter())) == {"proj"}
 
 
 class Config:

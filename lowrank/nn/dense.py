@@ -142,5 +142,5 @@ def _subclass(cls: type[nn.Module]) -> DenseKind:
         module=cls,
         transposed=False,
         build=functools.partial(build, cls, device="meta"),
-        certain=computes_the_same(cls),
+        certain=computes_the_same(cls),  # type: ignore[arg-type]
     )

@@ -19,16 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-HARMLESS = {"forward", "extra_repr", "reset_parameters"}
-"""What a class may override: none of it has a part in what the layer returns, but for ``forward``."""
+HARMLESS = {"forward", "extra_repr", "reset_parameters", "__repr__"}
+"""What a class may define: none of it has a part in what the layer returns, but for ``forward``."""
 
 _OF_TORCH = nn.Linear, nn.Module, object
 _ATTRIBUTES = {"weight", "bias", "T", "mT", "t", "matmul", "linear", "forward", "functional", "nn"}
 _GLOBALS = (torch, nn, functional, functional.linear, torch.matmul)
 _NODES = (
-    *(ast.FunctionDef, ast.arguments, ast.arg, ast.Return, ast.Assign, ast.If, ast.IfExp, ast.Name, ast.Load),
-    *(ast.Store, ast.Attribute, ast.Call, ast.keyword, ast.BinOp, ast.Add, ast.MatMult, ast.Compare, ast.Is),
-    *(ast.IsNot, ast.Constant),
+    *(ast.Return, ast.Assign, ast.If, ast.IfExp, ast.Name, ast.Load, ast.Store, ast.Attribute, ast.Call),
+    *(ast.keyword, ast.BinOp, ast.Add, ast.MatMult, ast.Compare, ast.Is, ast.IsNot, ast.Constant),
 )
 
 
@@ -37,9 +36,9 @@ def computes_the_same(cls: type[nn.Module]) -> bool:
     """Tell whether layers of ``cls`` are certain to compute what `torch.nn.Linear` does."""
     if not issubclass(cls, nn.Linear):
         return False
-    own = {name for base in cls.__mro__ if base not in _OF_TORCH for name in vars(base)}
-    changed = {name for name in own if not name.startswith("__")} - HARMLESS
-    if changed or own & {"__init__", "__new__", "__call__", "__getattr__", "__getattribute__"}:
+    own = {name: value for base in cls.__mro__ if base not in _OF_TORCH for name, value in vars(base).items()}
+    defined = {name for name, value in own.items() if inspect.isroutine(value) or not name.startswith("__")}
+    if not defined <= HARMLESS:
         return False
     forward = cls.forward
     return forward is nn.Linear.forward or (_is_affine(forward) and _agrees(cls))
@@ -55,7 +54,7 @@ def build(cls: type[nn.Module], in_features: int, out_features: int, bias: bool,
 def _is_affine(forward: FunctionType | Any) -> bool:
     """Tell whether the source of a method has only what a polynomial in input, weight and bias needs."""
     code = getattr(forward, "__code__", None)
-    if code is None or code.co_argcount != 2 or code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS):
+    if code is None or len(inspect.signature(forward).parameters) != 2:
         return False
     known = {name for name, value in forward.__globals__.items() if any(value is one for one in _GLOBALS)}
     if not set(code.co_names) <= _ATTRIBUTES | known | {"super"}:
