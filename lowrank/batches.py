@@ -80,7 +80,8 @@ class Batch:
         for value in (*self.arguments, *self.keywords.values()):
             if isinstance(value, Tensor):
                 state.update(f"{value.dtype}{tuple(value.shape)}".encode())
-                flat = value.detach().reshape(-1).view(torch.uint8)
+                dense = value.detach() if value.layout is torch.strided else value.detach().to_dense()
+                flat = dense.contiguous().reshape(-1).view(torch.uint8)
                 state.update(flat.cpu().numpy().tobytes())
         return int.from_bytes(state.digest()[:8], "big")
 
@@ -136,16 +137,25 @@ def batches(
         items = _tokenized(items, tokenizer, batch_size, max_length, by_length)
     index = -1
     for index, given in enumerate(items):
-        batch = as_batch(moved(given, device), index)
-        _check_has_tokens(batch)
-        yield batch
+        yield _checked(given, index, device)
     if index < 0:
         raise DataError("None of the strings in data has a token: all of them are empty. Give others.")
 
 
-def _check_has_tokens(batch: Batch) -> None:
+def _checked(given: Any, index: int, device: torch.device | str | None) -> Batch:
+    """Return what the data yielded as a batch on the device, with at least one token."""
+    try:
+        batch = as_batch(moved(given, device), index)
+    except (RuntimeError, NotImplementedError) as error:  # without data, or nested beyond Python's limit
+        raise DataError(f"Batch {index} cannot be used on {device}: {error}") from error
+    ids = batch.keywords.get("input_ids")
+    if batch.mask is not None and isinstance(ids, Tensor) and ids.shape != batch.mask.shape:
+        shapes = f"{tuple(batch.mask.shape)} and input_ids {tuple(ids.shape)}"
+        raise DataError(
+            f"Batch {index}: attention_mask has the shape {shapes}. Give one value for each token."
+        )
     if batch.tokens:
-        return
+        return batch
     why = "is empty" if batch.mask is None or not batch.mask.numel() else "is padding only: its mask is all 0"
     raise DataError(f"Batch {batch.index} {why}. Leave it out of the data.")
 

@@ -105,9 +105,18 @@ def of_loss(loss: Callable[[Any, Any], Any], outputs: Any, batch: Batch) -> Obje
 
 
 def pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the normalised mean over real tokens: ``(batch, tokens, features)`` to ``(batch, features)``."""
+    """Return the normalised mean over real tokens: ``(batch, tokens, features)`` to ``(batch, features)``.
+
+    Raises:
+        DataError: If there is not one value of the mask for each hidden state.
+    """
     if mask is None:
         return nn.functional.normalize(hidden.mean(1), dim=-1)
+    if mask.shape != hidden.shape[:2]:
+        raise DataError(
+            f"The attention mask has the shape {tuple(mask.shape)}, and the model's hidden states "
+            f"have {tuple(hidden.shape)}: not one value for each. Pass loss=None, or leave out the mask."
+        )
     weights = mask[..., None].to(hidden)
     return nn.functional.normalize((hidden * weights).sum(1) / weights.sum(1).clamp(min=1), dim=-1)
 

@@ -1,6 +1,7 @@
 """Data that hold nothing, too little, or nonsense: each call says so, with the batch's number."""
 
 import copy
+import functools
 import json
 import warnings
 from collections.abc import Callable
@@ -77,6 +78,47 @@ def test_a_batch_of_no_samples_is_refused_for_any_module(mlp):
     for empty in (made(0, 64), made(2, 0, 64)):
         with pytest.raises(DataError, match="Batch 1 is empty"):
             calibrate(mlp, [made(50, 64), empty])
+
+
+def test_a_mask_that_does_not_fit_its_tokens_is_refused(tiny_bert):
+    odd = {**sentences(1)[0], "attention_mask": torch.ones(1, 6)}  # which the model takes, for both rows
+    with pytest.raises(
+        DataError, match=r"Batch 1: attention_mask has the shape \(1, 6\) and input_ids \(2, 6\)"
+    ):
+        calibrate(tiny_bert, [sentences(1)[0], odd])
+
+
+def test_a_mask_of_what_the_model_shortens_is_refused():
+    """As of speech: there is a value for each sample, and a hidden state for each frame."""
+
+    class Frames(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, inputs_embeds, attention_mask):
+            return {"last_hidden_state": self.layer(inputs_embeds[:, ::2])}
+
+    batch = {"inputs_embeds": made(2, 6, 8), "attention_mask": torch.ones(2, 6)}
+    with pytest.raises(DataError, match=r"mask has the shape \(2, 6\), and the hidden states .* \(2, 3, 8\)"):
+        calibrate(Frames(), [batch])
+    assert calibrate(Frames(), [batch], loss=None).tokens == 12
+
+
+@pytest.mark.parametrize("kind", ["sparse", "strided", "meta", "nested"])
+def test_tensors_of_any_layout_are_read_or_refused_by_number(mlp, kind):
+    plain = made(50, 64)
+    odd = {
+        "sparse": plain.to_sparse(),
+        "strided": made(100)[::2][:, None].expand(50, 64),
+        "meta": plain.to("meta"),
+        "nested": functools.reduce(lambda inner, _: [inner], range(5000), plain),
+    }[kind]
+    if kind == "strided":
+        assert calibrate(mlp, [plain, odd, odd[:, 0].repeat(64, 1)[:, :50].T]).tokens == 150
+        return
+    with pytest.raises(DataError, match="Batch 1"):
+        calibrate(mlp, [plain, odd])
 
 
 class Bytes:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from harness import Attack
 from kills import KILLS
+from odd_data import ODD_DATA
 
-ATTACKS: tuple[Attack, ...] = (KILLS,)
+ATTACKS: tuple[Attack, ...] = (KILLS, ODD_DATA)
 
 
 def named(name: str) -> Attack:
