@@ -103,14 +103,16 @@ def test_a_vocabulary_far_below_the_models_is_refused(run, whole, texts, tmp_pat
     assert "has 9 tokens, and BertModel 99. It is another model's" in err
 
 
-def test_a_folder_with_half_of_the_files_has_no_tokenizer(run, tmp_path, texts):
-    """GPT-2 reads a vocabulary and merges; transformers refuses the first alone, and not the second."""
+@pytest.mark.parametrize("files", [(), ("merges.txt",)], ids=["none", "half"])
+def test_a_folder_with_none_or_half_of_the_files_has_no_tokenizer(run, tmp_path, texts, files):
     config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=300)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
-    (tmp_path / "gpt2" / "merges.txt").write_text("#version: 0.2\nw o\nr d\n")
+    for name in files:
+        (tmp_path / "gpt2" / name).write_text("#version: 0.2\nw o\nr d\n")
     code, _, err = run("calibrate", tmp_path / "gpt2", tmp_path / "out", "--data", texts)
     assert code == 1
-    assert "GPT2Tokenizer reads merges.txt, tokenizer.json, vocab.json" in err
+    missing = "there are no tokenizer files (GPT2Tokenizer reads merges.txt, tokenizer.json, vocab.json)"
+    assert ("no tokenizer can be loaded" if files else missing) in err
 
 
 def test_a_tokenizer_without_files_of_its_own_needs_none(tmp_path):
