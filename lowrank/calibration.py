@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowrank.batches import HELD_OUT, Batch
+from lowrank.devices import device_of
 from lowrank.errors import DataError, FewTokensWarning, StatsError
 from lowrank.fingerprints import fingerprint_of_layer, fingerprint_of_tokenizer
 from lowrank.linalg.metric import products_of_pairs, squares, wide
@@ -56,7 +57,7 @@ def collect(
     if loss is not None and loss != "auto" and not callable(loss):
         raise DataError(f'loss={loss!r}: give "auto", a function loss(outputs, batch), or None.')
     check_has_data(model)
-    generator = torch.Generator(_device(model)).manual_seed(seed)
+    generator = torch.Generator(device_of(model)).manual_seed(seed)
     differentiate = loss is not None
     tables = [name for name in layers if isinstance(model.get_submodule(name), nn.Embedding)]
     users = dict(heads or {}) if differentiate else {}  # without gradients, logits have another unit
@@ -136,10 +137,6 @@ def _pass(
         )
     made.total.backward()  # type: ignore[no-untyped-call]
     return made.terms
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 class _Collector:

@@ -16,6 +16,7 @@ from lowrank import surgery
 from lowrank._transformers import plugin
 from lowrank.batches import Batch, batches
 from lowrank.costs import byte_costs
+from lowrank.devices import device_of
 from lowrank.errors import BudgetError, WeightError
 from lowrank.evaluation import evaluating
 from lowrank.factoring import check_layer_of, matrix_of, metric_of, pooled
@@ -30,7 +31,7 @@ from lowrank.obstacles import check_holder
 from lowrank.outlooks import outlooks_of, residual_errors
 from lowrank.patterns import is_wildcard
 from lowrank.planning import METRICS, Budget, CodedWeight, Plan
-from lowrank.ranks import select
+from lowrank.ranks import nothing_changes, select
 from lowrank.sharing import check_share, groups_of
 from lowrank.statistics import Stats
 from lowrank.targets import draft, not_wanted, spells
@@ -146,8 +147,8 @@ def known_heads(model: nn.Module) -> dict[str, str]:
     return output_layer(model)
 
 
-def check_dense(model: nn.Module, drafted: Plan, request: Request) -> None:
-    """Refuse a request for layers of which some are compressed already: it would count and change the others.
+def check_targeted(model: nn.Module, drafted: Plan, request: Request) -> None:
+    """Refuse a request that leaves no layer to change, or some that are compressed already.
 
     Args:
         model: The model.
@@ -155,8 +156,12 @@ def check_dense(model: nn.Module, drafted: Plan, request: Request) -> None:
         request: What the user asked for.
 
     Raises:
-        BudgetError: If it names a layer that is factorized or coded, and others that are not.
+        BudgetError: If nothing is left to change; or if it names a layer that is factorized or coded, and
+            others that are not, since it would count and change those only.
     """
+    assert request.budget is not None
+    if not drafted.targeted:
+        raise BudgetError(nothing_changes(drafted, request.budget, {}))
     heads = heads_of(model, known_heads(model))
     spelled, ignore = request.targets or (), request.ignore or ()
     done = []
@@ -170,7 +175,7 @@ def check_dense(model: nn.Module, drafted: Plan, request: Request) -> None:
             continue  # tables are no targets unless they are spelled
         if not_wanted(layer.name, request.targets, ignore, heads) is None:
             done.append(layer.name)
-    if done and drafted.targeted:
+    if done:
         raise BudgetError(
             f"{drafted.model} is compressed already: of {len(done) + len(drafted.targeted)} layers that are "
             f"asked for, {len(done)} are factorized or coded (the first: {done[0]}), and {request.budget} "
@@ -294,7 +299,7 @@ def _fast_enough(
     model: nn.Module, drafted: Plan, choose: Callable[..., Plan], speedup: float, timing: Timing
 ) -> Plan:
     """Choose ranks by measured latencies, and measure the whole model until it is fast enough."""
-    (batch,) = batches([timing.inputs], device=next(model.parameters()).device)
+    (batch,) = batches([timing.inputs], device=device_of(model))
     table = timing.latencies if timing.latencies is not None else LatencyTable.here(model)
     best = slack = 0.0
     with evaluating(model):
@@ -321,9 +326,9 @@ def _latencies(model: nn.Module, decided: Plan, batch: Batch) -> tuple[float, fl
     """Return the median seconds of the dense model and of one with the plan's structure, run in turn."""
     dense, small = [], []
     for _ in range(3):
-        dense.append(seconds_of(lambda: batch.call(model), 5, next(model.parameters()).device))
+        dense.append(seconds_of(lambda: batch.call(model), 5, device_of(model)))
         with surgery.sketched(model, decided):
-            small.append(seconds_of(lambda: batch.call(model), 5, next(model.parameters()).device))
+            small.append(seconds_of(lambda: batch.call(model), 5, device_of(model)))
     return statistics.median(dense), statistics.median(small)
 
 

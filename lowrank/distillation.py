@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lowrank.batches import Batch, moved
 from lowrank.blocks import find_blocks, output_of, outputs_of
+from lowrank.devices import device_of
 from lowrank.errors import DataError
 from lowrank.modes import eval_mode
 from lowrank.objectives import pooled
@@ -150,8 +151,8 @@ class Lesson:
     ) -> None:
         self._model, self._teacher, self._hidden_weight = model, teacher, hidden_weight
         self._autocast = autocast if autocast is not None else contextlib.nullcontext()
-        self._home = next((p.device for p in model.parameters()), None)
-        self._device = next((p.device for p in teacher.parameters()), None)
+        self._home = device_of(model)
+        self._device = device_of(teacher)
         self._found: dict[int, Tensor] = {}
         self._wanted: dict[int, Tensor] = {}
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lowrank._transformers import check_tokenizer
 from lowrank.arguments import MODEL_OF, accepts, every, function, instance, number, optional, text, whole
 from lowrank.batches import as_batch, batches, windows
+from lowrank.devices import device_of
 from lowrank.errors import DataError, LowRankError
 from lowrank.modes import eval_mode
 from lowrank.objectives import increase, pooled
@@ -50,7 +51,7 @@ def embed(
     ordered = [texts[i] for i in order]
     parts = []
     with evaluating(model):
-        for batch in batches(ordered, tokenizer, device=_device(model), batch_size=batch_size):
+        for batch in batches(ordered, tokenizer, device=device_of(model), batch_size=batch_size):
             outputs = batch.call(model)
             if not isinstance(outputs, Mapping) or "last_hidden_state" not in outputs:
                 raise DataError(
@@ -152,7 +153,7 @@ def perplexity(
     ids = windows(text, tokenizer, tokens=window)
     if count is not None and not 1 <= count <= len(ids):
         raise DataError(f"The text has {len(ids)} windows of {window} tokens, not {count}.")
-    ids = ids[:count].to(_device(model))
+    ids = ids[:count].to(device_of(model))
     total = 0.0
     with evaluating(model):
         for index, chunk in enumerate(torch.split(ids, batch_size)):
@@ -193,7 +194,7 @@ def accuracy(
     check_tokenizer(model, tokenizer)
     right, start = 0, 0
     with evaluating(model):
-        for batch in batches(texts, tokenizer, device=_device(model), batch_size=batch_size):
+        for batch in batches(texts, tokenizer, device=device_of(model), batch_size=batch_size):
             logits = _logits(model, batch.call(model))
             _check_finite(model, logits, batch.index)
             found = logits.argmax(-1)
@@ -234,7 +235,7 @@ def loss_increase(
     check_tokenizer(dense, tokenizer)
     total, terms = 0.0, 0
     with evaluating(model), evaluating(dense):
-        for batch in batches(data, tokenizer, device=_device(model), batch_size=batch_size):
+        for batch in batches(data, tokenizer, device=device_of(model), batch_size=batch_size):
             made = increase(batch.call(model), batch.call(dense), batch)
             _check_finite(model, made.total, batch.index)
             total, terms = total + float(made.total), terms + made.terms
@@ -295,7 +296,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Put the model into eval mode without gradients, and undo it."""
     with eval_mode(model), torch.no_grad():
         yield
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lowrank import arguments
 from lowrank.arguments import MODEL_OF, accepts, instance, whole
 from lowrank.atomicfile import replaced
+from lowrank.devices import device_of, dtype_of
 from lowrank.errors import BudgetError, LowRankError
 from lowrank.menus import Costs, Menu
 from lowrank.modes import hooked
@@ -57,13 +58,13 @@ class LatencyTable:
     @accepts(model=instance(nn.Module, MODEL_OF))
     def here(cls, model: nn.Module) -> LatencyTable:
         """Make an empty table for the device and dtype of ``model``."""
-        parameter = next(model.parameters())
-        name = torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else ""
+        device = device_of(model)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         return cls(
             {
-                "device": f"{parameter.device.type} {name}".strip(),
+                "device": f"{device.type} {name}".strip(),
                 "threads": str(torch.get_num_threads()),
-                "dtype": str(parameter.dtype).removeprefix("torch."),
+                "dtype": str(dtype_of(model)).removeprefix("torch."),
                 "torch": torch.__version__,
             }
         )
@@ -139,7 +140,7 @@ def latency_costs(
             f"{LatencyTable.here(model).environment}. Measure a new one."
         )
     tokens = _tokens(model, draft, call)
-    whole = seconds_of(call, REPEATS, _device(model))
+    whole = seconds_of(call, REPEATS, device_of(model))
     points = {}
     for layer in draft.targeted:
         like = model.get_submodule(layer.name).weight
@@ -201,10 +202,6 @@ def _once(call: Callable[[], Any], device: torch.device) -> float:
 def _wait(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 def _tokens(model: nn.Module, draft: Plan, call: Callable[[], Any]) -> dict[str, list[int]]:

@@ -21,7 +21,8 @@ from lowrank.arguments import SEED, Check, accepts, device, flag, function, inst
 from lowrank.batches import Batch, batches
 from lowrank.calibration import collect
 from lowrank.coding import with_common_codes_uncentred
-from lowrank.deciding import Request, Timing, check_dense, decide, drafted, known_heads, spectra_of
+from lowrank.deciding import Request, Timing, check_targeted, decide, drafted, known_heads, spectra_of
+from lowrank.devices import device_of
 from lowrank.errors import BudgetError, DataError, LowRankError, PlanError, ReachWarning, TargetError
 from lowrank.factoring import pooled
 from lowrank.forms import INT8
@@ -32,7 +33,7 @@ from lowrank.nn import TiedLinear
 from lowrank.obstacles import check_model
 from lowrank.overruling import check_reads, check_subclasses
 from lowrank.planning import Budget, Plan
-from lowrank.ranks import nothing_changes, reasons
+from lowrank.ranks import reasons
 from lowrank.statistics import Stats, check_stats
 from lowrank.targets import draft
 
@@ -198,9 +199,7 @@ def compress(
     if sequential and data is None:
         raise DataError("sequential=True goes through data once more: give data=.")
     _check_spill(sequential, spill)
-    if not layers.targeted:
-        raise BudgetError(nothing_changes(layers, budget, {}))
-    check_dense(model, layers, request)
+    check_targeted(model, layers, request)
     if (sequential or overrule) and isinstance(data, Iterator):
         data = list(data)  # to be gone through twice
     _check_overruled(model, layers, inputs, data, tokenizer)
@@ -428,7 +427,7 @@ def _stream(
     """Return the batches of ``data``, where the model is."""
     check_tokenizer(model, tokenizer)
     if device is None:
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        device = device_of(model)
     return batches(
         data, tokenizer, device=device, batch_size=batch_size, max_length=max_length, by_length=True
     )
@@ -490,7 +489,7 @@ def plan(
         residual=residual,
     )
     layers = drafted(model, request, stats)
-    check_dense(model, layers, request)
+    check_targeted(model, layers, request)
     _check_overruled(model, layers, inputs)
     decided = _decided(model, layers, request, stats, True, progress, Timing(inputs, latencies))
     return with_reach(model, decided)

@@ -22,6 +22,7 @@ from lowrank.arguments import MODEL_OF, SEED, accepts, flag, function, instance,
 from lowrank.batches import Batch, batches
 from lowrank.blocks import find_blocks
 from lowrank.blockwise import BlockRuns
+from lowrank.devices import device_of
 from lowrank.distillation import Lesson
 from lowrank.distributed import (
     check_alike,
@@ -131,7 +132,7 @@ def recover(
         check_folder(folder, overwrite=True)
     student, teacher = unwrapped(model), unwrapped(teacher)
     check_tokenizer(teacher, tokenizer)
-    device = next(p.device for p in student.parameters())
+    device = device_of(student)
     stream = batches(
         data, tokenizer, device=device, batch_size=batch_size, max_length=max_length, by_length=True
     )
@@ -149,6 +150,11 @@ def recover(
                 _finish(BlockRuns(student, lesson, blocks, pace, course, folder), held)
         else:
             parameters = trainable(student)
+            if not parameters:
+                raise LowRankError(
+                    f"{type(student).__name__} has no factor, bias or norm to train: its weights are integers. "
+                    "Leave out codes=False, which keeps those of linear layers, or code fewer weights."
+                )
             with training_only(student, parameters), lesson.listening():
                 _finish(Run(lesson.distance, parameters, pace, course, folder), held)
     return model

@@ -88,7 +88,7 @@ LAYERS = [
     {"errors", "text", "notices"},
     {"arguments", "locks", "reach", "cardfile"},
     {"atomicfile"},
-    {"patterns", "tensorfile", "folders", "linalg", "allocator", "modes", "_transformers"},
+    {"patterns", "tensorfile", "folders", "linalg", "allocator", "devices", "modes", "_transformers"},
     {"batches", "blocks", "textfiles", "fingerprints", "distributed"},
     {"lookups"},
     {"planning", "statistics", "objectives", "snapshots"},
