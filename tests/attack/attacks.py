@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import calls
 from harness import Attack
 from kills import KILLS
 from odd_data import ODD_DATA
 
-ATTACKS: tuple[Attack, ...] = (KILLS, ODD_DATA)
+CALLS = Attack(
+    "calls",
+    "public calls in any order, with good and bad arguments, on small modules",
+    calls.attempt,
+    3.0,
+)
+
+ATTACKS: tuple[Attack, ...] = (CALLS, KILLS, ODD_DATA)
 
 
 def named(name: str) -> Attack:
