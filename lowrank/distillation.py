@@ -70,6 +70,10 @@ def _of_outputs(outputs: Any, targets: Any, batch: Batch) -> Tensor:
                 f"The teacher returns {key} of shape {tuple(its[key].shape)}, the compressed model {got}. "
                 "Give the dense model that it was made from."
             )
+        if not its[key].numel():
+            raise DataError(
+                f"Batch {batch.index}: {key} of shape {tuple(its[key].shape)} has no elements to match."
+            )
         parts.append(_part(key, mine[key], its[key], batch))
     if not parts:
         raise DataError(
@@ -110,12 +114,13 @@ def relative_squares(mine: Tensor, target: Tensor) -> Tensor:
 
 
 def _named(outputs: Any) -> dict[str, Tensor]:
-    if isinstance(outputs, Tensor):
-        return {"output": outputs}
-    items = outputs.items() if isinstance(outputs, Mapping) else enumerate(outputs)
-    return {
-        str(key): value for key, value in items if isinstance(value, Tensor) and value.is_floating_point()
-    }
+    if isinstance(outputs, Mapping):
+        named = dict(outputs)
+    elif isinstance(outputs, Tensor):
+        named = {"output": outputs}
+    else:
+        named = dict(enumerate(outputs)) if isinstance(outputs, (tuple, list)) else {}
+    return {str(k): v for k, v in named.items() if isinstance(v, Tensor) and v.is_floating_point()}
 
 
 class Lesson:

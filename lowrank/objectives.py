@@ -47,9 +47,18 @@ def increase(outputs: Any, targets: Any, batch: Batch) -> Objective:
 
     It is what the metric ``"loss"`` predicts to second order: the KL divergence to the dense model's
     predictions, or half the squared error of the embedding or output.
+
+    Raises:
+        DataError: If no objective can be made of them, or they have different shapes.
     """
     kind, mine = _looked_at(outputs, batch)
     _, its = _looked_at(targets, batch)
+    shapes, wanted = ([tuple(tensor.shape) for tensor in tensors] for tensors in (mine, its))
+    if shapes != wanted:
+        raise DataError(
+            f"Batch {batch.index}: the model's outputs have shapes {shapes}, the dense model's targets "
+            f"{wanted}. Give the dense model that it was made from."
+        )
     if kind == "logits":
         parts = [
             nn.functional.kl_div(

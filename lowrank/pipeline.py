@@ -17,13 +17,33 @@ from torch import Tensor, nn
 from lowrank import quantizing, surgery
 from lowrank._transformers import check_tokenizer, plugin
 from lowrank.anchoring import apply_anchored
-from lowrank.arguments import SEED, Check, accepts, device, flag, function, instance, optional, path, whole
+from lowrank.arguments import (
+    SEED,
+    Check,
+    accepts,
+    device,
+    flag,
+    function,
+    instance,
+    optional,
+    path,
+    text,
+    whole,
+)
 from lowrank.batches import Batch, batches
 from lowrank.calibration import collect
 from lowrank.coding import with_common_codes_uncentred
 from lowrank.deciding import Request, Timing, check_targeted, decide, drafted, known_heads, spectra_of
 from lowrank.devices import device_of
-from lowrank.errors import BudgetError, DataError, LowRankError, PlanError, ReachWarning, TargetError
+from lowrank.errors import (
+    BudgetError,
+    DataError,
+    LowRankError,
+    PlanError,
+    ReachWarning,
+    SchemeError,
+    TargetError,
+)
 from lowrank.factoring import pooled
 from lowrank.forms import INT8
 from lowrank.latency import LatencyTable
@@ -41,12 +61,19 @@ _STATS = optional(check_stats)
 _REQUEST: dict[str, Check] = {
     "latencies": optional(instance(LatencyTable, "a LatencyTable", BudgetError)),
     "stats": _STATS,
+    "metric": text(BudgetError),
     "add_bias": flag,
+    "allocation": text(BudgetError),
     "round_to": whole(1, error=BudgetError),
+    "share": optional(text(BudgetError)),
+    "quantize": optional(text(SchemeError)),
     "residual": flag,
     "progress": flag,
 }
-"""What `compress` and `plan` have in common; patterns and budgets are checked where they are read."""
+"""What `compress` and `plan` have in common; words, patterns and budgets are checked where they are read."""
+
+_SLOW = text(SchemeError)
+
 
 _DATA: dict[str, Check] = {
     "tokenizer": optional(function),
@@ -60,7 +87,7 @@ REACH_TO_WARN_BELOW = 0.3
 """A share of the model's parameters: `compress` warns where it can change less, and nobody asked for that."""
 
 
-@accepts(**_REQUEST, **_DATA)
+@accepts(**_REQUEST, **_DATA, slow=_SLOW)
 def compress(
     model: nn.Module,
     *,
@@ -235,7 +262,7 @@ def compress(
     return model
 
 
-@accepts(stats=_STATS, seed=SEED, progress=flag)
+@accepts(scheme=text(SchemeError), stats=_STATS, slow=_SLOW, seed=SEED, progress=flag)
 def quantize(
     model: nn.Module,
     scheme: str = "int8",
@@ -519,7 +546,11 @@ def _decided(
 
 
 @accepts(
-    plan=instance(Plan, "a Plan, from plan(model, ...)", PlanError), stats=_STATS, progress=flag, **_DATA
+    plan=instance(Plan, "a Plan, from plan(model, ...)", PlanError),
+    stats=_STATS,
+    slow=_SLOW,
+    progress=flag,
+    **_DATA,
 )
 def apply(
     model: nn.Module,
@@ -613,7 +644,7 @@ def decompress(model: nn.Module) -> nn.Module:
     return model
 
 
-@accepts(stats=_STATS, add_bias=flag, progress=flag)
+@accepts(stats=_STATS, metric=text(BudgetError), add_bias=flag, progress=flag)
 def spectra(
     model: nn.Module,
     *,

@@ -152,8 +152,8 @@ def recover(
             parameters = trainable(student)
             if not parameters:
                 raise LowRankError(
-                    f"{type(student).__name__} has no factor, bias or norm to train: its weights are integers. "
-                    "Leave out codes=False, which keeps those of linear layers, or code fewer weights."
+                    f"{type(student).__name__} has no factor, bias or norm to train: its weights are "
+                    "integers. Leave out codes=False, which keeps those of linear layers; or code less."
                 )
             with training_only(student, parameters), lesson.listening():
                 _finish(Run(lesson.distance, parameters, pace, course, folder), held)

@@ -202,6 +202,11 @@ class Run:
         for group in self._optimizer.param_groups:
             group["lr"] = self._course.learning_rate * schedule(done)
         loss = self._distance(batch)
+        if not loss.requires_grad:
+            raise DataError(
+                f"Batch {batch.index}: no gradient of the distance to the teacher reaches what is trained. "
+                "Does the model detach its outputs, or run without gradients?"
+            )
         value = total(float(loss.detach()), self._device) / processes()
         if math.isfinite(value):
             # not backward(), on which a wrapper's hooks wait to average all that it knows
