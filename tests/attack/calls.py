@@ -1,19 +1,15 @@
 """The public calls in any order, with random arguments, on the modules of the zoo.
 
-A `Session` has one module, and what calls on it have given: statistics, plans, folders. Each of its steps makes a
-call. One that fails must fail with an error of this library, and leave everything as it was; after one that succeeds,
-the model must keep the promises of `promises`.
+Each step makes a call in a `Session`. One that fails must fail with an error of this library, and leave all
+as it was; after one that succeeds, the model must keep the promises of `promises`.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
-import os
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -26,182 +22,25 @@ from promises import (
     Outputs,
     aligned,
     bits,
-    check_copies,
     check_errors,
-    check_moves,
-    check_on_meta,
-    check_pickles,
-    check_saves,
-    check_trains,
     demand,
     dense_weights,
     distance,
     finite,
     outputs_of,
-    same,
 )
-from states import State, data_of, difference, files_of, globals_of, state_of
+from session import Session
+from states import data_of, difference
 from torch import nn
-from zoo import ZOO, Batch, Specimen
+from zoo import ZOO
 
 import lowrank
-from lowrank import LowRankError, Plan, Stats
+from lowrank import Plan, Stats
 from lowrank.nn import LowRankLinear
 from lowrank.reporting import Report
 
 CALLS = 12
 """How many calls one attempt makes."""
-
-
-@contextmanager
-def working_in(folder: Path) -> Iterator[None]:
-    """Make ``folder`` the working directory for a while."""
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
-
-
-class Session:
-    """One module of the zoo, and what the calls on it have given."""
-
-    def __init__(self, specimen: Specimen, folder: Path) -> None:
-        self.specimen = specimen
-        self.folder = folder
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.outcomes: Counter[str] = Counter()
-        self.trace: list[str] = []
-        self.numbers = itertools.count()
-        self.dense = specimen.build()
-        self.stats: Stats | None = None
-        self.plan: Plan | None = None
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin anew with the module as it was."""
-        self.model = self.specimen.build()
-        self.trainable = {name: p.requires_grad for name, p in self._parameters()}
-        self.trace.append("begin anew")
-
-    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return self.model.named_parameters(remove_duplicate=False)
-
-    @property
-    def layers(self) -> list[str]:
-        """The names of modules that a pattern may mean."""
-        kinds = (nn.Linear, nn.Embedding, *OWN)
-        return [name for name, module in self.model.named_modules() if isinstance(module, kinds) and name]
-
-    @property
-    def bytes(self) -> int:
-        """The bytes of parameters and buffers."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        return sum(t.nbytes for t in tensors if not nn.parameter.is_lazy(t)) or 1
-
-    def batches(self, random: Random) -> list[Batch]:
-        """Return data for a calibration."""
-        return [self.specimen.batch(random.randint(1, 6)) for _ in range(random.randint(1, 4))]
-
-    def state(self) -> State:
-        """Return all that a failed call must leave as it was."""
-        parts = {"model": state_of(self.model), "dense model": state_of(self.dense), "process": globals_of()}
-        parts["statistics"] = {"statistics": data_of(self.stats)}
-        parts["plan"] = {"plan": data_of(self.plan)}
-        parts["folder"] = files_of(self.folder)
-        return {f"{part}: {name}": value for part, state in parts.items() for name, value in state.items()}
-
-    def call(
-        self,
-        function: Callable[..., Any],
-        *given: Any,
-        reads: bool = False,
-        writes: bool = False,
-        **named: Any,
-    ) -> tuple[bool, Any]:
-        """Make one call; return whether it succeeded, and what it gave.
-
-        Args:
-            function: What is called with ``given`` and ``named``.
-            reads: Whether it must leave everything as it was also when it succeeds.
-            writes: Whether it may write files when it succeeds.
-        """
-        name = getattr(function, "__qualname__", repr(function))
-        arguments = [_short(value) for value in given] + [
-            f"{key}={_short(value)}" for key, value in named.items()
-        ]
-        self.trace.append(f"{name}({', '.join(arguments)})")
-        before = self.state()
-        try:
-            with working_in(self.folder):  # nonsense may be a relative path
-                result = function(*given, **named)
-        except LowRankError as error:
-            self.trace[-1] += f"  → {type(error).__name__}: {error}"
-            self._unchanged(before, self.state(), "A failed call changes something.")
-            demand(len(str(error).split()) > 3, f"This is no sentence: {type(error).__name__}({error!s}).")
-            self.outcomes[type(error).__name__] += 1
-            return False, error
-        except Exception as error:
-            last = traceback.extract_tb(error.__traceback__)[-6:]
-            raise Broken(
-                f"A foreign error: {type(error).__name__}: {error}\n{''.join(traceback.format_list(last))}"
-            ) from error
-        after = self.state()
-        if not reads:
-            self._as_before(before, after)
-            before = {key: value for key, value in before.items() if not key.startswith("model: ")}
-            after = {key: value for key, value in after.items() if not key.startswith("model: ")}
-        if writes:
-            before = {key: value for key, value in before.items() if not key.startswith("folder: ")}
-            after = {key: value for key, value in after.items() if not key.startswith("folder: ")}
-        self._unchanged(before, after, "A call changes what it must not.")
-        self.outcomes["done"] += 1
-        return True, result
-
-    def _unchanged(self, before: State, after: State, sentence: str) -> None:
-        found = difference(before, after)
-        demand(found is None, f"{sentence} {found}")
-
-    def _as_before(self, before: State, after: State) -> None:
-        """What keeps its name keeps its mode and its hooks, whatever it is replaced by."""
-        for key in before.keys() & after.keys():
-            if key.startswith("model: ") and (key.endswith(": training") or "hooks" in key):
-                demand(before[key] == after[key], f"A call changes {key}: {before[key]}, then {after[key]}.")
-
-    def path(self, name: str) -> Path:
-        """Return a new path in the session's folder."""
-        return self.folder / f"{name}{next(self.numbers)}"
-
-    def check(self, random: Random) -> None:
-        """Check some of the promises that a model keeps."""
-        specimen, model, batch = self.specimen, self.model, self.specimen.batch(one(random, 3, 1, 20))
-        if not specimen.runs or not list(model.children()):
-            return
-        expected = outputs_of(self.dense, batch)
-        found = outputs_of(model, batch)
-        demand(
-            finite(found) or not finite(expected), "The outputs are not finite; those of the dense model are."
-        )
-        demand(same(found, outputs_of(model, batch)), "The same call gives other outputs.")
-        checks: list[tuple[float, str, Callable[[], None]]] = [
-            (0.3, "copy", lambda: check_copies(model, batch)),
-            (0.3, "pickle", lambda: check_pickles(model, batch) if specimen.pickles else None),
-            (0.3, "save and load", lambda: check_saves(model, specimen, batch, self.path("saved"), False)),
-            (
-                0.3,
-                "train",
-                lambda: check_trains(model, specimen.batch(4)) if specimen.trains and finite(found) else None,
-            ),
-            (0.1, "half", lambda: check_moves(model, self.dense, batch, torch.float16)),
-            (0.1, "bfloat16", lambda: check_moves(model, self.dense, batch, torch.bfloat16)),
-            (0.1, "double", lambda: check_moves(model, self.dense, batch, torch.float64)),
-        ]
-        for chance, name, check in checks:
-            if maybe(random, chance):
-                self.trace.append(f"check: {name}")
-                check()
-                self.trace.pop()
 
 
 Step = Callable[[Session, Random], None]
@@ -287,7 +126,10 @@ def apply_at_once(session: Session, random: Random, stats: Stats | None) -> None
     """Carry out a plan that was made for the model as it is: that must work."""
     before = dense_weights(session.model)
     done, error = session.call(lowrank.apply, session.model, session.plan, stats, slow="allow")
-    demand(done, f"A plan for this very model is refused: {error}")
+    frozen_for_good = session.specimen.name == "in inference mode"  # it can be planned, but not changed
+    demand(done or frozen_for_good, f"A plan for this very model is refused: {error}")
+    if not done:
+        return
     if stats is None:
         check_errors(session.model, before)
     session.check(random)
@@ -354,9 +196,7 @@ def store_stats(session: Session, random: Random) -> None:
     if session.stats is None:
         return
     folder = session.path("stats")
-    done, error = session.call(
-        session.stats.save, **spoiled(random, {"folder": folder}), reads=True, writes=True
-    )
+    done, _ = session.call(session.stats.save, **spoiled(random, {"folder": folder}), reads=True, writes=True)
     if done and folder.exists():
         done, read = session.call(Stats.load, folder, reads=True)
         demand(
@@ -619,10 +459,3 @@ def take(session: Session, step: Step, random: Random) -> None:
 def story(session: Session) -> str:
     """Return what has been called, line by line."""
     return "\n".join([f"On the module {session.specimen.name!r}:", *(f"  {line}" for line in session.trace)])
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, (nn.Module, Plan, Stats)):
-        return type(value).__name__
-    text = repr(value)
-    return text if len(text) < 120 else f"{text[:100]} …"

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 Arguments = dict[str, Any]
 T = TypeVar("T")
@@ -103,3 +104,17 @@ def spoiled(random: Random, arguments: Arguments, also: Sequence[str] = ()) -> A
     if name == "loss" and callable(odd):
         return arguments  # errors of the user's own functions are the user's
     return arguments | {name: odd}
+
+
+def odd_data(random: Random, good: list[Any]) -> Any:
+    """Return data with something about them that a calibration must take, or refuse."""
+    first = good[0]
+    tensor = next(iter(first.values())) if isinstance(first, dict) else first
+    odd: tuple[Any, ...] = (
+        *(iter(good), tuple(good), [(batch, "label") for batch in good], DataLoader(tensor, batch_size=2)),
+        *([], [None], ["a text"], [*good, None], [*good, tensor[:0]], [tensor.sum()], [[]], tensor),
+        *([tensor.double()], [tensor.long()], [tensor[..., :3]], [tensor[0]], [tensor.mT.contiguous().mT]),
+        *([torch.full(tensor.shape, math.nan)], [*good, tensor * 1e30], [tensor.new_zeros(tensor.shape)]),
+        *([{"x": tensor}], [{"input": tensor}], [{}], [tensor.clone().numpy()], [tensor.to("meta")]),
+    )
+    return one(random, *odd)

@@ -1,4 +1,4 @@
-"""What must hold of every model that a call has given back: it copies, pickles, saves, loads, moves and trains."""
+"""What holds of every model that a call has given back: it copies, pickles, saves, loads, moves, trains."""
 
 from __future__ import annotations
 
@@ -106,9 +106,7 @@ def _plain(state: dict[str, Any]) -> dict[str, Any]:
         if "hooks" in key or key == "config" or "attributes" in key:
             continue
         known = "gradients" in key or "module" in key or "parameter" in key or "buffer" in key
-        if "gradients" in key:
-            plain[key] = value[0]
-        elif ": module" in key:
+        if "gradients" in key or ": module" in key:
             plain[key] = value[0]
         else:
             plain[key] = value[1] if known else value

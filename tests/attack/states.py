@@ -33,7 +33,8 @@ def state_of(model: nn.Module) -> State:
         own = vars(module)
         for hooks in HOOKS:
             if isinstance(own[hooks], dict) and own[hooks]:
-                state[f"{name}: {hooks}"] = tuple((key, id(hook)) for key, hook in own[hooks].items())
+                known = {key: getattr(hook, "hook", hook) for key, hook in own[hooks].items()}
+                state[f"{name}: {hooks}"] = tuple(known.items())
         state[f"{name}: attributes"] = {
             key: value for key, value in own.items() if isinstance(value, PLAIN) and not key.startswith("_")
         } | ({"forward": own["forward"]} if "forward" in own else {})

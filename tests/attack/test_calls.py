@@ -1,4 +1,4 @@
-"""The calls as a state machine: hypothesis shortens whatever it finds to the fewest calls and plainest arguments."""
+"""The calls as a state machine: hypothesis shortens what it finds to few calls with plain arguments."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from random import Random
 from typing import Any
 
 import pytest
-from calls import KNOWN, STEPS, Session, Step, take
+from calls import KNOWN, STEPS, Step, take
 from harness import Broken
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from session import Session
 from zoo import ZOO
 
 import lowrank
