@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank.atomicfile import refusals
 from lowrank.batches import Batch
 from lowrank.blocks import Reached, hidden_state
 from lowrank.errors import DataError, LowRankError
@@ -116,8 +117,10 @@ class Streams:
         if self._spill is None:
             return hidden
         file = self._spill / f"{stream}-{self.batch.index}"
+        with refusals(self._spill):  # written here: a full disk kills a process that writes to mapped memory
+            file.write_bytes(hidden.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         there = torch.from_file(str(file), shared=True, size=hidden.numel(), dtype=hidden.dtype)
-        return there.view(hidden.shape).copy_(hidden)
+        return there.view(hidden.shape)
 
     def _call(self, block: nn.Module, hidden: Tensor, others: _Call) -> Any:
         args, kwargs = others

@@ -281,6 +281,16 @@ def test_a_folder_without_a_name_of_its_own_is_refused_by_name(tmp_path, monkeyp
     assert contents(tmp_path) == {"lowrank.json": b"mine"}
 
 
+def test_statistics_and_snapshots_need_a_folder_with_a_name_too(mlp, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = [torch.randn(8, 64) for _ in range(6)]
+    with pytest.raises(CheckpointError, match=r"folder='\.': .*by its name"):
+        calibrate(mlp, data).save("", overwrite=True)
+    with pytest.raises(CheckpointError, match=r"folder='\.': .*by its name"):
+        recover(compress(nn.Sequential(*mlp), rank=8), mlp, data, steps=2, snapshots=".")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("folder", ["./out", "out/", "a/../out", "../{}/out"])
 def test_a_folder_with_a_name_is_written_however_it_is_spelled(tmp_path, monkeypatch, folder):
     monkeypatch.chdir(tmp_path)
@@ -459,6 +469,16 @@ def test_a_picture_that_does_not_fit_is_an_error_and_the_old_one_stays(mlp, tmp_
     with small_files(), pytest.raises(CheckpointError, match=r"ranks\.png: cannot be written: .*too large"):
         lowrank.plot_ranks(plan, tmp_path / "ranks.png")
     assert contents(tmp_path) == {"ranks.png": b"old"}
+
+
+def test_hidden_states_that_do_not_fit_are_an_error_and_not_a_crash(tiny_bert, tmp_path):
+    with volume(tmp_path / "volume") as at:
+        free = os.statvfs(at)
+        (at / "filler").write_bytes(bytes((free.f_bavail - 4) * free.f_frsize))
+        data = [{"input_ids": torch.arange(64)[None] % 99} for _ in range(4)]
+        with pytest.raises(CheckpointError, match=r"volume/\w+: cannot be written: .*No space"):
+            compress(tiny_bert, keep=0.5, data=data, sequential=True, spill=at)
+        assert [entry.name for entry in at.iterdir()] == ["filler"]
 
 
 @pytest.fixture
