@@ -27,9 +27,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowrank.linalg.metric import Diagonal, Gram, Identity, Metric
+from lowrank.linalg.metric import Diagonal, Gram, Identity, Metric, PulledBack
 from lowrank.linalg.spectra import Spectrum
-from lowrank.linalg.svd import balanced, checked_weight, evened, rounding_of
+from lowrank.linalg.svd import (
+    balanced,
+    check_factors,
+    checked_weight,
+    evened,
+    measured_error,
+    rounding_of,
+    with_rounding,
+)
 
 ROUNDS = 2
 """How often ``R`` and all ``Lᵢ`` are fitted in turn.
@@ -68,16 +76,17 @@ class _Fit(NamedTuple):
     triangle: Tensor  # T (rank, rank)
 
     def regression(self) -> Tensor:
-        """Return ``Z = C Rᵀ (R C Rᵀ)⁻¹``, shape ``(in, rank)``."""
-        return torch.linalg.solve_triangular(self.triangle.T, self.seen, upper=False, left=False)
+        """Return ``Z = C Rᵀ (R C Rᵀ)⁻¹``, shape ``(in, rank)``; the least one where rows of ``R`` agree."""
+        sizes = torch.linalg.vector_norm(self.triangle, dim=0)
+        sizes = torch.where(sizes > 0, sizes, 1.0)
+        triangle = (self.triangle / sizes).T
+        if bool((triangle.diagonal().abs() > _DEPENDENT).all()):
+            return torch.linalg.solve_triangular(triangle, self.seen, upper=False, left=False) / sizes
+        return self.seen @ torch.linalg.pinv(triangle, rtol=_DEPENDENT) / sizes
 
     def captured(self, member: _Member) -> Tensor:
         """Return how much of the squared error each row of ``R`` takes away, ``(rank,)``."""
         return (self.seen * (member.pulled @ self.seen)).sum(0).clamp(min=0)
-
-    def error(self, member: _Member) -> float:
-        """Return the squared error that the best ``L`` leaves."""
-        return max(0.0, float(_total(member) - self.captured(member).sum()))
 
 
 def basis_spectra(
@@ -108,7 +117,7 @@ def basis_spectra(
     if refined:
         largest = rows * size // (rows + size)  # beyond, the factors have more parameters than the weights
         knots = sorted({rank for rank in (round(part * largest) for part in KNOTS) if 0 < rank <= len(basis)})
-        found = [_errors(members, _refined(members, basis[:rank])[1]) for rank in knots]
+        found = [_errors(members, *_refined(members, basis[:rank])) for rank in knots]
         for number, tail in enumerate(tails):
             tails[number] = _scaled(tail, knots, [errors[number] for errors in found])
     rounding = rounding_of(weights[0].dtype)
@@ -148,21 +157,38 @@ def shared_basis(
     members = _members(weights, metrics, scales)
     start = _summed_basis(members)[:rank]  # fewer rows where the weights have less rank
     basis, fits = _refined(members, start, none_worse)
-    lefts = [weight.detach().to(basis) @ fit.regression() for weight, fit in zip(weights, fits, strict=True)]
+    regressions = [fit.regression() for fit in fits]
+    lefts = [weight.detach().to(basis) @ z for weight, z in zip(weights, regressions, strict=True)]
     left, right = basis.new_zeros(sum(map(len, lefts)), rank), basis.new_zeros(rank, basis.shape[1])
     left[:, : len(basis)], right[: len(basis)] = torch.cat(lefts), basis
     left, right = evened(left, right)
     dtype = weights[0].dtype
     if dtype == torch.float16:
         left, right = balanced(left, right)
-    parts = torch.split(left.to(dtype), [len(weight) for weight in weights])
+    left, right = left.to(dtype), right.to(dtype).contiguous()
+    check_factors(left, right)
+    parts = tuple(part.contiguous() for part in torch.split(left, [len(weight) for weight in weights]))
     errors = [
-        _with_rounding(error / float(_total(member)) if error else 0.0, rounding_of(dtype))
-        for member, error in zip(members, _errors(members, fits), strict=True)
+        measured_error(weight.detach().double(), part.double(), right.double(), metric)
+        if not isinstance(metric.outputs, PulledBack)
+        else _relative_error(member, z, basis, part)
+        for weight, part, metric, member, z in zip(weights, parts, metrics, members, regressions, strict=True)
     ]
-    return SharedFactors(
-        tuple(part.contiguous() for part in parts), right.to(dtype).contiguous(), tuple(errors)
-    )
+    return SharedFactors(parts, right, tuple(errors))
+
+
+def _left_over(member: _Member, regression: Tensor, basis: Tensor) -> float:
+    """Return the squared error of ``W Z R``, which ``P`` tells without ``W``."""
+    lost = torch.eye(len(regression)).to(basis) - regression @ basis
+    return max(0.0, float(((member.pulled @ lost) * (lost @ member.second)).sum()))
+
+
+def _relative_error(member: _Member, regression: Tensor, basis: Tensor, left: Tensor) -> float:
+    """Return the same over ``‖W‖``, with what storing ``left`` adds."""
+    total = float(_total(member))
+    if not total > 0:
+        return 0.0
+    return with_rounding(math.sqrt(_left_over(member, regression, basis) / total), left)
 
 
 def _members(weights: Sequence[Tensor], metrics: Sequence[Metric], scales: Sequence[float]) -> list[_Member]:
@@ -184,11 +210,11 @@ def _second_and_root(metric: Metric, like: Tensor) -> tuple[Tensor, Tensor]:
         values = side.values.to(like)
     else:
         values = like.new_full((size,), 1.0 if isinstance(side, Identity) else 0.0)
-    values = values.clamp(min=max(_TINY, _RIDGE * float(values.mean())))
-    return torch.diag(values), torch.diag(values.sqrt())
+    positive = values.clamp(min=max(_TINY, _RIDGE * float(values.mean())))
+    return torch.diag(values), torch.diag(positive.sqrt())
 
 
-_TINY, _RIDGE = 1e-200, 1e-15
+_TINY, _RIDGE, _DEPENDENT = 1e-200, 1e-15, 1e-10
 
 
 def _invertible(side: Gram) -> Tensor:
@@ -224,7 +250,7 @@ def _fitted(members: Sequence[_Member], basis: Tensor) -> list[_Fit]:
 
 def _total(member: _Member) -> Tensor:
     """Return the squared norm of the weight under its metric."""
-    return (member.root * (member.pulled @ member.root)).sum()
+    return (member.second * member.pulled).sum().clamp(min=0)
 
 
 def _tail(member: _Member, fit: _Fit, components: int) -> Tensor:
@@ -235,8 +261,8 @@ def _tail(member: _Member, fit: _Fit, components: int) -> Tensor:
     return torch.cat([captured.flip(0).cumsum(0).flip(0), captured.new_zeros(1)]) + left_over
 
 
-def _errors(members: Sequence[_Member], fits: Sequence[_Fit]) -> list[float]:
-    return [fit.error(member) for fit, member in zip(fits, members, strict=True)]
+def _errors(members: Sequence[_Member], basis: Tensor, fits: Sequence[_Fit]) -> list[float]:
+    return [_left_over(m, fit.regression(), basis) for fit, m in zip(fits, members, strict=True)]
 
 
 def _scaled(tail: Tensor, ranks: Sequence[int], errors: Sequence[float]) -> Tensor:
@@ -257,8 +283,8 @@ def _refined(
     for _ in range(ROUNDS):
         other = _alternated(members, basis, [fit.regression() for fit in fits])
         found = _fitted(members, other)
-        new, old = _errors(members, found), _errors(members, fits)
-        if sum(new) >= sum(old) or (none_worse and any(a > b for a, b in zip(new, old, strict=True))):
+        new, old = _errors(members, other, found), _errors(members, basis, fits)
+        if not sum(new) < sum(old) or (none_worse and any(a > b for a, b in zip(new, old, strict=True))):
             break
         basis, fits = other, found
     return basis, fits
@@ -268,7 +294,10 @@ def _alternated(members: Sequence[_Member], basis: Tensor, regressions: Sequence
     """Fit ``R`` to all ``Lᵢ``: conjugate gradients from where it is, preconditioned by the sums."""
     inner = [z.T @ member.pulled @ z for z, member in zip(regressions, members, strict=True)]
     wanted = _sum(z.T @ m.pulled @ m.second for z, m in zip(regressions, members, strict=True))
-    left, right = (_invertible(Gram(each)) for each in (_sum(inner), _sum(m.second for m in members)))
+    both = _sum(inner), _sum(member.second for member in members)
+    if not all(bool(each.isfinite().all()) for each in (*both, wanted)):
+        return basis  # layers so unlike that float64 cannot weigh them against each other
+    left, right = (_invertible(Gram(each)) for each in both)
 
     def applied(matrix: Tensor) -> Tensor:
         return _sum(a @ matrix @ member.second for a, member in zip(inner, members, strict=True))
@@ -289,8 +318,3 @@ def _alternated(members: Sequence[_Member], basis: Tensor, regressions: Sequence
         before, size = size, (residual * step).sum()
         direction = step + size / before * direction
     return basis
-
-
-def _with_rounding(squared: float, rounding: float) -> float:
-    """Return the relative error with what storing the factors adds on average."""
-    return math.sqrt(squared + rounding**2 * (1 - squared))

@@ -132,12 +132,11 @@ def truncated_svd(
             left, right = balanced(left, right)
         half = 2.0 ** (math.frexp(scale)[1] // 2)  # of the scale in each, so that neither leaves the range
         left, right = (half * left).to(weight.dtype), (scale / half * right).to(weight.dtype)
-        _check_finite(left, right)
-        rounding = rounding_of(weight.dtype)
-        if error is None or (rounding and not isinstance(metric.outputs, PulledBack)):
-            error = _measure(matrix, left.to(matrix) / half, right.to(matrix) / (scale / half), metric)
-        elif rounding and bool(left.any()):  # a metric pulled back through W cannot measure other matrices
-            error = math.sqrt(error**2 + rounding**2 * (1 - error**2))
+        check_factors(left, right)
+        if error is not None and isinstance(metric.outputs, PulledBack):
+            error = with_rounding(error, left)
+        elif error is None or rounding_of(weight.dtype):
+            error = measured_error(matrix, left.to(matrix) / half, right.to(matrix) / (scale / half), metric)
     return Factors(left.contiguous(), right.contiguous(), error, solver)
 
 
@@ -287,7 +286,12 @@ def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return left * shift, right / shift[:, None]
 
 
-def _check_finite(left: Tensor, right: Tensor) -> None:
+def check_factors(left: Tensor, right: Tensor) -> None:
+    """Refuse factors that have left the range of their dtype.
+
+    Raises:
+        WeightError: If an element is not finite.
+    """
     if not bool(left.isfinite().all() and right.isfinite().all()):
         dtype = str(left.dtype).removeprefix("torch.")
         raise WeightError(
@@ -296,7 +300,17 @@ def _check_finite(left: Tensor, right: Tensor) -> None:
         )
 
 
-def _measure(matrix: Tensor, left: Tensor, right: Tensor, metric: Metric) -> float:
+def with_rounding(error: float, left: Tensor) -> float:
+    """Return a relative error with what storing ``left``, and its other factor, adds on average.
+
+    That is for a metric pulled back through W, which cannot measure other matrices.
+    """
+    rounding = rounding_of(left.dtype) if bool(left.any()) else 0.0
+    return math.sqrt(error**2 + rounding**2 * (1 - error**2))
+
+
+def measured_error(matrix: Tensor, left: Tensor, right: Tensor, metric: Metric) -> float:
+    """Return the relative error of ``left @ right`` under ``metric``; 0 for a matrix that it does not see."""
     lost = matrix - product(left, right)
     if not metric.plain:
         norm = metric.squared_norm(matrix)

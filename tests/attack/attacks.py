@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import calls
+import matrices
 from harness import Attack
 from kills import KILLS
 from odd_data import ODD_DATA
@@ -13,8 +14,11 @@ CALLS = Attack(
     calls.attempt,
     3.0,
 )
+MATRICES = Attack(
+    "matrices", "weights and statistics of extreme sizes, ranks and shapes", matrices.attempt, 0.5
+)
 
-ATTACKS: tuple[Attack, ...] = (CALLS, KILLS, ODD_DATA)
+ATTACKS: tuple[Attack, ...] = (CALLS, KILLS, ODD_DATA, MATRICES)
 
 
 def named(name: str) -> Attack:

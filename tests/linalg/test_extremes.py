@@ -153,3 +153,22 @@ def test_factors_beyond_the_range_of_their_dtype_are_refused():
     assert truncated_svd(torch.eye(2), 1, metric).left.isfinite().all()
     with pytest.raises(WeightError, match=r"factors .* beyond what float16 holds .* bfloat16"):
         truncated_svd(torch.eye(2).half(), 1, metric)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_layers_of_unlike_sizes_and_zeros_share_a_basis_with_true_errors(dtype):
+    """The first layer reads two directions only, so that rows of the basis look alike to it."""
+    size = 1e3 if dtype == torch.float16 else 1e20
+    weights = [
+        (gaussian(8, 12) * size).to(dtype),
+        gaussian(9, 12, seed=1).to(dtype),
+        torch.zeros(4, 12, dtype=dtype),
+    ]
+    seen = [gaussian(2, 12, seed=2), gaussian(40, 12, seed=3) * 1e-6, gaussian(40, 12, seed=4)]
+    found = shared_basis(weights, 6, [Metric(Gram(x.T @ x)) for x in seen], [size**-2, 1e12, 0.0])
+    for number in (0, 1):
+        error = seen_error(weights[number], (found.lefts[number], found.right), seen[number])
+        assert found.relative_errors[number] == pytest.approx(error, rel=1e-3, abs=1e-7)
+        assert error < (1e-6, 0.9)[number] + 2 * torch.finfo(dtype).eps
+    assert found.relative_errors[2] == 0
+    assert not found.lefts[2].any()
