@@ -267,7 +267,7 @@ def call_measure(model: nn.Module, data: Any, tokenizer: Any, rng: random.Random
             lambda: measures.sts_spearman(model, list(zip(data, data, strict=True)), numbers[:2], tokenizer),
             lambda: measures.accuracy(model, data, numbers, tokenizer),
             lambda: measures.perplexity(model, data, tokenizer, window=2),
-            lambda: measures.perplexity(model, " ".join(map(str, data)), tokenizer, window=8),
+            lambda: measures.perplexity(model, " ".join(text for text in data if isinstance(text, str)), tokenizer, window=8),
         ]
     )()
 
