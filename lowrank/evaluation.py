@@ -260,7 +260,7 @@ def _rank_correlation(**vectors: Tensor) -> float:
     for name, values in vectors.items():
         if not bool(values.isfinite().all()):
             raise DataError(f"{name}: has NaN or infinite values, which have no rank.")
-        if len(values.unique()) < 2:
+        if len(torch.unique(values)) < 2:
             raise DataError(
                 f"{name}: all {len(values)} values are equal, so there is no rank correlation. Give others."
             )

@@ -260,6 +260,7 @@ def call_measure(model: nn.Module, data: Any, tokenizer: Any, rng: random.Random
     teacher = dense(kind_of(model))
     if rng.random() < 0.5 or not isinstance(data, list):
         return measures.loss_increase(model, teacher, data, tokenizer)
+    text = " ".join(item for item in data if isinstance(item, str))
     numbers = rng.choices([0, 1, 2.5, math.nan, -1, 10**9], k=3)
     return rng.choice(
         [
@@ -267,7 +268,7 @@ def call_measure(model: nn.Module, data: Any, tokenizer: Any, rng: random.Random
             lambda: measures.sts_spearman(model, list(zip(data, data, strict=True)), numbers[:2], tokenizer),
             lambda: measures.accuracy(model, data, numbers, tokenizer),
             lambda: measures.perplexity(model, data, tokenizer, window=2),
-            lambda: measures.perplexity(model, " ".join(text for text in data if isinstance(text, str)), tokenizer, window=8),
+            lambda: measures.perplexity(model, text, tokenizer, window=8),
         ]
     )()
 
