@@ -72,6 +72,7 @@ def test_planning_knows_only_arguments_errors_and_text():
     assert {name.rpartition(".")[0] for name in own(imported_by(ROOT / "planning.py"))} == {
         "lowrank.arguments",
         "lowrank.errors",
+        "lowrank.jsonfile",
         "lowrank.patterns",
         "lowrank.text",
     }
@@ -84,9 +85,9 @@ def test_errors_and_text_know_nothing_of_the_library(leaf):
 
 LAYERS = [
     {"errors", "text"},
-    {"arguments"},
+    {"arguments", "jsonfile"},
     {"patterns", "tensorfile", "folders", "linalg", "allocator", "modes"},
-    {"batches", "blocks", "textfiles", "fingerprints", "distributed"},
+    {"integrity", "batches", "blocks", "textfiles", "fingerprints", "distributed"},
     {"lookups"},
     {"planning", "statistics", "objectives", "snapshots"},
     {"forms"},
