@@ -379,7 +379,7 @@ def _tokenizer(source: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise LowRankError(f"{source}: no tokenizer can be loaded: {error}") from error
 
@@ -440,4 +440,4 @@ def _copy_tokenizer(source: str, folder: Path) -> None:
     from transformers import AutoTokenizer
 
     with suppress(OSError, ValueError):
-        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
