@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import mutations
 from harness import Attack
 
-ATTACKS: tuple[Attack, ...] = ()
+ATTACKS: tuple[Attack, ...] = (
+    Attack(
+        "mutations",
+        "Damage to each kind of file that is written (bytes, JSON, sizes, swaps, links), then loading it",
+        mutations.attempt,
+    ),
+    Attack(
+        "mutations-transformers",
+        "The same of transformers folders with digests, through `lowrank.load` and `from_pretrained`",
+        mutations.attempt_transformers,
+    ),
+)
 
 
 def named(name: str) -> Attack:
