@@ -3,18 +3,23 @@
 ``import lowrank`` must teach ``from_pretrained`` the method "lowrank", yet transformers may be
 imported later, or never. So the plug-in (`lowrank.hf`) is loaded at once if transformers' models
 are loaded, and otherwise right after they are, by a finder on ``sys.meta_path`` that then leaves.
+
+After ``lowrank setup`` every Python of the environment runs this file when it starts, without the rest of
+the library (`lowrank.startup`). So it imports nothing at that time that takes a millisecond.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import sys
-import warnings
-from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
+
+TYPE_CHECKING = False  # as type checkers know it; importing `typing` takes milliseconds
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.abc import Loader
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
 
 _TRIGGER = "transformers.modeling_utils"
 
@@ -26,7 +31,20 @@ def plugin() -> ModuleType | None:
 
 def load_plugin() -> ModuleType:
     """Return `lowrank.hf`, importing transformers if need be."""
+    import importlib
+
     return importlib.import_module("lowrank.hf")
+
+
+def check_tokenizer(model: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer of transformers that cannot be the model's; see `lowrank.hf.tokenizer`.
+
+    Raises:
+        DataError: If its vocabulary is far smaller than the model's.
+    """
+    hf = plugin()
+    if hf is not None:
+        hf.check_tokenizer(model, tokenizer)
 
 
 def watch() -> None:
@@ -35,20 +53,22 @@ def watch() -> None:
         sys.meta_path.insert(0, _Finder())
 
 
-class _Finder(MetaPathFinder):
+class _Finder:
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname != _TRIGGER:
             return None
+        import importlib.util
+
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _ThenPlugin(spec.loader)
+            spec.loader = _ThenPlugin(spec.loader)  # type: ignore[assignment]
         return spec
 
 
-class _ThenPlugin(Loader):
+class _ThenPlugin:
     """Run the real loader, then import the plug-in."""
 
     def __init__(self, loader: Loader) -> None:
@@ -65,6 +85,10 @@ class _ThenPlugin(Loader):
         try:
             plugin()
         except ImportError as error:  # a transformers that the plug-in does not fit must still import
+            if error.name == "lowrank":
+                return  # it has been uninstalled since `lowrank setup`
+            import warnings
+
             message = (
                 f"lowrank's plug-in does not fit this transformers ({error}); checkpoints will not load."
             )

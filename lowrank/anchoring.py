@@ -236,6 +236,8 @@ class _Fit:
     def add(self, name: str, dense: Listener, small: Listener, batch: Batch) -> None:
         """Add the tokens of one batch."""
         z = batch.real(nn.functional.linear(small.inputs[name], self._layer.down.weight)).float()
+        if not len(z):
+            return  # an expert that this batch has no token for
         y = batch.real(dense.outputs[name]).float()
         weight = z.new_ones(len(z), 1)
         if name in dense.addends and name in small.addends:

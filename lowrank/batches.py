@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, ValuesView
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,9 +67,10 @@ class Batch:
         """Real tokens in the batch; of inputs without tokens, samples."""
         if self.mask is not None:
             return int(self.mask.sum())
-        values = (*self.arguments, *self.keywords.values())
-        first = next((value for value in values if isinstance(value, Tensor) and value.ndim), None)
+        first = _first_tensor((*self.arguments, *self.keywords.values()))
         if first is None:
+            return 1  # of objects that only the model understands
+        if not first.numel():
             return 0
         return len(first) if first.is_floating_point() else first.numel()
 
@@ -79,7 +80,8 @@ class Batch:
         for value in (*self.arguments, *self.keywords.values()):
             if isinstance(value, Tensor):
                 state.update(f"{value.dtype}{tuple(value.shape)}".encode())
-                flat = value.detach().reshape(-1).view(torch.uint8)
+                dense = value.detach() if value.layout is torch.strided else value.detach().to_dense()
+                flat = dense.contiguous().reshape(-1).view(torch.uint8)
                 state.update(flat.cpu().numpy().tobytes())
         return int.from_bytes(state.digest()[:8], "big")
 
@@ -112,8 +114,11 @@ def batches(
         by_length: Whether strings of like length may be put together, which spares padding. The order
             then changes within every sixteen batches.
 
+    Strings without tokens are left out.
+
     Raises:
-        DataError: If there are no data, strings come without a tokenizer, or a batch is none of these.
+        DataError: If there are no data, strings come without a tokenizer, or a batch is none of these or has
+            no token: it is empty, or padding only.
     """
     scalar = isinstance(data, Tensor) and not data.ndim
     if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable) or scalar:
@@ -130,8 +135,29 @@ def batches(
         if tokenizer is None:
             raise DataError("data has strings, so a tokenizer is needed: pass tokenizer=...")
         items = _tokenized(items, tokenizer, batch_size, max_length, by_length)
+    index = -1
     for index, given in enumerate(items):
-        yield as_batch(moved(given, device), index)
+        yield _checked(given, index, device)
+    if index < 0:
+        raise DataError("None of the strings in data has a token: all of them are empty. Give others.")
+
+
+def _checked(given: Any, index: int, device: torch.device | str | None) -> Batch:
+    """Return what the data yielded as a batch on the device, with at least one token."""
+    try:
+        batch = as_batch(moved(given, device), index)
+    except (RuntimeError, NotImplementedError) as error:  # without data, or nested beyond Python's limit
+        raise DataError(f"Batch {index} cannot be used on {device}: {error}") from error
+    ids = batch.keywords.get("input_ids")
+    if batch.mask is not None and isinstance(ids, Tensor) and ids.shape != batch.mask.shape:
+        shapes = f"{tuple(batch.mask.shape)} and input_ids {tuple(ids.shape)}"
+        raise DataError(
+            f"Batch {index}: attention_mask has the shape {shapes}. Give one value for each token."
+        )
+    if batch.tokens:
+        return batch
+    why = "is empty" if batch.mask is None or not batch.mask.numel() else "is padding only: its mask is all 0"
+    raise DataError(f"Batch {batch.index} {why}. Leave it out of the data.")
 
 
 def windows(text: str | Tensor, tokenizer: Callable[..., Any] | None = None, *, tokens: int = 512) -> Tensor:
@@ -216,6 +242,18 @@ def as_batch(given: Any, index: int = 0) -> Batch:
         f"Batch {index} is {what}: a batch is a dict of tensors, a tensor, or a tuple whose "
         "first element is the model's input."
     )
+
+
+def _first_tensor(values: Iterable[Any]) -> Tensor | None:
+    """Return the first tensor with dimensions, also inside of dicts, tuples and lists."""
+    for value in values:
+        if isinstance(value, Tensor) and value.ndim:
+            return value
+        inside = value.values() if isinstance(value, Mapping) else value
+        found = _first_tensor(inside) if isinstance(inside, (tuple, list, ValuesView)) else None
+        if found is not None:
+            return found
+    return None
 
 
 def moved(value: Any, device: torch.device | str | None) -> Any:

@@ -6,7 +6,6 @@ Memory is counted, not sampled: the bytes of the tensors alive during a forward 
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import statistics
@@ -22,11 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lowrank.arguments import MODEL_OF, accepts, instance, whole
+from lowrank.devices import device_of, dtype_of
 from lowrank.errors import DataError, LowRankError
 from lowrank.modes import check_has_data, eval_mode, hooked
 from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear, kind_of
 from lowrank.obstacles import check_model
-from lowrank.text import format_bytes, format_table
+from lowrank.text import format_bytes, format_table, to_json
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Benchmark:
         data = asdict(self)
         for comparison, row in zip((self.model, *self.layers), (data["model"], *data["layers"]), strict=True):
             row["speedup"] = comparison.speedup
-        return json.dumps(data, indent=2)
+        return to_json(data)
 
     def __str__(self) -> str:
         header = ("layer", "rank", "dense ms", "small ms", "speed-up", "theory", "peak dense", "peak small")
@@ -128,9 +128,9 @@ def benchmark(
         raise LowRankError(
             f"{missing}: the dense model has no such layer. Pass the model before compression."
         )
-    device = _device(dense)
-    if _device(small) != device:
-        raise LowRankError(f"The models are on different devices: {device} and {_device(small)}.")
+    device = device_of(dense)
+    if device_of(small) != device:
+        raise LowRankError(f"The models are on different devices: {device} and {device_of(small)}.")
     check_has_data(small)
     inputs = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, _plain(inputs))
     with eval_mode(dense), eval_mode(small), torch.no_grad():
@@ -169,10 +169,6 @@ def _call(model: nn.Module, inputs: Any) -> Any:
     return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-
-
 def _capture_inputs(model: nn.Module, names: list[str], inputs: Any) -> dict[str, Tensor]:
     """Run ``model`` once and keep the first input of each named layer."""
     captured: dict[str, Tensor] = {}
@@ -195,7 +191,7 @@ def _compare(
     warmup: int,
     theory: float | None = None,
 ) -> Comparison:
-    device = _device(small)
+    device = device_of(small)
     times: dict[nn.Module, list[float]] = {dense: [], small: []}
     for run in range(warmup + repeats):
         for model in (dense, small):
@@ -305,7 +301,7 @@ def _environment(device: torch.device, model: nn.Module, repeats: int) -> dict[s
     return {
         "device": f"{device.type} ({name})",
         "threads": torch.get_num_threads(),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "dtype": str(dtype_of(model)).removeprefix("torch."),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "repeats": repeats,

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowrank.batches import Batch
-from lowrank.errors import DataError, StatsError
+from lowrank.batches import HELD_OUT, Batch
+from lowrank.devices import device_of
+from lowrank.errors import DataError, FewTokensWarning, StatsError
 from lowrank.fingerprints import fingerprint_of_layer, fingerprint_of_tokenizer
-from lowrank.linalg.metric import gram
+from lowrank.linalg.metric import products_of_pairs, squares, wide
 from lowrank.lookups import LookupSums
 from lowrank.modes import check_has_data, hooked, training_only
 from lowrank.nn import kind_of
+from lowrank.notices import warn
 from lowrank.objectives import of_loss, self_supervised
 from lowrank.statistics import Fingerprint, Gradients, Moments, Stats
 from lowrank.trials import TrialRun, make_trials
@@ -31,6 +33,10 @@ WIDEST = 8192
 
 HELD_OUT_TOKENS = 16_384
 """Tokens up to which batches wait for that in memory."""
+
+TOKENS_PER_FEATURE = 4
+"""Fewer warn. In T tokens of n independent features the variances of directions spread over (1 ± √(n/T))² of
+the true ones: with four tokens for each the smallest, which factors drop, look four times too small."""
 
 
 def collect(
@@ -51,18 +57,19 @@ def collect(
     if loss is not None and loss != "auto" and not callable(loss):
         raise DataError(f'loss={loss!r}: give "auto", a function loss(outputs, batch), or None.')
     check_has_data(model)
-    generator = torch.Generator(_device(model)).manual_seed(seed)
+    generator = torch.Generator(device_of(model)).manual_seed(seed)
     differentiate = loss is not None
     tables = [name for name in layers if isinstance(model.get_submodule(name), nn.Embedding)]
     users = dict(heads or {}) if differentiate else {}  # without gradients, logits have another unit
     lookups = LookupSums(model, tables, users, differentiate)
     collector = _Collector(model, [name for name in layers if name not in tables], differentiate, lookups)
     held: list[Batch] = []
-    held_tokens = terms = 0
+    held_tokens = terms = seen = 0
     bar = tqdm(total=_length(stream), desc="calibrating", unit="batch", disable=None if progress else True)
     with bar, training_only(model), torch.set_grad_enabled(differentiate):
         with collector.listening():
             for batch in stream:
+                seen += 1
                 if batch.held_out and held_tokens + batch.tokens <= HELD_OUT_TOKENS:
                     held.append(batch)  # its turn comes when the others are known
                     held_tokens += batch.tokens
@@ -78,7 +85,31 @@ def collect(
                 collector.start(batch)
                 terms += _pass(model, batch, loss, generator)
                 bar.update()
-    return run.added_to(collector.stats(tokenizer, terms))
+    stats = run.added_to(collector.stats(tokenizer, terms))
+    _warn_of_little_data(stats, seen)
+    return stats
+
+
+def _warn_of_little_data(stats: Stats, batches: int) -> None:
+    """Warn where predictions from these data need not hold on others."""
+    if batches < HELD_OUT:
+        warn(
+            f"Batches: {batches}. With fewer than {HELD_OUT} calibration holds none out, so nothing tells "
+            "how far its predictions hold on other data. Give more data, or smaller batches (batch_size=).",
+            FewTokensWarning,
+        )
+    full = {name: moments for name, moments in stats.inputs.items() if moments.products.ndim == 2}
+    name = min(full, key=lambda name: full[name].weight / len(full[name].total), default=None)
+    if name is None:
+        return
+    tokens, features = int(full[name].weight), len(full[name].total)
+    if tokens < TOKENS_PER_FEATURE * features:
+        wanted = TOKENS_PER_FEATURE * features
+        warn(
+            f"{name}: calibrated on {tokens:,} tokens, and reads {features:,} features. With fewer than "
+            f"{wanted:,} tokens the predicted loss can be far too low. Give more data.",
+            FewTokensWarning,
+        )
 
 
 def _length(stream: Iterable[Batch]) -> int | None:
@@ -106,10 +137,6 @@ def _pass(
         )
     made.total.backward()  # type: ignore[no-untyped-call]
     return made.terms
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 class _Collector:
@@ -190,7 +217,7 @@ class _Collector:
         weight = kind.weight(layer).detach()
         rows = self._batch.real(gradient.detach())
         if _is_tall(weight):
-            rows = rows @ weight  # Wᵀ g
+            rows = wide(rows) @ wide(weight)  # Wᵀ g
         sums = self._gradients.setdefault(name, _Sums(rows))
         if not sums.add(rows):
             raise StatsError(
@@ -201,6 +228,12 @@ class _Collector:
     def stats(self, tokenizer: Any, terms: int) -> Stats:
         """Return the sums so far; layers that were never called are absent."""
         inputs = {}
+        for name, sums in (*self._inputs.items(), *self._gradients.items()):
+            if not bool(sums.products().isfinite().all()):
+                raise StatsError(
+                    f"{name}: reads values, or gets gradients, whose squares float64 cannot hold. Scale the "
+                    "data, or the weights before it."
+                )
         for name, sums in self._inputs.items():
             inputs[name] = Moments(sums.rows, sums.total.clone(), sums.products().clone())
         gradients = {}
@@ -239,7 +272,7 @@ class _Sums:
 
     def add(self, rows: Tensor) -> bool:
         """Add ``rows (tokens, n)``; return whether all are finite."""
-        rows = rows if rows.dtype == torch.float64 else rows.float()
+        rows = wide(rows)
         total = rows.sum(0, dtype=torch.float64)
         self.rows += len(rows)
         self.total += total
@@ -250,17 +283,11 @@ class _Sums:
 
     def products(self) -> Tensor:
         """Return the products of all rows."""
-        if self._waiting:
+        if sum(map(len, self._waiting)):
             self._multiply()
         return self._products
 
     def _multiply(self) -> None:
         rows = torch.cat(self._waiting)
         self._waiting.clear()
-        if not self._full:
-            self._products += rows.square().sum(0, dtype=torch.float64)
-            return
-        products = gram(rows.T)
-        if not bool(products.diagonal().isfinite().all()):  # beyond 1e19 float32 overflows
-            products = gram(rows.T.double())
-        self._products += products
+        self._products += products_of_pairs(rows) if self._full else squares(rows)

@@ -1,7 +1,7 @@
 """Save and load: safetensors for the tensors, JSON for the structure, never pickle.
 
-A folder is written beside its final place and renamed when it is complete, so that an interrupt
-leaves the old one whole. Transformers models become ordinary ``save_pretrained`` folders; for any
+A folder is written as one step (see `lowrank.folders`), so that an interrupt leaves the old one
+whole. Transformers models become ordinary ``save_pretrained`` folders; for any
 other module the folder holds ``model.safetensors`` and ``lowrank.json``:
 
     {"format": 2, "plan": {...}, "tensors": {name: sha256}, "aliases": {name: name}, "digest": sha256}
@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from lowrank._transformers import load_plugin, plugin
 from lowrank.arguments import accepts, flag, path
+from lowrank.cardfile import write_card
+from lowrank.cards import module_card
 from lowrank.errors import CheckpointError, LowRankError, PlanError, SchemeError
-from lowrank.folders import STRUCTURE, TENSORS, staged
+from lowrank.folders import STRUCTURE, TENSORS, settle, staged
 from lowrank.forms import scheme_of
 from lowrank.integrity import (
     check_digests,
@@ -38,7 +40,7 @@ from lowrank.obstacles import check_model, check_not_compiled
 from lowrank.planning import LayerPlan, Plan
 from lowrank.surgery import check_structure, restructure
 from lowrank.targets import draft
-from lowrank.tensorfile import DTYPE_NAMES, METADATA, Stored, read_header
+from lowrank.tensorfile import DTYPE_NAMES, METADATA, Stored, read_header, state_of, stored_tensors
 
 FORMAT = 2
 """Version of ``lowrank.json``; a reader refuses anything newer."""
@@ -51,33 +53,40 @@ def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> Pa
     Args:
         model: A compressed (or dense) module. A transformers model is written by its own
             ``save_pretrained``, for ``from_pretrained``.
-        folder: A new or empty folder; its parents are made.
-        overwrite: Replace the checkpoint in a folder that has files; other files stay. The old
-            folder is whole until the new one is complete.
+        folder: A new or empty folder; its parents are made. It gets a model card, too (``README.md``).
+        overwrite: Replace the checkpoint in a folder that has files; other files stay, also a README
+            of yours. However the call ends, the next one that saves or loads there finds the old
+            checkpoint whole, or the new one.
 
     Returns:
         The folder.
 
     Raises:
-        CheckpointError: If the folder is not empty or cannot be written, the model holds state that is
-            no tensor, or a parameter is NaN or infinite.
+        CheckpointError: If the folder is not empty, has no name of its own (such as "."), cannot be written
+            or is being written by another process; or if the model holds state that is no tensor, or a
+            parameter that is NaN or infinite.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64))
         >>> from tempfile import mkdtemp
         >>> path = save(model, mkdtemp())
         >>> sorted(file.name for file in path.iterdir())
-        ['lowrank.json', 'model.safetensors']
+        ['README.md', 'lowrank.json', 'model.safetensors']
     """
     check_not_compiled(check_model(model))
-    check_values(model)
     with staged(Path(folder), overwrite) as staging:
-        hf = plugin()
-        if hf is not None and hf.is_pretrained(model):
-            hf.save(model, staging)
-        else:
-            _write(model, staging)
+        write(model, staging)
     return Path(folder)
+
+
+def write(model: nn.Module, folder: Path) -> None:
+    """Write the files of a checkpoint into ``folder``, which `lowrank.folders.staged` gives."""
+    check_values(model)
+    hf = plugin()
+    if hf is not None and hf.is_pretrained(model):
+        hf.save(model, folder)
+    else:
+        _write(model, folder)
 
 
 @accepts(folder=path(CheckpointError))
@@ -99,6 +108,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
             extra or of another shape, or the architecture is another. The model is then as before.
     """
     folder = Path(folder)
+    settle(folder)
     if (folder / STRUCTURE).is_file():
         if model is None:
             raise CheckpointError(
@@ -111,29 +121,6 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
             raise CheckpointError(f"{folder}: a transformers folder. Call load(folder) without a model.")
         return load_plugin().load(folder)  # type: ignore[no-any-return]
     raise CheckpointError(f"{folder}: no {STRUCTURE} and no config.json here. Is this the right folder?")
-
-
-def stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors that a checkpoint of ``model`` holds, and the names that share one of them.
-
-    Raises:
-        CheckpointError: If the state dict holds something that is no tensor, or has no data.
-    """
-    tensors: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    owner: dict[tuple[Any, ...], str] = {}
-    for name, tensor in _state(model).items():
-        if tensor.dtype not in DTYPE_NAMES:
-            raise CheckpointError(f"{name}: {tensor.dtype} cannot be stored in a safetensors file.")
-        if tensor.is_meta:
-            raise CheckpointError(f"{name}: on the meta device, without data. Load the weights first.")
-        key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if tensor.numel() and key in owner:
-            aliases[name] = owner[key]
-        else:
-            owner[key] = name
-            tensors[name] = tensor
-    return tensors, aliases
 
 
 def stored_shapes(layer: LayerPlan) -> dict[str, tuple[int, ...]]:
@@ -195,24 +182,14 @@ def _write(model: nn.Module, folder: Path) -> None:
         "tensors": {name: digest_of(tensor) for name, tensor in ready.items()},
         "aliases": aliases,
     }
-    (folder / STRUCTURE).write_text(json.dumps(sealed(structure), indent=1), encoding="utf-8")
+    text = json.dumps(sealed(structure), indent=1, allow_nan=False)
+    (folder / STRUCTURE).write_text(text, encoding="utf-8")
+    write_card(folder, module_card(model))
 
 
 def _is_view(tensor: Tensor) -> bool:
     """Tell whether the tensor is part of a larger storage, which safetensors would refuse."""
     return tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
-
-
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict, which must hold tensors only."""
-    state = model.state_dict()
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(
-                f"{name}: the model's state is a {type(value).__name__}, not a tensor, and nothing is "
-                "ever pickled. Keep it in a buffer, or save it yourself."
-            )
-    return state
 
 
 def _read(folder: Path, model: nn.Module) -> nn.Module:
@@ -275,7 +252,7 @@ def _check_architecture(
     shapes: Mapping[str, tuple[int, ...]],
     aliases: Mapping[str, str],
 ) -> None:
-    stored = _state(model)
+    stored = state_of(model)
     for name, buffer in model.named_buffers():
         if buffer.is_meta and name not in stored:
             raise CheckpointError(
@@ -297,7 +274,7 @@ def _check_architecture(
 
 def _check_dtypes(file: Path, model: nn.Module, plan: Plan, header: Mapping[str, Stored]) -> None:
     """Refuse integers in place of floating-point numbers, and codes of another dtype than their scheme's."""
-    state, codes = _state(model), _code_dtypes(plan)
+    state, codes = state_of(model), _code_dtypes(plan)
     for name, stored in header.items():
         if name in codes and stored.dtype != codes[name]:
             raise CheckpointError(
@@ -311,7 +288,7 @@ def _check_dtypes(file: Path, model: nn.Module, plan: Plan, header: Mapping[str,
 
 def _expected_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
     """Return the state dict's shapes as they will be once ``model`` has the structure of ``plan``."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in _state(model).items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in state_of(model).items()}
     for layer in plan.factorized:
         if f"{layer.name}.up.weight" in shapes:
             continue  # factorized already

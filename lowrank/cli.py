@@ -1,4 +1,4 @@
-"""The command line: ``lowrank calibrate | plan | compress | eval | inspect | bench | demo``.
+"""The command line: ``lowrank calibrate | plan | compress | eval | inspect | bench | demo | setup``.
 
 Exit codes: 0 done, 2 wrong use, 1 failed. A failure is one line on stderr; ``--debug`` adds the
 traceback. Progress bars appear on terminals only, and never with ``-q``.
@@ -8,17 +8,26 @@ from __future__ import annotations
 
 import inspect as inspect_module  # a command below has the short name
 import sys
-from contextlib import suppress
+import warnings
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TextIO
 
 import typer
 from torch import nn
 
 from lowrank import pipeline
-from lowrank.errors import BudgetError, DataError, LowRankError, RankError, SchemeError, TargetError
+from lowrank.errors import (
+    BudgetError,
+    CheckpointError,
+    DataError,
+    LowRankError,
+    RankError,
+    SchemeError,
+    TargetError,
+)
 from lowrank.planning import Plan
 from lowrank.statistics import Stats
+from lowrank.text import to_json
 
 app = typer.Typer(
     name="lowrank",
@@ -49,6 +58,10 @@ AddBias = Annotated[bool, typer.Option("--add-bias", help="Give layers without a
 Windows = Annotated[int | None, typer.Option(help="Windows of 512 tokens to use; all by default.", min=1)]
 Targets = Annotated[list[str] | None, typer.Option(help="Pattern of layers to factorize; repeatable.")]
 Ignore = Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave alone; repeatable.")]
+Overrule = Annotated[
+    list[str] | None,
+    typer.Option(help="Pattern of layers that may change although the code leaves a doubt; repeatable."),
+]
 Allocation = Annotated[str, typer.Option(help="How --keep is spread: global or uniform.")]
 RoundTo = Annotated[int, typer.Option(help="Chosen ranks are multiples of this.")]
 Share = Annotated[
@@ -88,6 +101,7 @@ def plan(
     add_bias: AddBias = False,
     targets: Targets = None,
     ignore: Ignore = None,
+    overrule: Overrule = None,
     allocation: Allocation = "global",
     round_to: RoundTo = 8,
     share: Share = None,
@@ -102,6 +116,11 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Decide every layer's rank and predict its error; change nothing."""
+    from lowrank.atomicfile import check_file
+
+    for file in (out, picture):
+        if file is not None:
+            check_file(file)
     model = _load(source, quiet)
     samples = _samples(model, source, data, windows)
     made = pipeline.plan(
@@ -113,11 +132,12 @@ def plan(
         max_bytes=max_bytes,
         speedup=speedup,
         inputs=_first(samples),
-        stats=_stats(model, samples, stats_folder, not quiet, both=speedup is not None),
+        stats=_stats(model, samples, stats_folder, not quiet, overrule, both=speedup is not None),
         metric=metric,
         add_bias=add_bias,
         targets=targets,
         ignore=ignore,
+        overrule=overrule,
         allocation=allocation,
         round_to=round_to,
         share=share,
@@ -153,6 +173,7 @@ def compress(
     add_bias: AddBias = False,
     targets: Targets = None,
     ignore: Ignore = None,
+    overrule: Overrule = None,
     allocation: Allocation = "global",
     round_to: RoundTo = 8,
     share: Share = None,
@@ -172,14 +193,21 @@ def compress(
     debug: Debug = False,
 ) -> None:
     """Compress a checkpoint and write it, ready for from_pretrained."""
-    from lowrank.checkpoint import save
-    from lowrank.folders import check_folder
+    from lowrank.checkpoint import write
+    from lowrank.folders import check_folder, staged
+    from lowrank.hf.tokenizer import vocabulary_of
     from lowrank.reporting import report
 
     budget: dict[str, Any] = {"rank": rank, "keep": keep, "energy": energy, "error": error}
     budget |= {"max_bytes": max_bytes, "speedup": speedup}
     choice: dict[str, Any] = {"targets": targets, "ignore": ignore, "allocation": allocation}
-    choice |= {"metric": metric, "add_bias": add_bias, "round_to": round_to, "share": share}
+    choice |= {
+        "overrule": overrule,
+        "metric": metric,
+        "add_bias": add_bias,
+        "round_to": round_to,
+        "share": share,
+    }
     choice |= {"share_size": share_size}
     choice |= {"quantize": quantize, "group_size": group_size, "residual": residual}
     if plan_file is not None:
@@ -187,7 +215,8 @@ def compress(
     check_folder(out, overwrite)
     model = _load(source, quiet)
     samples = _samples(model, source, data, windows)
-    stats = _stats(model, samples, stats_folder, not quiet, both=sequential or speedup is not None)
+    both = sequential or speedup is not None
+    stats = _stats(model, samples, stats_folder, not quiet, overrule, both=both)
     how: dict[str, Any] = {"stats": stats, "sequential": sequential, "seed": seed, "progress": not quiet}
     how |= {"slow": slow}
     if sequential and samples is not None:
@@ -196,8 +225,10 @@ def compress(
         pipeline.apply(model, Plan.load(plan_file), **how)
     else:
         pipeline.compress(model, **budget, **choice, **how, inputs=_first(samples))
-    save(model, out, overwrite=overwrite)
-    _copy_tokenizer(source, out)
+    with staged(out, overwrite) as folder:
+        write(model, folder)
+        if vocabulary_of(model) is not None:
+            _copy_tokenizer(source, folder, out, quiet)
     _show(report(model), as_json, quiet)
 
 
@@ -218,6 +249,7 @@ def calibrate(
     out: Annotated[Path, typer.Argument(help="The folder to write the statistics to.")],
     data: Annotated[Path, typer.Option(help="Text: a sample per line, or one text for a language model.")],
     windows: Windows = None,
+    overrule: Overrule = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that has files.")] = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -227,7 +259,7 @@ def calibrate(
 
     check_folder(out, overwrite)
     model = _load(source, quiet)
-    stats = _stats(model, _samples(model, source, data, windows), None, not quiet)
+    stats = _stats(model, _samples(model, source, data, windows), None, not quiet, overrule)
     assert stats is not None
     stats.save(out, overwrite=overwrite)
     if not quiet:
@@ -254,23 +286,22 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Measure how good a checkpoint is."""
-    import json
-
     value = _measure(source, task, data, dense, windows)
     typer.echo(
-        json.dumps({"source": source, "task": task, "value": value}) if as_json else f"{task} {value:.4f}"
+        to_json({"source": source, "task": task, "value": value}, None) if as_json else f"{task} {value:.4f}"
     )
 
 
 def _measure(source: str, task: str, data: Path, dense: str | None, windows: int | None) -> float:
     from lowrank import evaluation
+    from lowrank.hf.tokenizer import load_tokenizer
     from lowrank.textfiles import read_labelled, read_lines, read_pairs, read_text
 
     if task not in TASKS:
         raise typer.BadParameter(f"{task}: choose one of {', '.join(TASKS)}.", param_hint="--task")
     if task == "cosine" and dense is None:
         raise typer.BadParameter("cosine compares with the dense model.", param_hint="--dense")
-    model, tokenizer = _load(source, quiet=True), _tokenizer(source)
+    model, tokenizer = _load(source, quiet=True), load_tokenizer(source)
     if task == "perplexity":
         return evaluation.perplexity(model, read_text(data), tokenizer, count=windows)
     if task == "sts":
@@ -303,10 +334,11 @@ def bench(
     import torch
 
     from lowrank.benchmarking import benchmark
+    from lowrank.hf.tokenizer import vocabulary_of
 
     first, second = _load(dense, quiet=True), _load(small, quiet=True)
     generator = torch.Generator().manual_seed(0)
-    vocabulary = first.config.get_text_config().to_dict().get("vocab_size")  # type: ignore[union-attr,operator]
+    vocabulary = vocabulary_of(first)
     if vocabulary is None:
         raise LowRankError(
             f"{dense}: not a model of tokens, so there is no input to make up. "
@@ -329,10 +361,26 @@ def demo(
     run_demo(keep=keep, progress=not quiet, say=(lambda line: None) if quiet else typer.echo)
 
 
+@app.command()
+def setup(
+    remove: Annotated[bool, typer.Option("--remove", help="Take the hook away again.")] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Let all programs of this Python environment load compressed checkpoints without `import lowrank`."""
+    from lowrank import startup
+
+    file = startup.uninstall() if remove else startup.install()
+    if not quiet:
+        typer.echo(f"{file}: {'is gone.' if remove else 'lowrank is ready when transformers is imported.'}")
+
+
 def main() -> None:
-    """Run the command line, and turn failures into one line and an exit code."""
+    """Run the command line, and turn warnings and failures into one line each, and an exit code."""
     try:
-        app()
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            app()
     except SystemExit as done:
         if done.code == 130:  # what typer makes of Ctrl-C, without a word
             _fail("interrupted", 1)
@@ -341,6 +389,19 @@ def main() -> None:
         if "--debug" in sys.argv:
             raise
         _fail(_one_line(error), 2 if isinstance(error, WRONG_USE) else 1)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    own = category.__module__ == LowRankError.__module__
+    text = f"lowrank: {message}" if own else warnings.formatwarning(message, category, filename, lineno, line)
+    typer.echo(text.rstrip(), file, err=file is None)
 
 
 def _one_line(error: Exception) -> str:
@@ -363,8 +424,10 @@ def _show(result: Any, as_json: bool, quiet: bool = False) -> None:
 def _load(source: str, quiet: bool) -> nn.Module:
     _calm_transformers(quiet)
     from lowrank import hf
+    from lowrank.folders import settle
 
     folder = Path(source)
+    settle(folder)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise LowRankError(f"{source}: no config.json here, so not a transformers folder.")
     if not folder.exists() and (folder.is_absolute() or source.startswith(".") or source.count("/") > 1):
@@ -373,15 +436,6 @@ def _load(source: str, quiet: bool) -> nn.Module:
         return hf.load(source)
     except OSError as error:
         raise LowRankError(f"{source}: cannot be loaded: {error}") from error
-
-
-def _tokenizer(source: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise LowRankError(f"{source}: no tokenizer can be loaded: {error}") from error
 
 
 class _Samples(NamedTuple):
@@ -396,9 +450,12 @@ def _samples(model: nn.Module, source: str, file: Path | None, windows: int | No
     if file is None:
         return None
     from lowrank import batches
+    from lowrank._transformers import check_tokenizer
+    from lowrank.hf.tokenizer import load_tokenizer
     from lowrank.textfiles import read_lines, read_text
 
-    tokenizer = _tokenizer(source)
+    tokenizer = load_tokenizer(source)
+    check_tokenizer(model, tokenizer)
     if not type(model).__name__.endswith(("CausalLM", "LMHeadModel")):
         return _Samples(read_lines(file), tokenizer)
     ids = batches.windows(read_text(file), tokenizer)[:windows]
@@ -417,6 +474,7 @@ def _stats(
     samples: _Samples | None,
     folder: Path | None,
     progress: bool,
+    overrule: list[str] | None,
     both: bool = False,
 ) -> Stats | None:
     """Load the statistics, or calibrate; ``both`` if the samples have another use, too."""
@@ -424,7 +482,9 @@ def _stats(
         raise BudgetError("Give either --data or --stats, not both.")
     if folder is not None:
         return Stats.load(folder)
-    return None if samples is None else pipeline.calibrate(model, *samples, progress=progress)
+    if samples is None:
+        return None
+    return pipeline.calibrate(model, *samples, overrule=overrule, progress=progress)
 
 
 def _calm_transformers(quiet: bool) -> None:
@@ -435,9 +495,17 @@ def _calm_transformers(quiet: bool) -> None:
         logging.disable_progress_bar()
 
 
-def _copy_tokenizer(source: str, folder: Path) -> None:
-    """Write the source's tokenizer into ``folder``, if it has one, so that the folder is complete."""
-    from transformers import AutoTokenizer
+def _copy_tokenizer(source: str, folder: Path, out: Path, quiet: bool) -> None:
+    """Write the source's tokenizer into ``folder``, so that it is complete, or say why not."""
+    from lowrank.hf.tokenizer import load_tokenizer
 
-    with suppress(OSError, ValueError):
-        AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
+    try:
+        tokenizer = load_tokenizer(source)
+    except CheckpointError as error:
+        if not quiet:
+            typer.echo(f"lowrank: no tokenizer is copied to {out}: {_one_line(error)}", err=True)
+        return
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the package tokenizers has no class for what the file system refuses
+        raise OSError(f"the tokenizer: {error}") from error

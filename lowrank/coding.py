@@ -79,7 +79,7 @@ def check_codes(model: nn.Module, plan: Plan, stats: Stats | None, loading: bool
     for layer in plan:
         if layer.residual:
             base_of(plan, layer)
-    blocked = {} if loading else find_all_obstacles(model, plan.owners)
+    blocked = {} if loading else find_all_obstacles(model, plan.owners, plan.overruled)
     for code in plan.codes:
         module = modules.get(code.name)
         if code.name in plan and plan[code.name].same_as is not None:

@@ -16,19 +16,22 @@ from lowrank import surgery
 from lowrank._transformers import plugin
 from lowrank.batches import Batch, batches
 from lowrank.costs import byte_costs
+from lowrank.devices import device_of
 from lowrank.errors import BudgetError, WeightError
 from lowrank.evaluation import evaluating
 from lowrank.factoring import check_layer_of, matrix_of, metric_of, pooled
 from lowrank.forms import FLOAT, TABLE, Form, forms_of
+from lowrank.heads import heads_of, output_layer
 from lowrank.latency import LatencyTable, latency_costs, seconds_of
+from lowrank.leftovers import with_reach
 from lowrank.linalg import Spectrum, spectrum
 from lowrank.linalg.svd import check_options
 from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, QuantizedEmbedding, TiedLinear
-from lowrank.obstacles import check_model
+from lowrank.obstacles import check_holder
 from lowrank.outlooks import outlooks_of, residual_errors
 from lowrank.patterns import is_wildcard
 from lowrank.planning import METRICS, Budget, CodedWeight, Plan
-from lowrank.ranks import select
+from lowrank.ranks import nothing_changes, select
 from lowrank.sharing import check_share, groups_of
 from lowrank.statistics import Stats
 from lowrank.targets import draft, not_wanted, spells
@@ -54,6 +57,7 @@ class Request:
     group_size: int | None = None
     residual: bool = False
     share_size: int | None = None
+    overrule: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         self._check_codes()
@@ -107,11 +111,13 @@ def drafted(
     Where forms compete, and with ``tables``, embedding tables are targets, too. Without ``equal``, equal
     weights are not looked for.
     """
+    check_holder(model)
     hf = plugin()
-    heads = hf.head_layers(check_model(model)) if hf is not None else None
     apart = None if not equal else hf.parts(model) if hf is not None else ()
     every = tables or len(request.forms) > 1
-    plan = draft(check_model(model), request.targets, request.ignore, heads, every, apart)
+    heads = known_heads(model)
+    plan = draft(model, request.targets, request.ignore, heads, every, apart, request.overrule)
+    plan = with_reach(model, plan)
     if request.residual and request.budget is not None and request.budget.kind == "rank":
         plan = plan.with_layers({x.name: replace(x, residual=True) for x in plan.targeted if x.kind != TABLE})
     metric = request.metric_with(stats)
@@ -130,8 +136,19 @@ def drafted(
     return replace(plan, metric=metric).with_layers(layers)
 
 
-def check_dense(model: nn.Module, drafted: Plan, request: Request) -> None:
-    """Refuse a request for layers of which some are compressed already: it would count and change the others.
+def known_heads(model: nn.Module) -> dict[str, str]:
+    """Return ``{layer name: head}`` of layers that the model's structure shows to belong to a head.
+
+    transformers' models say where their base ends; of others the last layer may be one.
+    """
+    hf = plugin()
+    if hf is not None and hf.is_pretrained(model):
+        return hf.head_layers(model)  # type: ignore[no-any-return]
+    return output_layer(model)
+
+
+def check_targeted(model: nn.Module, drafted: Plan, request: Request) -> None:
+    """Refuse a request that leaves no layer to change, or some that are compressed already.
 
     Args:
         model: The model.
@@ -139,10 +156,13 @@ def check_dense(model: nn.Module, drafted: Plan, request: Request) -> None:
         request: What the user asked for.
 
     Raises:
-        BudgetError: If it names a layer that is factorized or coded, and others that are not.
+        BudgetError: If nothing is left to change; or if it names a layer that is factorized or coded, and
+            others that are not, since it would count and change those only.
     """
-    hf = plugin()
-    heads = hf.head_layers(model) if hf is not None else {}
+    assert request.budget is not None
+    if not drafted.targeted:
+        raise BudgetError(nothing_changes(drafted, request.budget, {}))
+    heads = heads_of(model, known_heads(model))
     spelled, ignore = request.targets or (), request.ignore or ()
     done = []
     for layer in drafted:
@@ -153,9 +173,9 @@ def check_dense(model: nn.Module, drafted: Plan, request: Request) -> None:
         table = isinstance(own, (LowRankEmbedding, QuantizedEmbedding))
         if table and not any(spells(pattern, layer.name) for pattern in spelled):
             continue  # tables are no targets unless they are spelled
-        if not_wanted(layer.name, request.targets, ignore, heads.get(layer.name)) is None:
+        if not_wanted(layer.name, request.targets, ignore, heads) is None:
             done.append(layer.name)
-    if done and drafted.targeted:
+    if done:
         raise BudgetError(
             f"{drafted.model} is compressed already: of {len(done) + len(drafted.targeted)} layers that are "
             f"asked for, {len(done)} are factorized or coded (the first: {done[0]}), and {request.budget} "
@@ -279,7 +299,7 @@ def _fast_enough(
     model: nn.Module, drafted: Plan, choose: Callable[..., Plan], speedup: float, timing: Timing
 ) -> Plan:
     """Choose ranks by measured latencies, and measure the whole model until it is fast enough."""
-    (batch,) = batches([timing.inputs], device=next(model.parameters()).device)
+    (batch,) = batches([timing.inputs], device=device_of(model))
     table = timing.latencies if timing.latencies is not None else LatencyTable.here(model)
     best = slack = 0.0
     with evaluating(model):
@@ -306,9 +326,9 @@ def _latencies(model: nn.Module, decided: Plan, batch: Batch) -> tuple[float, fl
     """Return the median seconds of the dense model and of one with the plan's structure, run in turn."""
     dense, small = [], []
     for _ in range(3):
-        dense.append(seconds_of(lambda: batch.call(model), 5, next(model.parameters()).device))
+        dense.append(seconds_of(lambda: batch.call(model), 5, device_of(model)))
         with surgery.sketched(model, decided):
-            small.append(seconds_of(lambda: batch.call(model), 5, next(model.parameters()).device))
+            small.append(seconds_of(lambda: batch.call(model), 5, device_of(model)))
     return statistics.median(dense), statistics.median(small)
 
 

@@ -56,10 +56,17 @@ def minilm_folder() -> Path:
 
 
 def sentences(count: int) -> list[str]:
-    """Return ``count`` sentences of English prose that every Python has."""
+    """Return ``count`` sentences of English prose that every Python has, each once."""
     text = " ".join(topics.values())
     found = re.findall(r"[A-Z][a-z][^.*`|\n]{40,160}\.", re.sub(r"\s+", " ", text))
-    return found[:count]
+    return list(dict.fromkeys(found))[:count]
+
+
+def write_texts(folder: str | Path = ".") -> None:
+    """Write sentences for the command line: ``train.txt`` to calibrate on, and others, ``test.txt``."""
+    lines = sentences(400)
+    for name, part in (("train.txt", lines[:320]), ("test.txt", lines[320:])):
+        (Path(folder) / name).write_text("\n".join(part) + "\n", encoding="utf-8")
 
 
 def run_demo(*, keep: float = 0.8, progress: bool = True, say: Callable[[str], object] = print) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lowrank.batches import Batch, moved
 from lowrank.blocks import find_blocks, output_of, outputs_of
+from lowrank.devices import device_of
 from lowrank.errors import DataError
 from lowrank.modes import eval_mode
 from lowrank.objectives import pooled
@@ -69,6 +70,10 @@ def _of_outputs(outputs: Any, targets: Any, batch: Batch) -> Tensor:
                 f"The teacher returns {key} of shape {tuple(its[key].shape)}, the compressed model {got}. "
                 "Give the dense model that it was made from."
             )
+        if not its[key].numel():
+            raise DataError(
+                f"Batch {batch.index}: {key} of shape {tuple(its[key].shape)} has no elements to match."
+            )
         parts.append(_part(key, mine[key], its[key], batch))
     if not parts:
         raise DataError(
@@ -109,12 +114,13 @@ def relative_squares(mine: Tensor, target: Tensor) -> Tensor:
 
 
 def _named(outputs: Any) -> dict[str, Tensor]:
-    if isinstance(outputs, Tensor):
-        return {"output": outputs}
-    items = outputs.items() if isinstance(outputs, Mapping) else enumerate(outputs)
-    return {
-        str(key): value for key, value in items if isinstance(value, Tensor) and value.is_floating_point()
-    }
+    if isinstance(outputs, Mapping):
+        named = dict(outputs)
+    elif isinstance(outputs, Tensor):
+        named = {"output": outputs}
+    else:
+        named = dict(enumerate(outputs)) if isinstance(outputs, (tuple, list)) else {}
+    return {str(k): v for k, v in named.items() if isinstance(v, Tensor) and v.is_floating_point()}
 
 
 class Lesson:
@@ -150,8 +156,8 @@ class Lesson:
     ) -> None:
         self._model, self._teacher, self._hidden_weight = model, teacher, hidden_weight
         self._autocast = autocast if autocast is not None else contextlib.nullcontext()
-        self._home = next((p.device for p in model.parameters()), None)
-        self._device = next((p.device for p in teacher.parameters()), None)
+        self._home = device_of(model)
+        self._device = device_of(teacher)
         self._found: dict[int, Tensor] = {}
         self._wanted: dict[int, Tensor] = {}
 

@@ -34,12 +34,20 @@ class SlowKernelWarning(UserWarning):
     """int4 weights of linear layers have no kernel on their device, and are decoded at every call."""
 
 
+class FewTokensWarning(UserWarning):
+    """Calibration has seen too few tokens or batches for its predictions to hold on other data."""
+
+
+class ReachWarning(UserWarning):
+    """Most of the model's parameters are in no layer that `lowrank.compress` can change."""
+
+
 class PlanError(LowRankError):
     """A plan does not fit the model, or would not save anything."""
 
 
 class CheckpointError(LowRankError):
-    """A file is missing, damaged, foreign or from a newer version; or a folder cannot be written."""
+    """A file is missing, damaged, foreign or from a newer version; or a file or folder cannot be written."""
 
 
 class DataError(LowRankError):

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lowrank._transformers import check_tokenizer
 from lowrank.arguments import MODEL_OF, accepts, every, function, instance, number, optional, text, whole
 from lowrank.batches import as_batch, batches, windows
-from lowrank.errors import DataError
+from lowrank.devices import device_of
+from lowrank.errors import DataError, LowRankError
 from lowrank.modes import eval_mode
 from lowrank.objectives import increase, pooled
 
@@ -43,17 +46,20 @@ def embed(
     Raises:
         DataError: If there are no texts, or the model refuses them.
     """
+    check_tokenizer(model, tokenizer)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding
     ordered = [texts[i] for i in order]
     parts = []
     with evaluating(model):
-        for batch in batches(ordered, tokenizer, device=_device(model), batch_size=batch_size):
+        for batch in batches(ordered, tokenizer, device=device_of(model), batch_size=batch_size):
             outputs = batch.call(model)
             if not isinstance(outputs, Mapping) or "last_hidden_state" not in outputs:
                 raise DataError(
                     f"{type(model).__name__} returns no last_hidden_state; embed needs an encoder."
                 )
-            parts.append(pooled(outputs["last_hidden_state"].float(), batch.mask))
+            part = pooled(outputs["last_hidden_state"].float(), batch.mask)
+            _check_finite(model, part, batch.index)
+            parts.append(part)
     embeddings = torch.cat(parts)
     if len(embeddings) != len(texts):
         raise DataError("Some texts have no tokens. Take the empty ones out.")
@@ -97,6 +103,9 @@ def sts_spearman(
 ) -> float:
     """Return Spearman's rank correlation of the pairs' cosines with people's ``scores``, in [-1, 1].
 
+    Raises:
+        DataError: If all scores or all cosines are equal, so that there is no correlation.
+
     Source: STS Benchmark, Cer et al. 2017 (arXiv:1708.00055).
     """
     if len(pairs) != len(scores) or any(len(pair) != 2 for pair in pairs):
@@ -106,7 +115,7 @@ def sts_spearman(
     texts = [text for pair in pairs for text in pair]
     embeddings = embed(model, texts, tokenizer, batch_size=batch_size)
     cosines = (embeddings[0::2] * embeddings[1::2]).sum(-1)
-    return spearman(cosines.cpu(), torch.tensor(scores, dtype=torch.float64))
+    return _rank_correlation(cosines=cosines.cpu(), scores=torch.tensor(scores, dtype=torch.float64))
 
 
 @accepts(
@@ -137,12 +146,14 @@ def perplexity(
         batch_size: Windows per forward pass.
 
     Raises:
-        DataError: If the text is too short, or comes without a tokenizer.
+        DataError: If the text is too short, comes without a tokenizer, or gets a loss that is not finite.
+        LowRankError: If the perplexity is beyond the largest number.
     """
+    check_tokenizer(model, tokenizer)
     ids = windows(text, tokenizer, tokens=window)
     if count is not None and not 1 <= count <= len(ids):
         raise DataError(f"The text has {len(ids)} windows of {window} tokens, not {count}.")
-    ids = ids[:count].to(_device(model))
+    ids = ids[:count].to(device_of(model))
     total = 0.0
     with evaluating(model):
         for index, chunk in enumerate(torch.split(ids, batch_size)):
@@ -151,8 +162,12 @@ def perplexity(
             losses = nn.functional.cross_entropy(
                 logits.flatten(0, 1), chunk[:, 1:].flatten(), reduction="sum"
             )
+            _check_finite(model, losses, index)
             total += float(losses)
-    return math.exp(total / (len(ids) * (window - 1)))
+    mean = total / (len(ids) * (window - 1))
+    if mean > math.log(sys.float_info.max):
+        raise LowRankError(f"The mean loss is {mean:,.0f}, and its exponential is beyond the largest number.")
+    return math.exp(mean)
 
 
 @accepts(
@@ -170,14 +185,26 @@ def accuracy(
     *,
     batch_size: int = 64,
 ) -> float:
-    """Return the fraction of ``texts`` whose largest logit is at their label, in [0, 1]."""
+    """Return the fraction of ``texts`` whose largest logit is at their label, in [0, 1].
+
+    Raises:
+        DataError: If there is not one label for each text, a label is none of the model's classes, or the
+            logits are not finite.
+    """
+    check_tokenizer(model, tokenizer)
     right, start = 0, 0
     with evaluating(model):
-        for batch in batches(texts, tokenizer, device=_device(model), batch_size=batch_size):
-            found = _logits(model, batch.call(model)).argmax(-1)
+        for batch in batches(texts, tokenizer, device=device_of(model), batch_size=batch_size):
+            logits = _logits(model, batch.call(model))
+            _check_finite(model, logits, batch.index)
+            found = logits.argmax(-1)
             if start + len(found) > len(labels):
                 raise DataError(f"{len(texts)} texts, but {len(labels)} labels: give a label for each text.")
             wanted = torch.tensor(labels[start : start + len(found)], device=found.device)
+            if int(wanted.max()) >= logits.shape[-1]:
+                raise DataError(
+                    f"The label {wanted.max()} is none of the model's {logits.shape[-1]} classes."
+                )
             right, start = right + int((found == wanted).sum()), start + len(found)
     if start != len(labels):
         raise DataError(f"{start} texts with tokens, but {len(labels)} labels.")
@@ -205,22 +232,47 @@ def loss_increase(
         tokenizer: A tokenizer of transformers, for strings.
         batch_size: Strings per forward pass.
     """
+    check_tokenizer(dense, tokenizer)
     total, terms = 0.0, 0
     with evaluating(model), evaluating(dense):
-        for batch in batches(data, tokenizer, device=_device(model), batch_size=batch_size):
+        for batch in batches(data, tokenizer, device=device_of(model), batch_size=batch_size):
             made = increase(batch.call(model), batch.call(dense), batch)
+            _check_finite(model, made.total, batch.index)
             total, terms = total + float(made.total), terms + made.terms
     return total / max(1, terms)
 
 
 @accepts(first=instance(Tensor, "a tensor", DataError), second=instance(Tensor, "a tensor", DataError))
 def spearman(first: Tensor, second: Tensor) -> float:
-    """Return Spearman's rank correlation of two vectors; ties share their mean rank."""
+    """Return Spearman's rank correlation of two vectors; ties share their mean rank.
+
+    Raises:
+        DataError: If they are no vectors of one length, or one of them is constant or not finite.
+    """
     if first.ndim != 1 or first.shape != second.shape:
         raise DataError(
             f"first {tuple(first.shape)} and second {tuple(second.shape)}: give two vectors of one length."
         )
-    return float(torch.corrcoef(torch.stack([_ranks(first), _ranks(second)]))[0, 1])
+    return _rank_correlation(first=first, second=second)
+
+
+def _rank_correlation(**vectors: Tensor) -> float:
+    for name, values in vectors.items():
+        if not bool(values.isfinite().all()):
+            raise DataError(f"{name}: has NaN or infinite values, which have no rank.")
+        if len(values.unique()) < 2:
+            raise DataError(
+                f"{name}: all {len(values)} values are equal, so there is no rank correlation. Give others."
+            )
+    return float(torch.corrcoef(torch.stack([_ranks(values) for values in vectors.values()]))[0, 1])
+
+
+def _check_finite(model: nn.Module, values: Tensor, batch: int) -> None:
+    if not bool(values.isfinite().all()):
+        raise DataError(
+            f"Batch {batch}: {type(model).__name__} returns NaN or infinite values. The model is damaged, or "
+            "overflows in half precision."
+        )
 
 
 def _logits(model: nn.Module, outputs: Any) -> Tensor:
@@ -244,7 +296,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Put the model into eval mode without gradients, and undo it."""
     with eval_mode(model), torch.no_grad():
         yield
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lowrank.errors import PlanError, StatsError
+from lowrank.errors import PlanError, StatsError, WeightError
 from lowrank.fingerprints import fingerprint_of_layer
 from lowrank.forms import scheme_of
 from lowrank.linalg import (
@@ -30,7 +30,7 @@ from lowrank.linalg import (
     smoothing,
     truncated_svd,
 )
-from lowrank.linalg.metric import Side
+from lowrank.linalg.metric import Side, wide
 from lowrank.linalg.svd import small_side_gram
 from lowrank.menus import importance
 from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear, kind_of
@@ -62,17 +62,38 @@ def check_stats(model: nn.Module, plan: Plan, stats: Stats | None) -> None:
         )
     for layer in plan.factorized:
         if layer.name in dense:
-            check_layer_of(model.get_submodule(layer.name), layer.name, stats)
             stats.metric(layer.name, plan.metric, layer.has_bias)
-            for user in plan.equal.get(layer.name, ()):
-                check_layer_of(model.get_submodule(user.name), user.name, stats)
-                stats.moments(user.name)
+            for each in (layer, *plan.equal.get(layer.name, ())):
+                module = model.get_submodule(each.name)
+                check_layer_of(module, each.name, stats)
+                if layer.kind != LowRankEmbedding.kind:
+                    _check_mean(module, each, stats.moments(each.name).mean)
     for layers in shared:
         if len({stats.sources.get(layer.name, layer.name) for layer in layers}) > 1:
             raise StatsError(
                 f"{layers[-1].name}: cannot share down with {layers[0].name}: by the statistics they do not "
                 "read the same input."
             )
+
+
+def _check_mean(dense: nn.Module, layer: LayerPlan, mean: Tensor) -> None:
+    """Refuse a layer whose bias could not take up the mean of an error, since its mean output overflows.
+
+    Raises:
+        WeightError: If the layer has a bias, or will, and its dtype does not hold ``Wμ + b``.
+    """
+    if not layer.has_bias:
+        return
+    weight = wide(weight_of(dense).detach())
+    output = weight @ mean.to(weight)
+    bias: nn.Parameter | None = dense.bias  # type: ignore[assignment]
+    output = output if bias is None else output + bias.detach()
+    dtype = weight_of(dense).dtype
+    if not bool(output.to(dtype).isfinite().all()):
+        raise WeightError(
+            f"{layer.name}: for the mean of what it reads it returns values that {dtype} cannot hold. Scale "
+            "its weights or its inputs, or leave it out with ignore=."
+        )
 
 
 def check_layer_of(layer: nn.Module, name: str, stats: Stats) -> None:

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from lowrank import arguments
 from lowrank.arguments import MODEL_OF, accepts, instance, number, whole
+from lowrank.atomicfile import replaced
+from lowrank.devices import device_of, dtype_of
 from lowrank.errors import BudgetError, LowRankError
 from lowrank.jsonfile import read_json
 from lowrank.menus import Costs, Menu
@@ -57,13 +59,13 @@ class LatencyTable:
     @accepts(model=instance(nn.Module, MODEL_OF))
     def here(cls, model: nn.Module) -> LatencyTable:
         """Make an empty table for the device and dtype of ``model``."""
-        parameter = next(model.parameters())
-        name = torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else ""
+        device = device_of(model)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         return cls(
             {
-                "device": f"{parameter.device.type} {name}".strip(),
+                "device": f"{device.type} {name}".strip(),
                 "threads": str(torch.get_num_threads()),
-                "dtype": str(parameter.dtype).removeprefix("torch."),
+                "dtype": str(dtype_of(model)).removeprefix("torch."),
                 "torch": torch.__version__,
             }
         )
@@ -84,12 +86,14 @@ class LatencyTable:
 
     @accepts(path=arguments.path())
     def save(self, path: str | Path) -> None:
-        """Write the table as JSON; raises `LowRankError` if that is not possible."""
-        text = json.dumps(vars(self), indent=1, ensure_ascii=False)
-        try:
-            Path(path).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise LowRankError(f"{path}: the table cannot be written: {error}.") from error
+        """Write the table as JSON, in one step.
+
+        Raises:
+            CheckpointError: If the file cannot be written; an older one is then as it was.
+        """
+        text = json.dumps(vars(self), indent=1, ensure_ascii=False, allow_nan=False)
+        with replaced(Path(path)) as new:
+            new.write_text(text, encoding="utf-8")
 
     @classmethod
     @accepts(path=arguments.path())
@@ -151,7 +155,7 @@ def latency_costs(
             f"{LatencyTable.here(model).environment}. Measure a new one."
         )
     tokens = _tokens(model, draft, call)
-    whole = seconds_of(call, REPEATS, _device(model))
+    whole = seconds_of(call, REPEATS, device_of(model))
     points = {}
     for layer in draft.targeted:
         like = model.get_submodule(layer.name).weight
@@ -213,10 +217,6 @@ def _once(call: Callable[[], Any], device: torch.device) -> float:
 def _wait(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 def _tokens(model: nn.Module, draft: Plan, call: Callable[[], Any]) -> dict[str, list[int]]:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from lowrank.batches import Batch
 from lowrank.errors import StatsError
 from lowrank.linalg import Diagonal, Gram, Metric
-from lowrank.linalg.metric import gram
+from lowrank.linalg.metric import products_of_pairs, squares, wide
 from lowrank.linalg.shrinkage import shrunk
 from lowrank.modes import hooked
 
@@ -193,12 +193,11 @@ class LookupSums:
         return output
 
     def _felt(self, name: str, gradient: Tensor) -> None:
-        self._add(name, gradients=_products(self._real(gradient.detach())))
+        self._add(name, gradients=products_of_pairs(wide(self._real(gradient.detach()))))
 
     def _felt_by_head(self, name: str, hidden: Tensor, gradient: Tensor) -> None:
-        rows, read = self._real(gradient.detach()).float(), self._real(hidden)
-        squares = rows.square().sum(0, dtype=torch.float64)
-        self._add(name, head_gradients=squares, head_inputs=_products(read))
+        rows, read = wide(self._real(gradient.detach())), self._real(hidden)
+        self._add(name, head_gradients=squares(rows), head_inputs=products_of_pairs(wide(read)))
         self._answered[name] += len(read)
 
     def _real(self, values: Tensor) -> Tensor:
@@ -218,8 +217,3 @@ class LookupSums:
     def sums(self) -> dict[str, Lookups]:
         """Return the sums so far."""
         return {n: Lookups(**sums, head_tokens=self._answered[n]) for n, sums in self._sums.items()}
-
-
-def _products(rows: Tensor) -> Tensor:
-    """Return ``Σ xxᵀ`` over ``rows (tokens, n)``, shape ``(n, n)``, float64."""
-    return gram(rows.float().T).to(torch.float64)

@@ -47,9 +47,18 @@ def increase(outputs: Any, targets: Any, batch: Batch) -> Objective:
 
     It is what the metric ``"loss"`` predicts to second order: the KL divergence to the dense model's
     predictions, or half the squared error of the embedding or output.
+
+    Raises:
+        DataError: If no objective can be made of them, or they have different shapes.
     """
     kind, mine = _looked_at(outputs, batch)
     _, its = _looked_at(targets, batch)
+    shapes, wanted = ([tuple(tensor.shape) for tensor in tensors] for tensors in (mine, its))
+    if shapes != wanted:
+        raise DataError(
+            f"Batch {batch.index}: the model's outputs have shapes {shapes}, the dense model's targets "
+            f"{wanted}. Give the dense model that it was made from."
+        )
     if kind == "logits":
         parts = [
             nn.functional.kl_div(
@@ -105,9 +114,18 @@ def of_loss(loss: Callable[[Any, Any], Any], outputs: Any, batch: Batch) -> Obje
 
 
 def pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the normalised mean over real tokens: ``(batch, tokens, features)`` to ``(batch, features)``."""
+    """Return the normalised mean over real tokens: ``(batch, tokens, features)`` to ``(batch, features)``.
+
+    Raises:
+        DataError: If there is not one value of the mask for each hidden state.
+    """
     if mask is None:
         return nn.functional.normalize(hidden.mean(1), dim=-1)
+    if mask.shape != hidden.shape[:2]:
+        raise DataError(
+            f"The attention mask has the shape {tuple(mask.shape)}, and the model's hidden states "
+            f"have {tuple(hidden.shape)}: not one value for each. Pass loss=None, or leave out the mask."
+        )
     weights = mask[..., None].to(hidden)
     return nn.functional.normalize((hidden * weights).sum(1) / weights.sum(1).clamp(min=1), dim=-1)
 

@@ -5,14 +5,16 @@ Drafting a plan asks for the reasons; applying one checks against them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lowrank.errors import LowRankError, TargetError
+from lowrank.guards import names_set
 from lowrank.linalg.svd import FLOATING
-from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear, kind_of
+from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear, find_kind, kind_of
 from lowrank.reads import layers_read
 from lowrank.ties import embeddings, equal_layers, place_of, tied_heads
 
@@ -21,13 +23,15 @@ def check_model(model: object) -> nn.Module:
     """Return ``model`` if it is a module.
 
     Raises:
-        LowRankError: If it is something else, such as a path, or has parameters without a shape.
+        LowRankError: If it is something else, such as a path, if it only wraps a transformers model, or
+            if it has parameters without a shape.
     """
     if not isinstance(model, nn.Module):
         raise LowRankError(
             f"A model is a torch.nn.Module, not {type(model).__name__}. Load it first, for example "
             "with AutoModel.from_pretrained(...)."
         )
+    _check_not_wrapped(model)
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise LowRankError(
@@ -35,6 +39,23 @@ def check_model(model: object) -> nn.Module:
                 "Call the model on a batch first."
             )
     return model
+
+
+def _check_not_wrapped(model: nn.Module) -> None:
+    """Refuse a module of sentence-transformers: it takes a dict of features, not a model's inputs."""
+    if not _is_of(model, "sentence_transformers"):
+        return
+    parts = (name for name, part in model.named_modules() if name and _is_of(part, "transformers"))
+    inner, kind, way = next(parts, None), type(model).__name__, "Pass the transformers model inside of it"
+    if inner is not None:
+        path = "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in inner.split("."))
+        way += f", model{path}, which is changed in place: the {kind} then computes with it"
+    raise LowRankError(f"The model is a {kind}, which wraps one and takes other inputs. {way}.")
+
+
+def _is_of(module: nn.Module, package: str) -> bool:
+    """Tell whether the module's class, or one that it extends, is defined in ``package``."""
+    return any(cls.__module__.partition(".")[0] == package for cls in type(module).__mro__)
 
 
 def check_not_compiled(model: nn.Module) -> nn.Module:
@@ -88,7 +109,35 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def find_obstacles(model: nn.Module, same_as: Mapping[str, str] | None = None) -> dict[str, str]:
+def dense_elements(layer: nn.Module) -> int:
+    """Count the elements that the weight of a linear layer or table has, or had when it was dense."""
+    if isinstance(layer, LowRankEmbedding):
+        return layer.num_embeddings * layer.embedding_dim
+    if isinstance(layer, (LowRankLinear, TiedLinear)):
+        return layer.in_features * layer.out_features
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return math.prod(layer.shape) if isinstance(layer, Coded) else weight.numel()
+
+
+def other_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Yield the parameters that are no weight or factor of a linear layer or table, in the model's order.
+
+    With each its module's name, the module, and its own name there; a tied one comes once.
+    """
+    known = [*linear_layers(model), *embeddings(model)]
+    within = {id(part) for _, layer in known for part in layer.modules()} - {id(layer) for _, layer in known}
+    seen = {place_of(x.weight) for _, x in known if isinstance(x.weight, nn.Parameter)}  # type: ignore[arg-type]
+    for holder, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            factor = id(module) in within and parameter.ndim > 1
+            if not factor and place_of(parameter) not in seen:
+                seen.add(place_of(parameter))
+                yield holder, module, name, parameter
+
+
+def find_obstacles(
+    model: nn.Module, same_as: Mapping[str, str] | None = None, overruled: Collection[str] = ()
+) -> dict[str, str]:
     """Return ``{layer name: reason}`` for every linear layer that cannot be factorized.
 
     A reason reads on from "it …": ``"is used twice, also as encoder.b"``.
@@ -97,8 +146,9 @@ def find_obstacles(model: nn.Module, same_as: Mapping[str, str] | None = None) -
         model: What has the layers.
         same_as: ``{layer name: name of another}`` of layers that are replaced together with another, whose
             weight they use; that they share one is then no obstacle.
+        overruled: Names of layers of which a doubt (`find_doubts`) is no obstacle.
     """
-    obstacle = _finder(model)
+    obstacle = _finder(model, overruled)
     groups: dict[str, set[str]] = {}
     for name, owner in (same_as or {}).items():
         groups.setdefault(owner, {f"{owner}.weight"}).add(f"{name}.weight")
@@ -109,14 +159,16 @@ def find_obstacles(model: nn.Module, same_as: Mapping[str, str] | None = None) -
     return {name: reason for name, reason in found.items() if reason}
 
 
-def find_equals(model: nn.Module, wanted: Collection[str], apart: Sequence[str] = ()) -> dict[str, str]:
+def find_equals(
+    model: nn.Module, wanted: Collection[str], apart: Sequence[str] = (), overruled: Collection[str] = ()
+) -> dict[str, str]:
     """Return ``{layer name: name of the first}`` for linear layers whose weight is another's, or equal.
 
     Only layers of ``wanted`` are compared, in its order, and only those returned that can be replaced
     together; for ``apart`` see `lowrank.ties.equal_layers`.
     """
     groups = equal_layers(model, wanted, apart)
-    obstacle = _finder(model) if groups else None
+    obstacle = _finder(model, overruled) if groups else None
     found: dict[str, str] = {}
     for group in groups:
         assert obstacle is not None
@@ -128,9 +180,11 @@ def find_equals(model: nn.Module, wanted: Collection[str], apart: Sequence[str] 
     return found
 
 
-def find_all_obstacles(model: nn.Module, same_as: Mapping[str, str] | None = None) -> dict[str, str]:
+def find_all_obstacles(
+    model: nn.Module, same_as: Mapping[str, str] | None = None, overruled: Collection[str] = ()
+) -> dict[str, str]:
     """Return what `find_obstacles` and `find_embedding_obstacles` find."""
-    return find_obstacles(model, same_as) | find_embedding_obstacles(model)
+    return find_obstacles(model, same_as, overruled) | find_embedding_obstacles(model)
 
 
 def find_embedding_obstacles(model: nn.Module) -> dict[str, str]:
@@ -154,9 +208,48 @@ def find_embedding_obstacles(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def _finder(model: nn.Module) -> Callable[..., str | None]:
+def find_doubts(model: nn.Module) -> dict[str, str]:
+    """Return ``{layer name: reason}`` for every linear layer of which reading the code leaves a doubt.
+
+    The reasons are among those of `find_obstacles`. Layers that are factorized or coded are there, too, where
+    a doubt has been overruled.
+    """
+    doubt = _doubts(model)
+    found = {name: doubt(module) for name, module in linear_layers(model)}
+    return {name: reason for name, reason in found.items() if reason is not None}
+
+
+def find_readers(model: nn.Module) -> dict[int, str]:
+    """Return by ``id`` of a layer the class of the nearest module whose methods read its weight by value."""
+    classes: set[type] = {type(module) for module in model.modules()}
+    changing = frozenset[str]().union(*map(names_set, classes))
+    readers: dict[int, str] = {}  # of several the nearest, which comes last
+    for module in model.modules():
+        for layer in layers_read(module, changing):
+            readers[id(layer)] = type(module).__name__
+    return readers
+
+
+def _doubts(model: nn.Module) -> Callable[[nn.Module], str | None]:
+    """Look the model's code over once, and return the function that tells the doubt it leaves of a layer."""
+    readers = find_readers(model)
+
+    def doubt(layer: nn.Module) -> str | None:
+        if id(layer) in readers:
+            return f"has its weight read by value in {readers[id(layer)]}"
+        own = isinstance(layer, (LowRankLinear, QuantizedLinear, TiedLinear))
+        kind = find_kind(layer.kind) if own else kind_of(layer)  # type: ignore[arg-type]
+        if kind is not None and not kind.certain:
+            return f"is a {kind.module.__name__}, which may compute something else than nn.Linear"
+        return None
+
+    return doubt
+
+
+def _finder(model: nn.Module, overruled: Collection[str] = ()) -> Callable[..., str | None]:
     """Look the model over once, and return the function that tells what stands in a layer's way.
 
+    Doubts about the layers named ``overruled`` do not.
     Its third argument names the weights that a layer may share, since their modules are replaced with it.
     With ``False`` as its last, the layer's bias stays as it is.
     """
@@ -166,10 +259,7 @@ def _finder(model: nn.Module) -> Callable[..., str | None]:
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(place_of(parameter), []).append(name)
-    readers: dict[int, str] = {}  # of several the nearest, which comes last
-    for module in model.modules():
-        for layer in layers_read(module):
-            readers[id(layer)] = type(module).__name__
+    doubt = _doubts(model)
 
     def obstacle(
         name: str, module: nn.Module, shared: frozenset[str], corrects_bias: bool = True
@@ -185,10 +275,10 @@ def _finder(model: nn.Module) -> Callable[..., str | None]:
         if len(names[id(module)]) > 1:
             other = next(n for n in names[id(module)] if n != name)
             return f"is used twice, also as {other}"
-        if id(module) in readers:
-            return f"has its weight read by value in {readers[id(module)]}"
+        if name not in overruled and (doubtful := doubt(module)) is not None:
+            return doubtful
         if kind_of(module) is None and type(module) is not nn.Embedding:
-            return f"is a {type(module).__name__}, which may compute something else than nn.Linear"
+            return f"is a {type(module).__name__}, which may do something else than nn.Embedding"
         weight = module.weight
         if not isinstance(weight, nn.Parameter) or type(weight.data) is not Tensor:
             return f"has a weight of type {type(weight).__name__}, not a plain parameter"

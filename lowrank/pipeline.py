@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,35 +15,65 @@ import torch
 from torch import Tensor, nn
 
 from lowrank import quantizing, surgery
-from lowrank._transformers import plugin
+from lowrank._transformers import check_tokenizer, plugin
 from lowrank.anchoring import apply_anchored
-from lowrank.arguments import SEED, Check, accepts, device, flag, function, instance, optional, path, whole
+from lowrank.arguments import (
+    SEED,
+    Check,
+    accepts,
+    device,
+    flag,
+    function,
+    instance,
+    optional,
+    path,
+    text,
+    whole,
+)
 from lowrank.batches import Batch, batches
 from lowrank.calibration import collect
 from lowrank.coding import with_common_codes_uncentred
-from lowrank.deciding import Request, Timing, check_dense, decide, drafted, spectra_of
-from lowrank.errors import BudgetError, DataError, LowRankError, PlanError, StatsError, TargetError
+from lowrank.deciding import Request, Timing, check_targeted, decide, drafted, known_heads, spectra_of
+from lowrank.devices import device_of
+from lowrank.errors import (
+    BudgetError,
+    DataError,
+    LowRankError,
+    PlanError,
+    ReachWarning,
+    SchemeError,
+    TargetError,
+)
 from lowrank.factoring import pooled
 from lowrank.forms import INT8
 from lowrank.latency import LatencyTable
+from lowrank.leftovers import with_reach
 from lowrank.linalg import Scheme, Spectrum
 from lowrank.nn import TiedLinear
 from lowrank.obstacles import check_model
+from lowrank.overruling import check_reads, check_subclasses
 from lowrank.planning import Budget, Plan
-from lowrank.ranks import nothing_changes, reasons
-from lowrank.statistics import Stats
+from lowrank.ranks import reasons
+from lowrank.statistics import Stats, check_stats
 from lowrank.targets import draft
 
-_STATS = optional(instance(Stats, "what calibrate(model, data) returns, or Stats.load(folder)", StatsError))
+_STATS = optional(check_stats)
 _REQUEST: dict[str, Check] = {
     "latencies": optional(instance(LatencyTable, "a LatencyTable", BudgetError)),
     "stats": _STATS,
+    "metric": text(BudgetError),
     "add_bias": flag,
+    "allocation": text(BudgetError),
     "round_to": whole(1, error=BudgetError),
+    "share": optional(text(BudgetError)),
+    "quantize": optional(text(SchemeError)),
     "residual": flag,
     "progress": flag,
 }
-"""What `compress` and `plan` have in common; patterns and budgets are checked where they are read."""
+"""What `compress` and `plan` have in common; words, patterns and budgets are checked where they are read."""
+
+_SLOW = text(SchemeError)
+
 
 _DATA: dict[str, Check] = {
     "tokenizer": optional(function),
@@ -52,7 +83,11 @@ _DATA: dict[str, Check] = {
 }
 
 
-@accepts(**_REQUEST, **_DATA)
+REACH_TO_WARN_BELOW = 0.3
+"""A share of the model's parameters: `compress` warns where it can change less, and nobody asked for that."""
+
+
+@accepts(**_REQUEST, **_DATA, slow=_SLOW)
 def compress(
     model: nn.Module,
     *,
@@ -72,6 +107,7 @@ def compress(
     add_bias: bool = False,
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
+    overrule: Sequence[str] | None = None,
     allocation: str = "global",
     round_to: int = 8,
     share: str | None = None,
@@ -100,7 +136,8 @@ def compress(
         max_bytes: What the whole model's parameters and buffers may take; a file adds their names to that,
             a hundred bytes or so for each tensor.
         speedup: Dense latency over compressed latency of the whole model, above 1, measured here and now.
-        inputs: What the model is called with to measure that: a batch, as in ``data``.
+        inputs: What the model is called with to measure that, or to check ``overrule``: a batch, as in
+            ``data``.
         latencies: A table of measured layers to use again, and to add to.
         data: What to calibrate on, as for `lowrank.calibrate`. Without data the error is that of the
             weights alone, which costs far more accuracy.
@@ -113,6 +150,10 @@ def compress(
             the mean of the error; a bias that exists always does so under a calibrated metric.
         targets: Unix-style patterns of the layers to factorize; by default all but the heads.
         ignore: Patterns of layers to leave alone.
+        overrule: Patterns of layers that may change although reading the model's code leaves a doubt: their
+            weight seems to be read by value, or they are of a subclass of `torch.nn.Linear`. Subclasses are
+            run on random numbers first; for weights that seem to be read, the model is run on ``inputs``, or
+            on the first batch of ``data``, with and without them.
         allocation: ``"global"``, or ``"uniform"`` to keep the same fraction of each layer.
         round_to: Ranks that are chosen, not given, are multiples of this; under ``"int4"`` all are multiples
             of its groups.
@@ -146,6 +187,10 @@ def compress(
     Raises:
         LowRankError: If anything is wrong with the request or the model; the model is then as before.
 
+    Warns:
+        ReachWarning: If less than 30 % of the model's parameters can change, and neither ``targets`` nor
+            ``ignore`` asked for that.
+
     Source: Eckart & Young 1936; the allocation as Shoham & Gersho 1988.
 
     Example:
@@ -164,6 +209,7 @@ def compress(
         add_bias=add_bias,
         targets=targets,
         ignore=ignore,
+        overrule=overrule,
         allocation=allocation,
         round_to=round_to,
         tolerance=tolerance,
@@ -180,21 +226,27 @@ def compress(
     if sequential and data is None:
         raise DataError("sequential=True goes through data once more: give data=.")
     _check_spill(sequential, spill)
-    if not layers.targeted:
-        raise BudgetError(nothing_changes(layers, budget, {}))
-    check_dense(model, layers, request)
-    if sequential and isinstance(data, Iterator):
+    check_targeted(model, layers, request)
+    if (sequential or overrule) and isinstance(data, Iterator):
         data = list(data)  # to be gone through twice
+    _check_overruled(model, layers, inputs, data, tokenizer)
     if data is not None and stats is not None and not sequential:
         raise LowRankError("Give either data or stats, not both. Add statistics of more data with +.")
     if data is not None and stats is None:
         stats = calibrate(
-            model, data, tokenizer, loss, targets=targets, ignore=ignore, seed=seed, progress=progress
+            *(model, data, tokenizer, loss),
+            targets=targets,
+            ignore=ignore,
+            overrule=overrule,
+            seed=seed,
+            progress=progress,
         )
         layers = drafted(model, request, stats, equal=equal)
     predict = budget.kind != "rank"  # a given rank decides nothing by its error: spare the spectra
     timing = Timing(inputs, latencies)
-    decided = _decided(model, layers, request, stats, predict, progress, timing)
+    decided = with_reach(model, _decided(model, layers, request, stats, predict, progress, timing))
+    if targets is None and ignore is None and decided.reachable_fraction < REACH_TO_WARN_BELOW:
+        warnings.warn(decided.small_reach(), ReachWarning, stacklevel=3)
     apply(
         model,
         decided,
@@ -210,7 +262,7 @@ def compress(
     return model
 
 
-@accepts(stats=_STATS, seed=SEED, progress=flag)
+@accepts(scheme=text(SchemeError), stats=_STATS, slow=_SLOW, seed=SEED, progress=flag)
 def quantize(
     model: nn.Module,
     scheme: str = "int8",
@@ -278,17 +330,31 @@ def _coded(
     optional: bool = False,
 ) -> Plan:
     hf = plugin()
-    heads, apart = (hf.head_layers(model), hf.parts(model)) if hf is not None else (None, ())
+    apart = hf.parts(model) if hf is not None else ()
     found = quantizing.with_codes(
         *(model, plan, scheme),
         targets=targets,
         ignore=ignore,
         stats=stats,
-        heads=heads,
+        heads=known_heads(model),
         apart=apart,
         optional=optional,
     )
     return found.without_needless_ties()
+
+
+def _check_overruled(
+    model: nn.Module,
+    plan: Plan,
+    inputs: Any,
+    data: Iterable[Any] | None = None,
+    tokenizer: Callable[..., Any] | None = None,
+) -> None:
+    """Try what the user has overruled, on ``inputs`` or on the first batch of ``data``."""
+    check_subclasses(model, plan)
+    samples = data if inputs is None else [inputs]
+    batch = next(_stream(model, samples, tokenizer), None) if plan.overruled and samples is not None else None
+    check_reads(model, plan, batch)
 
 
 def _enough_batches(data: Iterable[Any]) -> int:
@@ -325,6 +391,7 @@ def calibrate(
     *,
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
+    overrule: Sequence[str] | None = None,
     batch_size: int = 32,
     max_length: int | None = None,
     seed: int = 0,
@@ -343,6 +410,7 @@ def calibrate(
         device: Where batches are moved to; by default where the model's first parameter is.
         targets: Unix-style patterns of the layers to look at; by default all but the heads.
         ignore: Patterns of layers to leave out.
+        overrule: Patterns of layers to look at although they may have to stay dense, as in `compress`.
         batch_size: Strings per batch.
         max_length: Longest string in tokens; by default what the tokenizer allows, at most 512.
         seed: Seed of the sampled labels; the global random state is not touched.
@@ -364,7 +432,7 @@ def calibrate(
         >>> stats.tokens, sorted(stats.gradients)
         (64, ['0', '2'])
     """
-    request = Request(metric="weight", targets=targets, ignore=ignore)
+    request = Request(metric="weight", targets=targets, ignore=ignore, overrule=overrule)
     layers = drafted(model, request, None, tables=True)
     stream = _stream(model, data, tokenizer, device, batch_size, max_length)
     names = [layer.name for layer in layers.targeted]
@@ -384,8 +452,9 @@ def _stream(
     max_length: int | None = None,
 ) -> Iterator[Batch]:
     """Return the batches of ``data``, where the model is."""
+    check_tokenizer(model, tokenizer)
     if device is None:
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        device = device_of(model)
     return batches(
         data, tokenizer, device=device, batch_size=batch_size, max_length=max_length, by_length=True
     )
@@ -408,6 +477,7 @@ def plan(
     add_bias: bool = False,
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
+    overrule: Sequence[str] | None = None,
     allocation: str = "global",
     round_to: int = 8,
     share: str | None = None,
@@ -435,6 +505,7 @@ def plan(
         add_bias=add_bias,
         targets=targets,
         ignore=ignore,
+        overrule=overrule,
         allocation=allocation,
         round_to=round_to,
         tolerance=tolerance,
@@ -445,8 +516,10 @@ def plan(
         residual=residual,
     )
     layers = drafted(model, request, stats)
-    check_dense(model, layers, request)
-    return _decided(model, layers, request, stats, True, progress, Timing(inputs, latencies))
+    check_targeted(model, layers, request)
+    _check_overruled(model, layers, inputs)
+    decided = _decided(model, layers, request, stats, True, progress, Timing(inputs, latencies))
+    return with_reach(model, decided)
 
 
 def _decided(
@@ -473,7 +546,11 @@ def _decided(
 
 
 @accepts(
-    plan=instance(Plan, "a Plan, from plan(model, ...)", PlanError), stats=_STATS, progress=flag, **_DATA
+    plan=instance(Plan, "a Plan, from plan(model, ...)", PlanError),
+    stats=_STATS,
+    slow=_SLOW,
+    progress=flag,
+    **_DATA,
 )
 def apply(
     model: nn.Module,
@@ -526,6 +603,7 @@ def apply(
     if hf is not None:
         hf.check_unquantized(model)
     quantizing.check_kernels(model, plan, slow)
+    check_subclasses(model, plan)
     try:
         if data is None:
             surgery.apply(model, plan, stats, seed=seed, progress=progress)
@@ -566,7 +644,7 @@ def decompress(model: nn.Module) -> nn.Module:
     return model
 
 
-@accepts(stats=_STATS, add_bias=flag, progress=flag)
+@accepts(stats=_STATS, metric=text(BudgetError), add_bias=flag, progress=flag)
 def spectra(
     model: nn.Module,
     *,

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from lowrank.arguments import LARGEST, accepts, every, instance, path, text
+from lowrank.atomicfile import replaced
 from lowrank.errors import BudgetError, PlanError, RankError, TargetError
 from lowrank.jsonfile import check_regular, parse_json
 from lowrank.patterns import matches, no_match
+from lowrank.reach import UnplannedWeight, describe_reach, shares
 from lowrank.text import format_table
 
 PLAN_FORMAT = 1
@@ -146,6 +148,8 @@ class LayerPlan:
             model); ``None`` unless the metric is ``"loss"``.
         residual: Whether the weight stays, as integers, and the factors correct what these lost:
             ``W ≈ Q + LR``. The plan then has a `CodedWeight` called ``"….base"``.
+        overruled: Whether the layer may change although reading the model's code leaves a doubt, which the
+            user has overruled.
     """
 
     name: str
@@ -165,6 +169,7 @@ class LayerPlan:
     same_as: str | None = None
     same_input: bool = True
     copied: bool = False
+    overruled: bool = False
 
     def __post_init__(self) -> None:
         _typed(type(self), {"name": self.name}, "A layer of a plan")
@@ -296,6 +301,8 @@ class Plan:
         round_to: Chosen ranks are multiples of this.
         tolerance: Largest relative excess over each layer's optimal error that `apply` may have.
         codes: The weights that are stored as integers; they are coded after the layers are factorized.
+        model_parameters: All parameters of the model, a tied weight counted once; ``None`` if not known.
+        unplanned: Those that belong to no layer of the plan, with the reason.
     """
 
     model: str
@@ -306,16 +313,18 @@ class Plan:
     round_to: int = 8
     tolerance: float = 1e-3
     codes: tuple[CodedWeight, ...] = ()
+    model_parameters: int | None = None
+    unplanned: tuple[UnplannedWeight, ...] = ()
     _index: dict[str, LayerPlan] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        values = {name: value for name, value in vars(self).items() if name not in ("layers", "codes")}
+        values = {name: value for name, value in vars(self).items() if name not in _LISTS}
         _typed(type(self), values, "The plan")
-        for name, item in (("layers", LayerPlan), ("codes", CodedWeight)):
+        for name, item in _LISTS.items():
             every(instance(item, f"a {item.__name__}", PlanError), (list, tuple), "a list", PlanError)(
                 name, getattr(self, name)
             )
-        object.__setattr__(self, "codes", tuple(self.codes))
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         ranks = {layer.name: layer.rank for layer in self.layers}
         layers = (
             layer if layer.same_as not in ranks else replace(layer, rank=ranks[layer.same_as])
@@ -374,6 +383,11 @@ class Plan:
         return {layer.name: owner for owner, users in self.equal.items() for layer in users}
 
     @property
+    def overruled(self) -> frozenset[str]:
+        """The names of the layers of which the user has overruled a doubt."""
+        return frozenset(layer.name for layer in self.layers if layer.overruled)
+
+    @property
     def targeted(self) -> tuple[LayerPlan, ...]:
         """The layers over which `keep` counts parameters."""
         return tuple(layer for layer in self.layers if layer.targeted)
@@ -401,6 +415,38 @@ class Plan:
         known = [layer.loss_increase for layer in self.layers if layer.loss_increase is not None]
         complete = known and all(layer.loss_increase is not None for layer in self.factorized)
         return sum(known) if complete else None
+
+    @property
+    def reachable_parameters(self) -> int:
+        """Parameters of the dense weights that the plan may change, and of those that it codes."""
+        coded = {code.name for code in self.codes}
+        layers = [x for x in self.layers if x.targeted or x.name in coded or (x.rank and not x.same_as)]
+        tables = [code for code in self.codes if code.kind == "embedding" and not self._has(code)]
+        return sum(x.dense_parameters for x in layers) + sum(code.rows * code.columns for code in tables)
+
+    @property
+    def reachable_fraction(self) -> float:
+        """The same over all parameters of the model; 1 if these are not known."""
+        return self.reachable_parameters / self.model_parameters if self.model_parameters else 1.0
+
+    def describe_reach(self) -> str:
+        """Say how much of the model can change, what the rest is, and which large tensors are among that."""
+        given = self.model_parameters or 0, self.reachable_parameters, self.unplanned
+        return describe_reach(self.model, *given)
+
+    def small_reach(self) -> str:
+        """Say that little of the model can change, what most of the rest is, and what to do about it."""
+        total = self.model_parameters or 0
+        rest = shares(total, self.reachable_parameters, self.unplanned)
+        return (
+            f"{self.model}: only {self.reachable_fraction:.1%} of {total:,} parameters are in layers that can"
+            f" change. The largest part of the rest: {rest[0].strip()}. print(plan(model, ...)) lists what "
+            "stays; targets=['*'] says that you know."
+        )
+
+    def _has(self, code: CodedWeight) -> bool:
+        """Tell whether ``code`` is that of a layer or table in the plan, or of its factor."""
+        return _coded_layer(code, self._index) in self._index
 
     @property
     def kept_fraction(self) -> float:
@@ -439,7 +485,9 @@ class Plan:
             if planned is not None and (planned.rank, planned.same_as) == (layer.rank, layer.same_as):
                 layers[layer.name] = replace(planned, relative_error=layer.relative_error)
         layers_now = found.with_layers(layers).layers
-        return replace(self, model=found.model, layers=layers_now, codes=found.codes)
+        done = replace(self, model=found.model, layers=layers_now, codes=found.codes)
+        # what lies outside of the layers is known of this model only, not of one within it
+        return done if found.model == self.model else replace(done, model_parameters=None, unplanned=())
 
     @accepts(pattern=text(TargetError))
     def with_rank(self, pattern: str, rank: int | None) -> Plan:
@@ -512,7 +560,7 @@ class Plan:
         """Return the plan as dicts, lists, strings and numbers, with its format number first."""
         data = asdict(self)
         del data["_index"]
-        return {"format": PLAN_FORMAT, **data, "layers": list(data["layers"]), "codes": list(data["codes"])}
+        return {"format": PLAN_FORMAT, **data, **{name: list(data[name]) for name in _LISTS}}
 
     @classmethod
     def from_dict(cls, data: object) -> Plan:
@@ -530,9 +578,10 @@ class Plan:
             )
         if not isinstance(data.get("layers"), (list, tuple)):
             raise PlanError('The plan has no list of "layers".')
-        if not isinstance(data.get("codes", []), (list, tuple)):
-            raise PlanError('The plan\'s "codes" are no list.')
-        values = {key: value for key, value in data.items() if key not in ("format", "layers", "codes")}
+        for name in _LISTS:
+            if not isinstance(data.get(name, []), (list, tuple)):
+                raise PlanError(f'The plan\'s "{name}" are no list.')
+        values = {key: value for key, value in data.items() if key not in ("format", *_LISTS)}
         if values.get("metric", "weight") not in METRICS:
             raise PlanError(
                 f"The plan has errors under the metric {_shown(values['metric'])}, which is unknown here; "
@@ -542,7 +591,8 @@ class Plan:
         if "model" not in values:
             raise PlanError('The plan does not say which "model" it is for.')
         codes = tuple(_code_from_dict(code) for code in data.get("codes", []))
-        return cls(**_typed(cls, values, "The plan"), layers=layers, codes=codes)
+        unplanned = tuple(_unplanned_from_dict(weight) for weight in data.get("unplanned", []))
+        return cls(**_typed(cls, values, "The plan"), layers=layers, codes=codes, unplanned=unplanned)
 
     def to_json(self) -> str:
         """Return the plan as JSON."""
@@ -560,11 +610,14 @@ class Plan:
 
     @accepts(path=path(PlanError))
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON to ``path``; raises `PlanError` if that is not possible."""
-        try:
-            Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
-        except OSError as error:
-            raise PlanError(f"{path}: the plan cannot be written: {error}.") from error
+        """Write the plan as JSON to ``path``, in one step.
+
+        Raises:
+            CheckpointError: If the file cannot be written; an older one is then as it was.
+        """
+        text = self.to_json() + "\n"
+        with replaced(Path(path)) as new:
+            new.write_text(text, encoding="utf-8")
 
     @classmethod
     @accepts(path=path(PlanError))
@@ -615,7 +668,8 @@ class Plan:
             footer += f" {sum(code.scheme == scheme for code in self.codes)} weights as {scheme}."
         stored = ("stored",) if self.codes else ()
         header = ("layer", "out×in", "rank", *stored, "kept", "error", "reason")
-        return format_table(header, rows) + "\n\n" + footer
+        reach = [] if self.model_parameters is None else [self.describe_reach()]
+        return "\n\n".join([*reach, format_table(header, rows), footer])
 
     def _schemes(self) -> dict[str, str]:
         """Return by layer how it is stored, such as ``"int4 + int8"`` for a residual."""
@@ -650,6 +704,9 @@ def _summary(layer: LayerPlan | None) -> str:
     return f"{kind} {layer.rank}" + (f", {what} of {shared}" if shared is not None else "")
 
 
+_LISTS: dict[str, type] = {"layers": LayerPlan, "codes": CodedWeight, "unplanned": UnplannedWeight}
+"""The fields of a plan that are lists, and what of."""
+
 _TYPES: dict[str, tuple[type, ...]] = {
     "str": (str,),
     "str | None": (str, type(None)),
@@ -663,7 +720,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 def _typed(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
     """Check JSON ``values`` against the fields of a dataclass; the file may come from a stranger."""
-    types = {f.name: f.type for f in fields(cls) if f.init and f.name not in ("layers", "codes")}
+    types = {f.name: f.type for f in fields(cls) if f.init and f.name not in _LISTS}
     for key, value in values.items():
         if key not in types:
             raise PlanError(f'{where} has an unknown field "{key}".')
@@ -708,3 +765,15 @@ def _code_from_dict(data: object) -> CodedWeight:
     if values["rows"] < 1 or values["columns"] < 1:
         raise PlanError(f"{data['name']}: rows and columns must be positive.")
     return CodedWeight(**values)
+
+
+def _unplanned_from_dict(data: object) -> UnplannedWeight:
+    if not isinstance(data, dict) or not isinstance(data.get("name"), str):
+        raise PlanError('The plan has an unplanned weight without a "name".')
+    missing = {"shape", "parameters", "reason"} - data.keys()
+    if missing:
+        raise PlanError(f"{data['name']}: the plan lacks {', '.join(sorted(missing))}.")
+    shape, others = data["shape"], {key: value for key, value in data.items() if key != "shape"}
+    if not isinstance(shape, (list, tuple)) or not all(type(size) is int for size in shape):
+        raise PlanError(f'{data["name"]}: "shape" is {shape!r}, but must be a list of whole numbers.')
+    return UnplannedWeight(**_typed(UnplannedWeight, others, data["name"]), shape=tuple(shape))

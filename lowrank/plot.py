@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowrank import arguments
 from lowrank.arguments import accepts, instance, optional
+from lowrank.atomicfile import replaced
 from lowrank.errors import LowRankError
 from lowrank.linalg import Spectrum
 from lowrank.planning import Plan
@@ -29,7 +30,8 @@ def plot_ranks(plan: Plan, path: str | Path | None = None) -> Figure:
         The figure.
 
     Raises:
-        LowRankError: If matplotlib is not installed.
+        LowRankError: If matplotlib is not installed, or does not know the format.
+        CheckpointError: If the picture cannot be written.
     """
     figure, axes = _figure(height=1.5 + 0.18 * len(plan.targeted))
     layers = plan.targeted
@@ -62,7 +64,8 @@ def plot_spectra(
         The figure.
 
     Raises:
-        LowRankError: If matplotlib is not installed.
+        LowRankError: If matplotlib is not installed, or does not know the format.
+        CheckpointError: If the picture cannot be written.
     """
     figure, axes = _figure(height=4.5)
     roles = list(dict.fromkeys(map(_role, spectra)))
@@ -98,7 +101,8 @@ def _figure(height: float) -> tuple[Figure, Any]:
 def _written(figure: Figure, path: str | Path | None) -> Figure:
     if path is not None:
         try:
-            figure.savefig(path, dpi=150)
-        except (OSError, ValueError) as error:
+            with replaced(Path(path)) as new:
+                figure.savefig(new, dpi=150)
+        except ValueError as error:  # matplotlib does not know the format
             raise LowRankError(f"path={str(path)!r}: the picture cannot be written: {error}") from error
     return figure

@@ -17,6 +17,7 @@ from torch import nn
 from lowrank.coding import with_common_codes_uncentred
 from lowrank.errors import LowRankError, SchemeError, SlowKernelWarning, TargetError
 from lowrank.forms import Form, scheme_of
+from lowrank.heads import heads_of
 from lowrank.linalg import Scheme
 from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, SharedDown
 from lowrank.nn.kernels import int4_obstacle
@@ -57,8 +58,9 @@ def with_codes(
     check_holder(model)
     check_patterns("targets", targets)
     check_patterns("ignore", ignore)
-    plan = plan.with_layers(_equal(model, plan, targets, ignore, heads or {}, apart))
-    chosen = list(_chosen(model, plan, scheme, targets, ignore, stats, heads or {}))
+    in_heads = heads_of(model, heads)
+    plan = plan.with_layers(_equal(model, plan, targets, ignore, in_heads, apart))
+    chosen = list(_chosen(model, plan, scheme, targets, ignore, stats, in_heads))
     if not chosen and not optional:
         raise LowRankError(
             f"No weight of {type(model).__name__} is left to be coded as {scheme.name}: those that could be "
@@ -77,7 +79,7 @@ def _equal(
     plan: Plan,
     targets: Sequence[str] | None,
     ignore: Sequence[str] | None,
-    heads: Mapping[str, str],
+    heads: Mapping[str, Sequence[str]],
     apart: Sequence[str],
 ) -> dict[str, LayerPlan]:
     """Return those layers of ``plan`` that stay whole and are going to use the codes of an equal one."""
@@ -87,9 +89,9 @@ def _equal(
         for layer in plan
         if (layer.rank, layer.same_as) == (None, None)
         and layer.name not in taken
-        and not_wanted(layer.name, targets, ignore or (), heads.get(layer.name)) is None
+        and not_wanted(layer.name, targets, ignore or (), heads) is None
     ]
-    equal = find_equals(model, wanted, apart)
+    equal = find_equals(model, wanted, apart, plan.overruled)
     return {
         name: replace(plan[name].following(owner), copied=is_copy(model, name, owner))
         for name, owner in equal.items()
@@ -146,7 +148,7 @@ def _chosen(
     targets: Sequence[str] | None,
     ignore: Sequence[str] | None,
     stats: Stats | None,
-    heads: Mapping[str, str],
+    heads: Mapping[str, Sequence[str]],
 ) -> Iterator[CodedWeight]:
     modules = dict([*linear_layers(model), *embeddings(model)])
     for pattern in [*check_patterns("targets", targets), *check_patterns("ignore", ignore)]:
@@ -155,7 +157,7 @@ def _chosen(
     layers = {layer.name: layer for layer in plan}
     uses = Counter(id(module) for module in modules.values())
     equal = plan.owners
-    blocked = find_all_obstacles(model, equal)
+    blocked = find_all_obstacles(model, equal, plan.overruled)
     done = {code.name for code in plan.codes}
     tied = tied_heads(model)
     for name, module in modules.items():
@@ -165,7 +167,7 @@ def _chosen(
             continue  # its table decides
         if name in equal and name not in blocked:
             continue  # the layer whose weight it uses decides
-        if (not_wanted(name, targets, ignore or (), heads.get(name)) and not named) or left_alone(
+        if (not_wanted(name, targets, ignore or (), heads) and not named) or left_alone(
             name, group, ignore or ()
         ):
             continue

@@ -31,6 +31,7 @@ from lowrank.menus import (
 )
 from lowrank.patterns import is_wildcard, matches, no_match
 from lowrank.planning import Budget, CodedWeight, LayerPlan, Plan
+from lowrank.reach import shares
 
 ALLOCATIONS = ("global", "uniform")
 
@@ -146,6 +147,8 @@ def _with_error(
 def nothing_changes(plan: Plan, budget: Budget, spectra: Mapping[str, Spectrum]) -> str:
     """Say why no layer of ``plan`` has a rank, and what to do."""
     lines = [f"With {budget}, no layer of {plan.model} would change.", *reasons(plan)]
+    if not plan.targeted and plan.model_parameters:
+        lines += ["Its parameters are:", *shares(plan.model_parameters, 0, plan.unplanned)]
     if not plan.layers:
         advice = "It has no linear layer."
     elif plan.targeted:

@@ -4,76 +4,81 @@ Nothing is run and no model is listed. A method's bytecode tells whether it read
 source tells whose. Where the source is missing, everything that the method names is suspected, and
 what is directly below it.
 
-A read is a **chain** of names on the way down from the module to its layer: ``("attn", "out")`` for
-``self.attn.out.weight``, and ``("layers", ANY)`` for any child of ``self.layers``.
+A read has a **chain** of names on the way down from the module to its layer: ``("attn", "out")`` for
+``self.attn.out.weight``, and ``("layers", ANY)`` for any child of ``self.layers``; and it has the conditions
+of the branches that it stands in. A class is looked through once; the conditions are asked of each module.
 """
 
 from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Iterator
-from functools import cache, cached_property
+from collections.abc import Collection, Iterator
+from functools import cache
 from itertools import product
 from tokenize import TokenError
 from types import CodeType
-from typing import Any
+from typing import NamedTuple
 
 from torch import nn
+
+from lowrank.guards import Guard, is_closed, methods_of, names_set
 
 Chain = tuple[str, ...]
 
 ANY = "*"
 LOOKS = ("dtype", "device")
-"""Attributes of a weight that a factorized layer's empty ``weight`` answers as the dense one does."""
+"""Attributes of a weight that a factorized layer's empty ``weight`` has as the dense one does; it is a
+tensor, too, and not ``None``."""
 VIEWS = ("children", "named_children", "values", "items")
 """Methods of a container whose result holds the container's children."""
 
 
+class Read(NamedTuple):
+    """Where a method reads ``.weight``: the chain to its layer, and what must hold for the read to happen."""
+
+    chain: Chain
+    guards: tuple[Guard, ...] = ()
+
+
 @cache
-def weights_read(cls: type[nn.Module]) -> frozenset[Chain]:
-    """Return the chains to the layers whose ``.weight`` the methods of ``cls`` read, inherited ones too."""
-    found: set[Chain] = set()
-    for base in cls.__mro__:
-        if base in (nn.Module, object):
+def weights_read(cls: type[nn.Module]) -> frozenset[Read]:
+    """Return the reads of a layer's ``.weight`` in the methods of ``cls``, inherited ones too."""
+    codes = (code for name, code in methods_of(cls) if "init" not in name)  # which does not compute with it
+    return frozenset().union(*map(_reads_of, codes))
+
+
+def layers_read(module: nn.Module, changing: Collection[str] | None = None) -> Iterator[nn.Module]:
+    """Yield what stands below ``module`` where the reads of its class lead, layer or not.
+
+    Args:
+        module: Also has the constants that decide which branches are never taken.
+        changing: Attributes that are no constants, from `names_set` of all classes in the model; of the
+            module's own class by default.
+    """
+    cls: type = type(module)
+    changing = names_set(cls) if changing is None else changing
+    for read in weights_read(cls):
+        if is_closed(read.guards, module, changing):
             continue
-        for name, member in vars(base).items():
-            code = _code_of(member)
-            if code is not None and "init" not in name:  # initialising a weight is not computing with it
-                found |= _reads_of(code)
-    return frozenset(found)
-
-
-def layers_read(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield what stands below ``module`` where the chains of its class lead, layer or not."""
-    for chain in weights_read(type(module)):  # type: ignore[arg-type]
         ends = [module]
-        for part in chain:
+        for part in read.chain:
             ends = [child for end in ends for name, child in end.named_children() if part in (name, ANY)]
         yield from ends
 
 
-def _code_of(member: object) -> CodeType | None:
-    """Return the bytecode of a method, also behind decorators and of a property."""
-    function: Any = member
-    if isinstance(member, property):
-        function = member.fget
-    elif isinstance(member, cached_property):
-        function = member.func
-    return getattr(inspect.unwrap(function), "__code__", None)
-
-
-def _reads_of(code: CodeType) -> set[Chain]:
+def _reads_of(code: CodeType) -> frozenset[Read]:
     names = _names(code)
     if "weight" not in names:
-        return set()
+        return frozenset()
     tree = _tree(code)
     if tree is None:
-        return {(one, *other) for one, other in product(names, [(), (ANY,), *((name,) for name in names)])}
-    scan = _Scan(code.co_varnames[: code.co_argcount][:1])
+        below = [(), (ANY,), *((name,) for name in names)]
+        return frozenset(Read((one, *other)) for one, other in product(names, below))
+    scan = _Scan(code.co_varnames[: code.co_argcount][:1], tree)
     scan.visit(tree)  # binds every name, also those that a loop uses above their binding
     scan.visit(tree)
-    return scan.reads
+    return frozenset(scan.reads)
 
 
 def _tree(code: CodeType) -> ast.AST | None:
@@ -94,24 +99,46 @@ def _names(code: CodeType) -> set[str]:
 
 
 class _Scan(ast.NodeVisitor):
-    """Follow names through a method, order and branches aside, and collect the chains before ``.weight``."""
+    """Follow names through a method, whatever their order, and collect what is read as ``.weight``."""
 
-    def __init__(self, first: Chain) -> None:
+    def __init__(self, first: Chain, tree: ast.AST) -> None:
         self.chains: dict[str, set[Chain]] = {name: {()} for name in first}  # usually ``self``
-        self.reads: set[Chain] = set()
+        self.reads: set[Read] = set()
+        bound = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and not _is_read(node)}
+        self._module = next((name for name in first if name not in bound), None)
+        self._guards: tuple[Guard, ...] = ()
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
-        if node.attr in LOOKS and isinstance(node.value, ast.Attribute) and node.value.attr == "weight":
-            return
-        if node.attr == "weight" and isinstance(node.ctx, ast.Load):
-            self.reads |= self._lead_to(node.value) - {()}
-        self.generic_visit(node)
+        looks = node.attr in LOOKS and _is_weight(node.value)
+        if _is_weight(node) and _is_read(node):
+            self._read(node.value)
+        self.generic_visit(node.value if looks else node)
 
     def visit_Call(self, node: ast.Call) -> None:
         owner, name = _getattr(node)
         if owner is not None and name == "weight":
-            self.reads |= self._lead_to(owner) - {()}
-        self.generic_visit(node)
+            self._read(owner)
+        self.generic_visit(node.args[0] if _asks_for_a_tensor(node) else node)
+
+    def visit_Compare(self, node: ast.Compare) -> None:
+        signs, (other, *more) = node.ops, node.comparators
+        is_none = isinstance(signs[0], (ast.Is, ast.IsNot)) and isinstance(other, ast.Constant) and not more
+        self.generic_visit(node.left if is_none and _is_weight(node.left) else node)
+
+    def visit_If(self, node: ast.If | ast.IfExp) -> None:
+        self.visit(node.test)
+        for branch, wanted in ((node.body, True), (node.orelse, False)):
+            before = self._guards
+            if self._module is not None:
+                self._guards = (*before, Guard(node.test, wanted, self._module))
+            for part in branch if isinstance(branch, list) else [branch]:
+                self.visit(part)
+            self._guards = before
+
+    visit_IfExp = visit_If  # noqa: N815
+
+    def _read(self, layer: ast.AST) -> None:
+        self.reads |= {Read(chain, self._guards) for chain in self._lead_to(layer) if chain}
 
     def visit_Assign(self, node: ast.Assign) -> None:
         for target in node.targets:
@@ -163,6 +190,22 @@ class _Scan(ast.NodeVisitor):
 
     def _below(self, owner: ast.AST, name: str) -> set[Chain]:
         return {(*chain, name) for chain in self._lead_to(owner)}
+
+
+def _is_weight(node: ast.AST) -> bool:
+    return isinstance(node, ast.Attribute) and node.attr == "weight"
+
+
+def _asks_for_a_tensor(node: ast.Call) -> bool:
+    """Tell whether a call is ``isinstance(layer.weight, Tensor)``; the empty ``weight`` is one, too."""
+    if not (isinstance(node.func, ast.Name) and node.func.id == "isinstance" and len(node.args) == 2):
+        return False
+    weight, kind = node.args
+    return _is_weight(weight) and getattr(kind, "attr", getattr(kind, "id", "")) == "Tensor"
+
+
+def _is_read(node: ast.Name | ast.Attribute) -> bool:
+    return isinstance(node.ctx, ast.Load)
 
 
 def _getattr(node: ast.Call) -> tuple[ast.AST | None, str]:

@@ -10,24 +10,34 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from lowrank._transformers import check_tokenizer
 from lowrank.arguments import MODEL_OF, SEED, accepts, flag, function, instance, number, optional, path, whole
 from lowrank.batches import Batch, batches
 from lowrank.blocks import find_blocks
 from lowrank.blockwise import BlockRuns
+from lowrank.devices import device_of
 from lowrank.distillation import Lesson
-from lowrank.distributed import check_alike, check_whole, copy_from_first, processes, unwrapped
+from lowrank.distributed import (
+    check_alike,
+    check_whole,
+    copy_from_first,
+    process_number,
+    processes,
+    unwrapped,
+)
 from lowrank.errors import CheckpointError, DataError, LowRankError
+from lowrank.folders import check_folder
 from lowrank.modes import check_has_data, eval_mode, training_only
 from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedLinear
 from lowrank.obstacles import check_model
-from lowrank.runs import Course, Pace, Run
+from lowrank.runs import Course, Pace, Run, check_finite
 
 EVALUATIONS = 8
 """How often the held-out batches are looked at, beside the first time."""
@@ -105,8 +115,8 @@ def recover(
         The same model in its best state on the held-out batches, perhaps the one that it came in.
 
     Raises:
-        DataError: If there are fewer than two batches, teacher and model return different things, or
-            processes have different data.
+        DataError: If there are fewer than two batches, teacher and model return different things, their
+            distance is not finite on a batch, or processes have different data.
         CheckpointError: If the snapshot is damaged or of another model, or cannot be written.
         LowRankError: If nothing in the model is factorized or coded, it is sharded over processes, or not
             exactly one duration is given. With ``blockwise``, if there are no blocks, or fewer steps than
@@ -117,8 +127,12 @@ def recover(
     _check(model, teacher, minutes, steps)
     if not isinstance(learning_rate, (int, float)) or not 0 < learning_rate < math.inf:
         raise LowRankError(f"learning_rate={learning_rate!r}: give a positive number, such as 3e-4.")
+    folder = Path(snapshots) if snapshots is not None else None
+    if folder is not None and process_number() == 0:
+        check_folder(folder, overwrite=True)
     student, teacher = unwrapped(model), unwrapped(teacher)
-    device = next(p.device for p in student.parameters())
+    check_tokenizer(teacher, tokenizer)
+    device = device_of(student)
     stream = batches(
         data, tokenizer, device=device, batch_size=batch_size, max_length=max_length, by_length=True
     )
@@ -128,16 +142,21 @@ def recover(
     mixed = _multiplies_bfloat16(device) if mixed_precision is None else mixed_precision
     lesson = Lesson(student, teacher, hidden_weight, torch.autocast(device.type, torch.bfloat16, mixed))
     course = Course(train, held, learning_rate, EVALUATIONS, seed, progress)
-    pace, folder = Pace(minutes, steps), Path(snapshots) if snapshots is not None else None
+    pace = Pace(minutes, steps)
     with _trained_codes(student, codes):
         if blockwise:
             blocks = _trainable_blocks(student, teacher)
             with training_only(student), eval_mode(teacher):
-                _finish(BlockRuns(student, lesson, blocks, pace, course, folder))
+                _finish(BlockRuns(student, lesson, blocks, pace, course, folder), held)
         else:
             parameters = trainable(student)
+            if not parameters:
+                raise LowRankError(
+                    f"{type(student).__name__} has no factor, bias or norm to train: its weights are "
+                    "integers. Leave out codes=False, which keeps those of linear layers; or code less."
+                )
             with training_only(student, parameters), lesson.listening():
-                _finish(Run(lesson.distance, parameters, pace, course, folder))
+                _finish(Run(lesson.distance, parameters, pace, course, folder), held)
     return model
 
 
@@ -154,8 +173,9 @@ def _trained_codes(model: nn.Module, wanted: bool) -> Iterator[None]:
             layer.fasten()
 
 
-def _finish(run: Run | BlockRuns) -> None:
+def _finish(run: Run | BlockRuns, held: Sequence[Batch]) -> None:
     """Train to the end, and leave the best state also where that is not reached."""
+    check_finite(run.best.value, held)
     try:
         run.resume()
         run.train()

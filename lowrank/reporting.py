@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -12,15 +11,17 @@ from torch import Tensor, nn
 
 from lowrank._transformers import plugin
 from lowrank.arguments import MODEL_OF, accepts, function, instance, optional
-from lowrank.checkpoint import stored_tensors
+from lowrank.deciding import known_heads
 from lowrank.errors import LowRankError, PlanError
 from lowrank.evaluation import loss_increase
+from lowrank.leftovers import with_reach
 from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear
 from lowrank.obstacles import check_model
 from lowrank.planning import LayerPlan, Plan
+from lowrank.reach import UnplannedWeight, describe_reach
 from lowrank.targets import draft
-from lowrank.tensorfile import safetensors_bytes
-from lowrank.text import format_bytes, format_table
+from lowrank.tensorfile import safetensors_bytes, stored_tensors
+from lowrank.text import format_bytes, format_table, to_json
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,8 @@ class Report:
         loss_increase_predicted: Of the objective per term, by the plan; ``None`` if it has none.
         loss_increase_measured: The same as measured on data; ``None`` without data.
         coded: Every weight that is stored as integers.
+        reachable_parameters: Of ``parameters_before``, those in layers that can change, or have.
+        unplanned: Those in none of the ``layers``, with the reason.
     """
 
     model: str
@@ -108,6 +111,8 @@ class Report:
     loss_increase_predicted: float | None = None
     loss_increase_measured: float | None = None
     coded: tuple[CodedReport, ...] = ()
+    reachable_parameters: int = 0
+    unplanned: tuple[UnplannedWeight, ...] = ()
 
     @property
     def factorized(self) -> tuple[LayerReport, ...]:
@@ -119,13 +124,18 @@ class Report:
         """Parameters now over before, of the whole model."""
         return self.parameters / self.parameters_before if self.parameters_before else 1.0
 
+    @property
+    def reachable_fraction(self) -> float:
+        """Parameters in layers that can change, or have, over all before."""
+        return self.reachable_parameters / self.parameters_before if self.parameters_before else 1.0
+
     def to_json(self) -> str:
         """Return everything as JSON, with ``macs`` per token, for programs."""
         data = asdict(self)
         for layer, row in zip(self.layers, data["layers"], strict=True):
             row.update(macs_before=layer.macs_before, macs=layer.macs)
-        data["kept_fraction"] = self.kept_fraction
-        return json.dumps(data, indent=2)
+        data |= {"kept_fraction": self.kept_fraction, "reachable_fraction": self.reachable_fraction}
+        return to_json(data)
 
     def _macs(self) -> str:
         if all(layer.macs == layer.parameters for layer in self.layers):
@@ -139,7 +149,10 @@ class Report:
         tables = [layer for layer in self.layers if layer.kind == LowRankEmbedding.kind]
         linear_before = sum(layer.parameters_before for layer in self.layers if layer not in tables)
         linear = sum(layer.parameters for layer in self.layers if layer not in tables)
+        total = self.parameters_before
         lines = [
+            describe_reach(self.model, total, self.reachable_parameters, self.unplanned),
+            "",
             format_table(header, rows),
             "",
             f"{self.model}: {len(self.factorized)} of {len(self.layers)} layers factorized."
@@ -206,7 +219,8 @@ def report(
     check_model(model)
     if (dense is None) != (data is None):
         raise LowRankError("The increase of the loss is measured with both dense= and data=.")
-    layers = tuple(_describe(model, layer) for layer in draft(model).layers)
+    drafted = with_reach(model, draft(model, heads=known_heads(model)))
+    layers = tuple(_describe(model, layer) for layer in drafted)
     hf = plugin()
     if hf is not None and hf.is_pretrained(model):
         tensors = hf.saved_tensors(model)
@@ -238,6 +252,8 @@ def report(
             loss_increase(model, dense, data, tokenizer) if dense is not None and data is not None else None
         ),
         coded=coded,
+        reachable_parameters=drafted.reachable_parameters,
+        unplanned=drafted.unplanned,
     )
 
 

@@ -27,7 +27,7 @@ from lowrank.distributed import (
     processes,
     total,
 )
-from lowrank.errors import CheckpointError
+from lowrank.errors import CheckpointError, DataError
 from lowrank.snapshots import Snapshot
 
 Distance = Callable[[Batch], Tensor]
@@ -69,6 +69,20 @@ def last_snapshot(
 def mean_distance(distance: Distance, held: Sequence[Batch], device: torch.device) -> float:
     """Return the mean distance over the held-out batches, the same in every process."""
     return total(sum(float(distance(batch)) for batch in own_part(held)), device) / len(held)
+
+
+def check_finite(distance: float, given: Sequence[Batch]) -> None:
+    """Refuse batches on which student and teacher are NaN or infinitely far apart before any training.
+
+    Raises:
+        DataError: If they are.
+    """
+    if not math.isfinite(distance):
+        numbers = ", ".join(str(batch.index) for batch in given)
+        raise DataError(
+            f"Batch {numbers}: the distance of the compressed model to its teacher is {distance}. The data "
+            "or a model hold NaN or infinite values, or overflow in half precision."
+        )
 
 
 @dataclass
@@ -170,8 +184,10 @@ class Run:
         hidden = None if self._course.progress and process_number() == 0 else True  # None: on terminals only
         with tqdm(total=1000, desc=title, disable=hidden, bar_format="{l_bar}{bar}| {postfix}") as bar:
             while (done := agreed(self._pace.progress(), self._device)) < 1:
-                loss = self._step(next(order), done)
+                batch = next(order)
+                loss = self._step(batch, done)
                 if not math.isfinite(loss):
+                    self._check(batch)
                     return  # the best state so far is restored
                 bar.n = int(1000 * done)
                 bar.set_postfix_str(
@@ -186,6 +202,11 @@ class Run:
         for group in self._optimizer.param_groups:
             group["lr"] = self._course.learning_rate * schedule(done)
         loss = self._distance(batch)
+        if not loss.requires_grad:
+            raise DataError(
+                f"Batch {batch.index}: no gradient of the distance to the teacher reaches what is trained. "
+                "Does the model detach its outputs, or run without gradients?"
+            )
         value = total(float(loss.detach()), self._device) / processes()
         if math.isfinite(value):
             # not backward(), on which a wrapper's hooks wait to average all that it knows
@@ -198,6 +219,12 @@ class Run:
             self._optimizer.zero_grad(set_to_none=True)
             self._pace.steps_done += 1
         return value
+
+    def _check(self, batch: Batch) -> None:
+        """Tell data that are at fault from training that has diverged: in the best state they are, too."""
+        self.best.restore()
+        with torch.no_grad():
+            check_finite(float(self._distance(batch)), [batch])
 
     def _look(self) -> None:
         start = time.monotonic()

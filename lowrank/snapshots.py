@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowrank.arguments import number, whole
 from lowrank.errors import CheckpointError
-from lowrank.folders import staged
+from lowrank.folders import settle, staged
 from lowrank.integrity import check_seal, digest_of, read_document, read_tensors, sealed
 from lowrank.tensorfile import METADATA
 
@@ -73,7 +73,8 @@ class Snapshot:
             numbers["blocks"] = self.blocks
         with staged(folder, overwrite=True) as staging:
             save_file(tensors, staging / _TENSORS, METADATA)
-            (staging / _STRUCTURE).write_text(json.dumps(sealed(numbers)), encoding="utf-8")
+            text = json.dumps(sealed(numbers), allow_nan=False)
+            (staging / _STRUCTURE).write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path, parameters: Sequence[Tensor], blockwise: bool = False) -> Snapshot | None:
@@ -88,6 +89,7 @@ class Snapshot:
             CheckpointError: If the snapshot is damaged, from a newer version, of another model, or of a
                 run of the other kind.
         """
+        settle(folder)
         file = folder / _STRUCTURE
         if not file.exists():
             return None

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lowrank.arguments import accepts, choice, flag, instance, number, path, refused, text, whole
 from lowrank.errors import CheckpointError, LowRankError, StatsError
-from lowrank.folders import staged
+from lowrank.folders import settle, staged
 from lowrank.integrity import check_seal, digest_of, read_document, read_tensors, sealed
 from lowrank.linalg import Diagonal, Gram, Metric, PulledBack
 from lowrank.linalg.shrinkage import shrunk
@@ -219,7 +219,9 @@ class Stats:
             return self.tables[layer].lacks(metric)
         if layer not in self.sources:
             return "was not called during calibration"
-        if metric == "loss" and layer not in self.gradients:
+        if not self.moments(layer).weight:
+            return "read no token during calibration"
+        if metric == "loss" and (layer not in self.gradients or not self.gradients[layer].tokens):
             return "no gradient of the loss reached it during calibration"
         return None
 
@@ -378,7 +380,9 @@ class Stats:
         structure = sealed({**structure, "tensors": {key: digest_of(t) for key, t in tensors.items()}})
         with staged(Path(folder), overwrite) as staging:
             save_file({k: t.contiguous() for k, t in tensors.items()}, staging / _TENSORS, METADATA)
-            (staging / _STRUCTURE).write_text(json.dumps(structure, indent=2), encoding="utf-8")
+            (staging / _STRUCTURE).write_text(
+                json.dumps(structure, indent=2, allow_nan=False), encoding="utf-8"
+            )
 
     @classmethod
     @accepts(folder=path(StatsError))
@@ -390,9 +394,10 @@ class Stats:
         """
         file = Path(folder) / _STRUCTURE
         try:
+            settle(Path(folder))
             structure = read_document(file, STATS_FORMAT)
             tensors = dict(read_tensors(Path(folder) / _TENSORS, structure.get("tensors")))
-        except CheckpointError as error:
+        except (OSError, CheckpointError) as error:
             raise StatsError(f"{folder}: the statistics cannot be read: {error}") from error
         try:
             stats = _assembled(structure, tensors)
@@ -402,6 +407,17 @@ class Stats:
             raise StatsError(
                 f"{folder}: not statistics of lowrank, or damaged: {type(error).__name__}: {error}."
             ) from error
+
+
+def check_stats(name: str, value: Any) -> Stats:
+    """Accept statistics that have seen something."""
+    wanted = "what calibrate(model, data) returns, or Stats.load(folder)"
+    stats: Stats = instance(Stats, wanted, StatsError)(name, value)
+    if stats.tokens < 1:
+        raise StatsError(
+            f"{name}: these statistics have seen {stats.tokens} tokens. Calibrate again, on other data."
+        )
+    return stats
 
 
 _COUNT = whole(0, 2**63 - 1, StatsError)

@@ -43,6 +43,7 @@ from lowrank.nn import (
     TiedLinear,
     kind_named,
     kind_of,
+    register,
 )
 from lowrank.obstacles import check_holder, check_model, find_all_obstacles
 from lowrank.planning import CodedWeight, LayerPlan, Plan
@@ -320,8 +321,12 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
 def _validate(model: nn.Module, plan: Plan, loading: bool = False) -> list[LayerPlan]:
     """Return the layers to factorize, or raise before anything has changed."""
     equal = plan.owners
-    blocked = find_all_obstacles(model, equal)
+    blocked = find_all_obstacles(model, equal, plan.overruled)
     modules = dict(model.named_modules())
+    for name in plan.overruled & modules.keys():
+        kind = kind_of(modules[name])
+        if kind is not None:
+            register(kind)  # so that its class is found again by its name
     shared = plan.shared
     todo = []
     if not loading:

@@ -16,9 +16,11 @@ from torch import nn
 
 from lowrank.coding import described
 from lowrank.errors import TargetError
+from lowrank.heads import heads_of
 from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear, kind_of
 from lowrank.obstacles import (
     check_holder,
+    find_doubts,
     find_embedding_obstacles,
     find_equals,
     find_obstacles,
@@ -28,17 +30,6 @@ from lowrank.patterns import matches, no_match
 from lowrank.planning import LayerPlan, Plan
 from lowrank.ties import embeddings, followers, is_copy, pads_with_zeros, tied_heads
 
-HEADS = frozenset(
-    {
-        *("classifier", "pre_classifier", "score", "qa_outputs", "pooler", "sequence_summary"),
-        *("lm_head", "lm_loss", "embed_out", "cls", "predictions", "seq_relationship", "head", "heads"),
-        *("generator_lm_head", "generator_predictions", "discriminator_predictions"),
-        *("classification_head", "mlm_head", "decode_head"),
-        *("vocab_projector", "vocab_transform", "logits_proj"),
-    }
-)
-"""Name components of output heads: small, close to the loss, and often tied to an embedding."""
-
 
 def draft(
     model: nn.Module,
@@ -47,6 +38,7 @@ def draft(
     heads: Mapping[str, str] | None = None,
     tables: bool = False,
     apart: Sequence[str] | None = None,
+    overrule: Sequence[str] | None = None,
 ) -> Plan:
     """List every linear layer of ``model`` as a plan without ranks.
 
@@ -56,10 +48,11 @@ def draft(
             is a target only if a pattern spells its name (``"classifier"``, ``"lm_head*"``), and so is an
             embedding table (``"*.word_embeddings"``, ``"*embed*"``). A table and its tied heads are one.
         ignore: Patterns of layers to leave alone; they win over ``targets``.
-        heads: ``{layer name: head}`` of layers that belong to a head, beside those that `HEADS` tells.
+        heads: ``{layer name: head}`` of layers that belong to a head, beside those that names tell.
         tables: Whether all embedding tables are targets, too, unless ``targets`` are given.
         apart: Names of the modules within ``model`` that are saved on their own: of two equal weights one is
             kept only where both are in the same of them. ``None`` does not look for equal weights.
+        overrule: Patterns of layers that may change although reading the model's code leaves a doubt.
 
     Returns:
         A `Plan` with a `LayerPlan` for each linear layer, in the model's order.
@@ -72,36 +65,43 @@ def draft(
     layers = dict(linear_layers(model))
     lookups = dict(embeddings(model))
     known = [*layers, *lookups]
-    for pattern in [*check_patterns("targets", targets), *check_patterns("ignore", ignore)]:
+    given = {"targets": targets, "ignore": ignore, "overrule": overrule}
+    for pattern in [pattern for name, value in given.items() for pattern in check_patterns(name, value)]:
         if not any(matches(name, pattern) for name in known):
             where = "linear layers and tables" if lookups else "linear layers"
             raise no_match(pattern, known, f"{where} of {type(model).__name__}")
+    doubts = find_doubts(model)
+    overruled = {
+        name
+        for name in doubts
+        if not _is_dense(layers[name]) or any(matches(name, pattern) for pattern in overrule or ())
+    }
     every = tables and targets is None
     plans = {plan.name: plan for plan in _tables(model, lookups, targets or (), ignore or (), every)}
     targeted = {plan.name for plan in plans.values() if plan.targeted}
     users = followers(model) | {head: x for head, x in tied_heads(model).items() if x in targeted}
     equal: dict[str, str] = {}
+    in_heads = heads_of(model, heads)
     if apart is not None:
-        given = targets, ignore or ()
-        wanted = [name for name in layers if not_wanted(name, *given, (heads or {}).get(name)) is None]
-        equal = find_equals(model, [name for name in wanted if name not in users], apart)
+        wanted = [name for name in layers if not_wanted(name, targets, ignore or (), in_heads) is None]
+        equal = find_equals(model, [name for name in wanted if name not in users], apart, overruled)
     users |= equal
-    blocked = find_obstacles(model, equal)
+    blocked = find_obstacles(model, equal, overruled)
     owners = {id(x.down): n for n, x in layers.items() if isinstance(x, LowRankLinear) and x.owns_down}
     for name, module in layers.items():
-        plan = _describe(name, module, owners)
+        plan = replace(_describe(name, module, owners), overruled=name in overruled)
         if name in users:
             copied = is_copy(model, name, users[name]) if name in equal else plan.copied
             plans[name] = replace(_following(plan, users[name]), copied=copied)
             continue
         reason = blocked.get(name)
         if reason and name in (targets or ()):
+            tried = " If reading the code is mistaken there, overrule= tries it." if name in doubts else ""
             raise TargetError(
                 f"{name}: this layer cannot be factorized: it {reason}. "
-                "Take it out of targets; it stays as it is."
+                f"Take it out of targets; it stays as it is.{tried}"
             )
-        head = heads.get(name) if heads is not None else None
-        reason = reason or not_wanted(name, targets, ignore or (), head)
+        reason = reason or not_wanted(name, targets, ignore or (), in_heads)
         plans[name] = replace(plan, reason=reason or "", targeted=reason is None)
     ordered = tuple(plans[n] for n, _ in model.named_modules(remove_duplicate=False) if n in plans)
     codes = tuple(described(n, m) for n, m in model.named_modules() if isinstance(m, Coded))
@@ -159,6 +159,10 @@ def _describe_table(name: str, table: nn.Embedding | LowRankEmbedding) -> LayerP
     return LayerPlan(name, LowRankEmbedding.kind, columns, rows, False, added_bias=not pads_with_zeros(table))
 
 
+def _is_dense(layer: nn.Module) -> bool:
+    return not isinstance(layer, (LowRankLinear, QuantizedLinear, TiedLinear))
+
+
 def _following(plan: LayerPlan, owner: str) -> LayerPlan:
     if not owner:
         raise TargetError(
@@ -188,8 +192,9 @@ def _describe(name: str, module: nn.Module, owners: Mapping[int, str]) -> LayerP
         return LayerPlan(name, module.kind, *sizes, module.bias is not None, copied=copied)
     kind = kind_of(module)
     bias = module.bias is not None
-    if kind is None:  # a subclass of nn.Linear
-        return LayerPlan(name, type(module).__name__, module.in_features, module.out_features, bias)  # type: ignore[arg-type]
+    assert kind is not None  # of a linear layer
+    if not kind.certain:  # its weight may be packed
+        return LayerPlan(name, kind.name, module.in_features, module.out_features, bias)  # type: ignore[arg-type]
     rows, columns = kind.weight(module).shape
     return LayerPlan(name, kind.name, columns, rows, bias)
 
@@ -207,7 +212,10 @@ def check_patterns(argument: str, patterns: Sequence[str] | None) -> Sequence[st
 
 
 def not_wanted(
-    name: str, targets: Sequence[str] | None, ignore: Sequence[str], head: str | None = None
+    name: str,
+    targets: Sequence[str] | None,
+    ignore: Sequence[str],
+    heads: Mapping[str, Sequence[str]],
 ) -> str | None:
     """Return why the user's patterns leave the layer alone; ``None`` if they do not.
 
@@ -215,14 +223,14 @@ def not_wanted(
         name: Its name.
         targets: As for `draft`.
         ignore: As for `draft`.
-        head: The head that it belongs to, if `HEADS` does not tell.
+        heads: The heads by layer, from `lowrank.heads.heads_of`.
     """
     if any(matches(name, pattern) for pattern in ignore):
         return "ignored"
     wanted = [pattern for pattern in targets or ["*"] if matches(name, pattern)]
     if not wanted:
         return "not among the targets"
-    heads = [part for part in name.split(".") if part in HEADS] + ([head] if head is not None else [])
-    if heads and not any(head in pattern for head in heads for pattern in wanted):
-        return f"part of a head ({heads[0]})"
+    own = heads.get(name, ())
+    if own and not any(head in pattern for head in own for pattern in wanted):
+        return f"part of a head ({own[0]})"
     return None

@@ -1,4 +1,4 @@
-"""The safetensors format: what a file will weigh, and what its header says, without its data."""
+"""The safetensors format: what a model puts into a file, what that will weigh, and what its header says."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowrank.errors import CheckpointError
 from lowrank.jsonfile import check_regular, parse_json
@@ -130,3 +130,38 @@ def _place(name: str, entry: Any) -> tuple[int, int]:
 
 def _are_sizes(values: Any) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors that a checkpoint of ``model`` holds, and the names that share one of them.
+
+    Raises:
+        CheckpointError: If the state dict holds something that is no tensor, or has no data.
+    """
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    owner: dict[tuple[Any, ...], str] = {}
+    for name, tensor in state_of(model).items():
+        if tensor.dtype not in DTYPE_NAMES:
+            raise CheckpointError(f"{name}: {tensor.dtype} cannot be stored in a safetensors file.")
+        if tensor.is_meta:
+            raise CheckpointError(f"{name}: on the meta device, without data. Load the weights first.")
+        key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and key in owner:
+            aliases[name] = owner[key]
+        else:
+            owner[key] = name
+            tensors[name] = tensor
+    return tensors, aliases
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict, which must hold tensors only."""
+    state = model.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{name}: the model's state is a {type(value).__name__}, not a tensor, and nothing is "
+                "ever pickled. Keep it in a buffer, or save it yourself."
+            )
+    return state

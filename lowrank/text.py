@@ -1,8 +1,11 @@
-"""Plain-text tables and numbers for people, shared by plans, reports and benchmarks."""
+"""Tables and numbers for people, and JSON for programs, shared by plans, reports and benchmarks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -19,6 +22,19 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     rule = "  ".join("─" * width for width in widths)
     return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def to_json(data: Any, indent: int | None = 2) -> str:
+    """Write data as JSON; numbers that JSON cannot express, NaN and infinities, become ``null``."""
+    return json.dumps(_finite(data), indent=indent, allow_nan=False)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def format_bytes(count: float) -> str:

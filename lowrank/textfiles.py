@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import math
+import re
 from pathlib import Path
 
 from lowrank.errors import DataError
@@ -31,23 +33,29 @@ def read_lines(path: str | Path) -> list[str]:
 def read_pairs(path: str | Path) -> tuple[list[tuple[str, str]], list[float]]:
     """Read ``sentence1,sentence2,score`` as CSV without a header, as STS Benchmark has it."""
     pairs, scores = [], []
-    for number, row in enumerate(csv.reader(read_text(path).splitlines()), 1):
-        try:
+    rows = csv.reader(read_text(path).splitlines(keepends=True))
+    try:
+        for row in rows:
             first, second, score = row
-            scores.append(float(score))
-        except ValueError as error:
-            raise DataError(f"{path}, line {number}: not sentence1,sentence2,score: {row!r}.") from error
-        pairs.append((first, second))
+            number = float(score)
+            if not math.isfinite(number):
+                raise DataError(f"{path}, line {rows.line_num}: the score {score} is not finite.")
+            scores.append(number)
+            pairs.append((first, second))
+    except (ValueError, csv.Error) as error:
+        raise DataError(f"{path}, line {rows.line_num}: not sentence1,sentence2,score: {error}.") from error
     return pairs, scores
 
 
 def read_labelled(path: str | Path) -> tuple[list[str], list[int]]:
     """Read ``sentence<TAB>label`` with whole numbers as labels, as SST-2 has it."""
     texts, labels = [], []
-    for number, line in enumerate(read_lines(path), 1):
-        text, tab, label = line.rpartition("\t")
-        if not tab or not label.lstrip("-").isdigit():
-            raise DataError(f"{path}, line {number}: not sentence<TAB>label: {line!r}.")
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        text, tab, label = line.strip().rpartition("\t")
+        if not tab or not re.fullmatch(r"[0-9]{1,9}", label):
+            raise DataError(f"{path}, line {number}: not sentence<TAB>label: {line[:80]!r}.")
         texts.append(text)
         labels.append(int(label))
     return texts, labels

@@ -14,15 +14,17 @@ one number per layer, on held-out data.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lowrank.batches import Batch
+from lowrank.errors import StatsError
 from lowrank.linalg import Metric, spectrum, truncated_svd
+from lowrank.linalg.metric import squares, wide
 from lowrank.modes import hooked
 from lowrank.nn import kind_of
 from lowrank.statistics import Held, Stats
@@ -72,7 +74,7 @@ def make_trials(model: nn.Module, stats: Stats, heads: Mapping[str, str]) -> dic
         assert kind is not None
         weight = kind.weight(layer).detach()
         rank = weight.numel() // (2 * sum(weight.shape))
-        if rank:
+        if rank and stats.lacks(name, kind_of_metric) is None:
             metric = stats.metric(name, kind_of_metric, centred=True)
             left, right, *_ = truncated_svd(weight, rank, metric)
             mean = stats.moments(name).mean.to(weight)
@@ -137,7 +139,7 @@ class TrialRun:
             if not output.requires_grad:
                 output = output.detach().requires_grad_().clone()
             output.register_hook(  # type: ignore[no-untyped-call]
-                lambda gradient: self._count(name, (error * gradient).float().sum(-1, keepdim=True))
+                lambda gradient: self._count(name, (wide(error) * wide(gradient)).sum(-1, keepdim=True))
             )
             return output
 
@@ -146,7 +148,13 @@ class TrialRun:
     def _count(self, name: str, errors: Tensor) -> None:
         assert self.batch is not None
         rows = self.batch.real(errors)
-        self._measured[name] += float(rows.float().square().sum(dtype=torch.float64))
+        measured = float(squares(rows).sum())
+        if not math.isfinite(measured):
+            raise StatsError(
+                f"{name}: what it returns in batch {self.batch.index}, or its gradient, is NaN or infinite. "
+                "It overflows, in half precision perhaps."
+            )
+        self._measured[name] += measured
         self._tokens[name] += len(rows)
 
     def added_to(self, stats: Stats) -> Stats:

@@ -40,6 +40,7 @@ WRONG = {
     "zero": 0, "half": 2.5, "list": [], "dict": {}, "path": Path("/nonexistent/x"), "one": [1],
     "float32": np.float32(0.5), "int64": np.int64(3), "object": object(), "scalar": torch.tensor(1.0),
     "bytes": b"x", "null": "a\0b", "huge": 10**30, "module": nn.ReLU(),
+    "array": np.array([1, 2]), "vector": torch.ones(2), "complex": 1j, "strange-list": [[], None],
 }  # fmt: skip
 
 

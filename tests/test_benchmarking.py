@@ -31,6 +31,14 @@ def test_each_layer_states_the_speedup_of_theory(pair):
     assert result.model.name == "" and result.model.rank is None
 
 
+def test_a_model_without_any_parameter_is_measured():
+    dense = nn.Sequential(nn.Linear(64, 96, bias=False), nn.GELU()).to(torch.float64)
+    small = lowrank.quantize(lowrank.compress(copy.deepcopy(dense), rank=8))
+    assert not list(small.parameters())
+    result = lowrank.benchmark(dense, small, torch.zeros(4, 64, dtype=torch.float64), **FAST)
+    assert result.environment["dtype"] == "float64"
+
+
 def test_theory_counts_conv1d_layers_as_well():
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=99, n_positions=64)

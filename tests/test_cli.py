@@ -161,6 +161,22 @@ def test_a_tokenizer_is_copied(run, dense, tmp_path):
     assert first["input_ids"] == second["input_ids"]
 
 
+def test_a_model_and_its_tokenizer_are_written_as_one_step(run, dense, small, tmp_path, monkeypatch):
+    before = {file.name: file.read_bytes() for file in small.iterdir()}
+
+    def refuse(*args, **kwargs):
+        raise Exception("No space left on device")  # as the package tokenizers does
+
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "low", "rank"]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
+    transformers.BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(dense)
+    monkeypatch.setattr(transformers.PreTrainedTokenizerBase, "save_pretrained", refuse)
+    result = run("compress", dense, small, "--rank", 4, "-q", "--overwrite")
+    assert result.code == 1
+    assert f"{small}: cannot be written: the tokenizer: No space left" in one_line(result)
+    assert {file.name: file.read_bytes() for file in small.iterdir()} == before
+
+
 def test_overwrite_replaces_a_folder(run, dense, tmp_path):
     assert run("compress", dense, tmp_path / "out", "--rank", 8, "-q").code == 0
     assert run("compress", dense, tmp_path / "out", "--rank", 4, "-q", "--overwrite").code == 0
@@ -344,10 +360,23 @@ def test_a_missing_plan_is_one_line(run, dense, tmp_path):
     assert "none.json: the plan cannot be read" in one_line(result)
 
 
-def test_a_plan_that_cannot_be_written_is_one_line(run, dense, tmp_path):
-    result = run("plan", dense, "--rank", 8, "--out", tmp_path / "missing" / "plan.json")
+@pytest.mark.parametrize("option", ["--out", "--plot"])
+def test_a_plan_that_cannot_be_written_is_one_line_before_any_work(run, dense, tmp_path, monkeypatch, option):
+    monkeypatch.setattr(cli, "_load", lambda *a, **k: pytest.fail("the model was loaded"))
+    result = run("plan", dense, "--rank", 8, option, tmp_path / "missing" / "plan.png")
     assert result.code == 1
-    assert "plan.json" in one_line(result)
+    assert "plan.png: cannot be written" in one_line(result)
+
+
+@pytest.mark.parametrize("command", ["compress", "calibrate"])
+def test_a_folder_that_cannot_be_written_is_one_line_before_any_work(
+    run, dense, tmp_path, monkeypatch, command
+):
+    monkeypatch.setattr(cli, "_load", lambda *a, **k: pytest.fail("the model was loaded"))
+    (tmp_path / "file").write_text("")
+    result = run(command, dense, tmp_path / "file" / "out", "--data", tmp_path / "file")
+    assert result.code == 1
+    assert "out: cannot be written" in one_line(result)
 
 
 def test_compressing_a_compressed_folder_at_a_budget_is_refused_clearly(run, small, tmp_path):

@@ -4,9 +4,13 @@ import ast
 import doctest
 import importlib
 import importlib.util
+import json
 import os
 import pkgutil
 import re
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -42,15 +46,38 @@ def test_marked_blocks_and_other_languages_are_left_out():
     assert python_blocks(text) == [(1, "a = 1"), (11, "d = 2")]
 
 
-def test_the_readme_runs_from_top_to_bottom(tmp_path, monkeypatch):
+def test_the_readme_runs_from_top_to_bottom_without_a_warning_of_few_data(tmp_path, monkeypatch):
     blocks = python_blocks(README.read_text(encoding="utf-8"))
     assert blocks, "README.md has no ```python block that runs"
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "__main__"}
-    for line, code in blocks:
-        tree = ast.parse(code, filename=f"README.md:{line}")
-        ast.increment_lineno(tree, line)
-        exec(compile(tree, str(README), "exec"), namespace)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", lowrank.FewTokensWarning)
+        for line, code in blocks:
+            tree = ast.parse(code, filename=f"README.md:{line}")
+            ast.increment_lineno(tree, line)
+            exec(compile(tree, str(README), "exec"), namespace)
+
+
+def test_the_command_line_of_the_readme_works_as_it_is_pasted(tmp_path):
+    text = README.read_text(encoding="utf-8").partition("## On the command line")[2]
+    code = text.partition("```bash\n")[2].partition("```")[0]
+    assert code.count("lowrank ") >= 6
+    here = f'python() {{ {sys.executable} "$@"; }}; lowrank() {{ python -m lowrank "$@"; }}; set -e\n'
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        ["bash", "-c", here + code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert 0.5 < float(re.search(r"^cosine (0\.\d{4})$", done.stdout, re.MULTILINE)[1]) < 1
+    assert json.loads((tmp_path / "report.json").read_text())["kept_fraction"] < 1
+    train, test = (set((tmp_path / name).read_text().splitlines()) for name in ("train.txt", "test.txt"))
+    assert len(train) == 320 and len(test) == 80 and not train & test
 
 
 @pytest.mark.parametrize("name", sorted({"lowrank", *MODULES} - UNTESTED))

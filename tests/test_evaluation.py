@@ -19,6 +19,7 @@ from lowrank.evaluation import (
     spearman,
     sts_spearman,
 )
+from lowrank.textfiles import read_labelled, read_pairs
 
 
 class Words:
@@ -172,3 +173,84 @@ def test_an_added_bias_is_not_counted_as_having_been_there():
 def test_an_encoder_has_no_perplexity_and_the_message_says_what_has(tiny_bert):
     with pytest.raises(DataError, match="BertModel returns no logits"):
         perplexity(tiny_bert, torch.arange(16), window=8)
+
+
+# --- results that are no number
+
+
+@pytest.mark.parametrize(
+    ("scores", "pairs", "message"),
+    [
+        (
+            [3.0, 3.0],
+            [TEXTS[:2], TEXTS[2:]],
+            "scores: all 2 values are equal, so there is no rank correlation",
+        ),
+        ([1.0], [TEXTS[:2]], "cosines: all 1 values are equal"),
+        ([1.0, 2.0], [TEXTS[:2], TEXTS[:2]], "cosines: all 2 values are equal"),
+        ([1.0, math.nan], [TEXTS[:2], TEXTS[2:]], r"scores\[1\]=nan"),
+        ([1.0, math.inf], [TEXTS[:2], TEXTS[2:]], r"scores\[1\]=inf"),
+    ],
+    ids=["equal-scores", "one-pair", "equal-pairs", "nan", "inf"],
+)
+def test_a_rank_correlation_that_does_not_exist_is_refused(tiny_bert, scores, pairs, message):
+    with pytest.raises(DataError, match=message):
+        sts_spearman(tiny_bert, pairs, scores, Words())
+
+
+def test_spearman_of_values_without_ranks_is_refused():
+    line = torch.arange(3.0)
+    for values, message in ((torch.ones(3), "second: all 3 values"), (line / 0, "second: has NaN")):
+        with pytest.raises(DataError, match=message):
+            spearman(line, values)
+
+
+def test_a_model_whose_outputs_are_not_finite_is_not_measured(tiny_bert, tiny_gpt2):
+    broken = copy.deepcopy(tiny_bert)
+    broken.encoder.layer[1].output.LayerNorm.weight.data[3] = math.nan
+    for call in (
+        lambda: embed(broken, TEXTS, Words()),
+        lambda: embedding_cosine(broken, tiny_bert, TEXTS, Words()),
+        lambda: embedding_cosine(tiny_bert, broken, TEXTS, Words()),
+        lambda: sts_spearman(broken, [TEXTS[:2], TEXTS[2:]], [1.0, 2.0], Words()),
+        lambda: loss_increase(broken, tiny_bert, TEXTS, Words()),
+    ):
+        with pytest.raises(DataError, match="Batch 0: BertModel returns NaN or infinite values"):
+            call()
+    ids = torch.randint(50, (16,), generator=torch.Generator().manual_seed(0))
+    tiny_gpt2.transformer.ln_f.weight.data *= 1e6
+    with pytest.raises(LowRankError, match=r"The mean loss is .* beyond the largest number"):
+        perplexity(tiny_gpt2, ids, window=8)
+    tiny_gpt2.transformer.ln_f.weight.data[0] = math.nan
+    with pytest.raises(DataError, match="Batch 0: GPT2LMHeadModel returns NaN"):
+        perplexity(tiny_gpt2, ids, window=8)
+
+
+def test_a_label_that_is_no_class_of_the_model_is_refused():
+    class Constant(nn.Module):
+        def forward(self, input_ids, attention_mask):
+            return {"logits": torch.zeros(len(input_ids), 2)}
+
+    with pytest.raises(DataError, match="The label 2 is none of the model's 2 classes"):
+        accuracy(Constant(), TEXTS, [0, 1, 2, 0], Words())
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "message"),
+    [
+        (read_pairs, "a,b,1\nc,d,nan\n", "line 2: the score nan is not finite"),
+        (read_pairs, "a,b,1\nc,d,-inf\n", "line 2: the score -inf is not finite"),
+        (read_pairs, '"a\n",b,1\nc,d,1e999\n', "line 3: the score 1e999 is not finite"),
+        (read_pairs, "a,b,1\nc,d\n", "line 2: not sentence1,sentence2,score"),
+        (read_pairs, "a,b," + "1" * 200_000, "line 1: not sentence1,sentence2,score"),
+        (read_labelled, "a\t1\n\nb\t²\n", "line 3: not sentence<TAB>label"),
+        (read_labelled, "a\t-1\n", "line 1: not sentence<TAB>label"),
+        (read_labelled, "a\t--5\n", "line 1: not sentence<TAB>label"),
+        (read_labelled, "a\t" + "9" * 5000, "line 1: not sentence<TAB>label"),
+    ],
+    ids=["nan", "inf", "after-two-lines", "short", "long", "superscript", "negative", "two-signs", "digits"],
+)
+def test_a_file_with_an_odd_number_is_refused_by_its_line(tmp_path, read, text, message):
+    (tmp_path / "file").write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / "file")

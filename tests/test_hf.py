@@ -370,7 +370,8 @@ def test_an_overwriting_save_leaves_no_stale_shards(tmp_path):
     small().save_pretrained(tmp_path / "small", max_shard_size="20KB")
     model = small(keep=0.5)
     lowrank.save(model, tmp_path / "small", overwrite=True)
-    assert [p.name for p in sorted((tmp_path / "small").iterdir())] == ["config.json", "model.safetensors"]
+    names = ["README.md", "config.json", "model.safetensors"]
+    assert [p.name for p in sorted((tmp_path / "small").iterdir())] == names
     assert_same_outputs(model, lowrank.load(tmp_path / "small"))
 
 
@@ -1009,6 +1010,7 @@ def test_verification_can_be_turned_off(with_digests):
     assert not torch.equal(before, after)
     model.save_pretrained(with_digests)
     assert set(json.loads((with_digests / "config.json").read_text())["quantization_config"]) == {
+        "how_to_load",
         "plan",
         "quant_method",
     }

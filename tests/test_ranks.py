@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lowrank import compress, plan
+from lowrank import compress, plan, quantize
 from lowrank.allocator import Curve, allocate
 from lowrank.errors import BudgetError, LowRankError, RankError, TargetError
 from lowrank.linalg import spectrum
@@ -340,6 +340,26 @@ def test_a_budget_that_changes_nothing_names_a_layer_the_reason_and_what_to_do(m
     assert "no layer of Sequential would change" in str(caught.value)
     assert "\n  0: " in str(caught.value)
     assert advice in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        {"keep": 0.5},
+        {"keep": 0.5, "allocation": "uniform", "round_to": 1, "quantize": "int8"},
+        {"rank": 4, "quantize": "int8"},
+        {"energy": 0.9},
+        {"max_bytes": 10_000, "allocation": "uniform"},
+        {"speedup": 1.1, "inputs": torch.randn(2, 64)},
+    ],
+    ids=["keep", "uniform", "rank", "energy", "max-bytes", "speedup"],
+)
+@pytest.mark.parametrize("made", [plan, compress], ids=["plan", "compress"])
+def test_where_no_layer_is_left_every_budget_is_refused(mlp, made, budget):
+    quantize(mlp)
+    with pytest.raises(BudgetError, match="no layer of Sequential would change") as caught:
+        made(mlp, **budget)
+    assert "0: is quantized already (int8); decompress(model) undoes that" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,47 @@ def test_bad_requests_are_refused(mlp, small, data, case):
         recover(small, mlp, data, **arguments)
 
 
+def test_a_model_without_any_parameter_is_recovered_by_its_codes(data):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        dense = nn.Sequential(nn.Linear(64, 96, bias=False), nn.GELU(), nn.Linear(96, 64, bias=False)).eval()
+    coded = lowrank.quantize(copy.deepcopy(dense), "int4", slow="allow")
+    assert not list(coded.parameters())
+    before = distance(coded, dense)
+    recover(coded, dense, data, steps=60, learning_rate=1e-3)
+    assert not list(coded.parameters())
+    assert distance(coded, dense) < before
+    state = {name: tensor.clone() for name, tensor in coded.state_dict().items()}
+    with pytest.raises(LowRankError, match=r"Sequential has no factor, bias or norm to train.*codes=False"):
+        recover(coded, dense, data, steps=1, codes=False)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in coded.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        (lambda x: x[:, :0], r"Batch \d+: output of shape \(32, 0\) has no elements to match"),
+        (lambda x: None, "The teacher returns NoneType, in which there is no tensor to match"),
+        (lambda x: x.long(), "The teacher returns Tensor, in which there is no tensor to match"),
+        (lambda x: x.detach(), r"Batch \d+: no gradient of the distance to the teacher"),
+    ],
+    ids=["empty", "none", "integers", "detached"],
+)
+def test_outputs_that_cannot_be_matched_are_refused(mlp, data, outputs, message):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = copy.deepcopy(mlp)
+
+        def forward(self, x):
+            return outputs(self.layers(x))
+
+    dense = Model()
+    small = compress(copy.deepcopy(dense), rank=8)
+    with pytest.raises(DataError, match=message):
+        recover(small, dense, data, steps=1)
+
+
 def test_a_dense_model_has_nothing_to_recover(mlp, data):
     with pytest.raises(LowRankError, match="Compress it first"):
         recover(mlp, copy.deepcopy(mlp), data, steps=1)

@@ -8,8 +8,9 @@ Importing this file registers both; `lowrank` imports it as soon as transformers
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,11 @@ from transformers.quantizers import HfQuantizer, auto, register_quantization_con
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowrank.arguments import flag
-from lowrank.checkpoint import stored_tensors
+from lowrank.cards import HOW_TO_LOAD
 from lowrank.coding import PARTS
 from lowrank.errors import BudgetError, CheckpointError, LowRankError, PlanError
 from lowrank.folders import TENSORS
+from lowrank.hf.cards import refresh_card
 from lowrank.hf.checks import (
     CONFIG,
     OWN,
@@ -40,13 +42,14 @@ from lowrank.hf.checks import (
     with_digests,
 )
 from lowrank.hf.ties import rewrite_ties, with_tied_heads
+from lowrank.hf.tokenizer import check_tokenizer as check_tokenizer
 from lowrank.integrity import align, digest_of, read_tensors
 from lowrank.jsonfile import read_json
 from lowrank.pipeline import compress
 from lowrank.planning import Budget, Plan
 from lowrank.surgery import restructure
 from lowrank.targets import draft
-from lowrank.tensorfile import read_header
+from lowrank.tensorfile import read_header, stored_tensors
 
 METHOD = "lowrank"
 
@@ -60,9 +63,11 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         targets, ignore, allocation, round_to, tolerance, seed: As in `lowrank.compress`.
         quantize, group_size, residual, slow: As in `lowrank.compress`.
         share, share_size: As in `lowrank.compress`; ``share="inputs"`` needs data.
+        overrule: As in `lowrank.compress`, for subclasses of `torch.nn.Linear`: others need inputs.
         plan: The plan that was carried out, as `Plan.to_dict` gives it; then no budget is needed.
         tensors, digest: What `lowrank.save` leaves in ``config.json``: digests of the tensors, and of the
             config. No model in memory has them: its config must not vouch for tensors that may change.
+        how_to_load: A sentence in ``config.json`` for people whose program does not know the method.
         verify: For a folder that is compressed already, in place of a budget: whether the digests are
             compared (as they are by default).
 
@@ -102,6 +107,8 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         slow: str = "warn",
         share: str | None = None,
         share_size: int | None = None,
+        how_to_load: str | None = None,
+        overrule: Sequence[str] | None = None,
         digest: str | None = None,
         verify: bool | None = None,
     ) -> None:
@@ -115,6 +122,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
             )
         if plan is not None:
             Plan.from_dict(plan)  # a damaged or newer plan is refused here
+            self.how_to_load = HOW_TO_LOAD
             if tensors is not None or digest is not None:
                 self.tensors, self.digest = tensors, digest
             return
@@ -123,7 +131,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
             return
         Budget.of(rank=rank, keep=keep, energy=energy, error=error, max_bytes=max_bytes)
         self.rank, self.keep, self.energy, self.error, self.max_bytes = rank, keep, energy, error, max_bytes
-        self.targets, self.ignore = targets, ignore
+        self.targets, self.ignore, self.overrule = targets, ignore, overrule
         self.allocation, self.round_to = allocation, round_to
         self.tolerance, self.seed = tolerance, seed
         self.quantize, self.group_size, self.residual, self.slow = quantize, group_size, residual, slow
@@ -392,6 +400,29 @@ def save(model: PreTrainedModel, folder: Path) -> None:
         config = with_digests(read_json(folder / CONFIG), tensors)
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (folder / CONFIG).write_text(text, encoding="utf-8")
+
+
+def _with_card(save_pretrained: Callable[..., None]) -> Callable[..., None]:
+    """Let ``save_pretrained`` write the model card of a compressed model, too."""
+
+    @functools.wraps(save_pretrained)
+    def saved(
+        self: PreTrainedModel,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        save_pretrained(self, save_directory, is_main_process, *args, **kwargs)
+        adapters_only = getattr(self, "_hf_peft_config_loaded", False)
+        if self.should_save_on_this_rank(is_main_process) and not adapters_only:
+            refresh_card(self, Path(save_directory), recorded(self))
+
+    return saved
+
+
+# transformers has no function to register for what is written beside a model; all its models save by this.
+PreTrainedModel.save_pretrained = _with_card(PreTrainedModel.save_pretrained)
 
 
 def load(folder: str | Path) -> PreTrainedModel:

@@ -179,7 +179,7 @@ def _second_and_root(metric: Metric, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``C`` and an invertible ``S``, both ``(in, in)``; tiny ones for a layer that reads constants."""
     side, size = metric.inputs, like.shape[1]
     if isinstance(side, Gram) and bool(side.root.any()):
-        return side.matrix.to(like), side.root.to(like)  # the root is kept for other groups of the layer
+        return side.matrix.to(like), _invertible(side).to(like)
     if isinstance(side, Diagonal):
         values = side.values.to(like)
     else:
@@ -191,12 +191,19 @@ def _second_and_root(metric: Metric, like: Tensor) -> tuple[Tensor, Tensor]:
 _TINY, _RIDGE = 1e-200, 1e-15
 
 
+def _invertible(side: Gram) -> Tensor:
+    """Return the root of a Gram matrix, in which features that are always zero have a little."""
+    diagonal = side.root.diagonal()
+    little = (_RIDGE * diagonal.square().mean()).clamp(min=_TINY).sqrt()
+    return side.root + torch.diag(torch.where(diagonal > 0, 0.0, little))
+
+
 def _summed_basis(members: Sequence[_Member]) -> Tensor:
     """Return the best ``R`` under the summed metrics, its rows by importance: as many as the weights' rank.
 
     ``P`` counts by how much the layer reads, so that larger inputs to a smaller weight are the same.
     """
-    root = Gram(_sum(member.second for member in members)).root
+    root = _invertible(Gram(_sum(member.second for member in members)))
     pulled = _sum(member.second.trace() * member.pulled for member in members)
     values, vectors = torch.linalg.eigh(root.T @ pulled @ root)
     kept = int((values > torch.finfo(values.dtype).eps * len(values) * values[-1]).sum())
@@ -261,7 +268,7 @@ def _alternated(members: Sequence[_Member], basis: Tensor, regressions: Sequence
     """Fit ``R`` to all ``Lᵢ``: conjugate gradients from where it is, preconditioned by the sums."""
     inner = [z.T @ member.pulled @ z for z, member in zip(regressions, members, strict=True)]
     wanted = _sum(z.T @ m.pulled @ m.second for z, m in zip(regressions, members, strict=True))
-    left, right = Gram(_sum(inner)).root, Gram(_sum(member.second for member in members)).root
+    left, right = (_invertible(Gram(each)) for each in (_sum(inner), _sum(m.second for m in members)))
 
     def applied(matrix: Tensor) -> Tensor:
         return _sum(a @ matrix @ member.second for a, member in zip(inner, members, strict=True))

@@ -45,7 +45,7 @@ class Scheme:
     group_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in ("int8", "int4"):
+        if not isinstance(self.name, str) or self.name not in ("int8", "int4"):
             raise SchemeError(f"quantize={self.name!r}: known schemes are 'int8' and 'int4'.")
         if self.name == "int8" and self.group_size is not None:
             raise SchemeError("int8 has one scale per row: leave out group_size, or use int4.")

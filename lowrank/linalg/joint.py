@@ -33,8 +33,7 @@ def joint_spectra(weights: Sequence[Tensor], inputs: Side, outputs: Stacked) -> 
     Raises:
         WeightError: If a weight is not a finite floating-point matrix.
     """
-    matrix, scale = checked_weight(torch.cat(list(weights)))
-    matrix = matrix.to(torch.float64)
+    matrix, scale = checked_weight(torch.cat(list(weights)), plain=False)
     values, vectors = torch.linalg.eigh(small_side_gram(matrix, Metric(inputs, outputs)))
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
     if matrix.shape[0] <= matrix.shape[1]:

@@ -25,6 +25,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lowrank.errors import StatsError
 from lowrank.linalg.products import product
 
 
@@ -87,6 +88,9 @@ class Diagonal(Side):
 
     values: Tensor
 
+    def __post_init__(self) -> None:
+        _check_finite(self.values)
+
     def times(self, matrix: Tensor) -> Tensor:
         """Return ``M C``."""
         return matrix * self.values.to(matrix)
@@ -111,6 +115,9 @@ class Gram(Side):
 
     matrix: Tensor
 
+    def __post_init__(self) -> None:
+        _check_finite(self.matrix)
+
     def times(self, matrix: Tensor) -> Tensor:
         """Return ``M C``."""
         return product(matrix, self.matrix.to(matrix))
@@ -127,21 +134,23 @@ class Gram(Side):
     def root(self) -> Tensor:
         """The Cholesky factor ``S`` in float64, computed once for all layers that share the matrix.
 
-        Every direction gets 1e-15 of the mean variance, and more only as long as rounding makes the
-        factorization fail; a matrix of zeros is its own root.
+        Every feature gets 1e-15 of its own variance, so that a large feature does not hide what a large
+        weight makes of a small one; and more only as long as rounding makes the factorization fail. Features
+        that are always zero stay zero.
         """
         matrix = self.matrix.to(torch.float64)
         matrix = (matrix + matrix.T) / 2
-        mean = float(matrix.diagonal().mean())
-        if not mean > 0:
-            return torch.zeros_like(matrix)
-        added = 1e-15 * mean
+        deviations = matrix.diagonal().clamp(min=0).sqrt()
+        unit = torch.where(deviations > 0, powers_of_two(deviations), 0.0)
+        alive = unit > 0
+        inverse = torch.where(alive, 1 / torch.where(alive, unit, 1.0), 0.0)
+        matrix = inverse[:, None] * matrix * inverse
+        added = 1e-15
         while True:
-            damped = matrix.clone()
-            damped.diagonal().add_(added)
+            damped = matrix + torch.diag(torch.where(alive, added * matrix.diagonal(), 1.0))
             root, failed = torch.linalg.cholesky_ex(damped)
             if not failed:
-                return root
+                return unit[:, None] * root
             added *= 10
 
 
@@ -154,6 +163,9 @@ class PulledBack:
     """
 
     matrix: Tensor
+
+    def __post_init__(self) -> None:
+        _check_finite(self.matrix)
 
     def pull_back(self, weight: Tensor) -> Tensor:
         """Return ``Wᵀ G W``, shape ``(in, in)``."""
@@ -236,3 +248,39 @@ def gram(matrix: Tensor, block: int = 192) -> Tensor:
         result[start:stop, :stop] = product(matrix[start:stop], matrix[:stop].T)
         result[:start, start:stop] = result[start:stop, :start].T
     return result
+
+
+def products_of_pairs(rows: Tensor) -> Tensor:
+    """Return ``Σ x xᵀ`` over ``rows (tokens, n)``, at least one, shape ``(n, n)``, float64.
+
+    It is computed in the dtype of the rows, from features that are divided by powers of two, which is exact:
+    otherwise the products of features below 1e-19 or above 1e19 leave the range of float32.
+    """
+    unit = rows.abs().amax(0)
+    unit = torch.where(unit > 0, powers_of_two(unit), 1.0)
+    scale = unit.to(torch.float64)
+    return gram((rows / unit).T).to(torch.float64) * scale[:, None] * scale
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` in float32 at least: in half precision, products of small gradients would be lost."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def squares(rows: Tensor) -> Tensor:
+    """Return ``Σ x²`` over ``rows (tokens, n)``, shape ``(n,)``, in float64 but without a copy in float64."""
+    return torch.linalg.vector_norm(rows, dim=0, dtype=torch.float64).square()
+
+
+def powers_of_two(values: Tensor) -> Tensor:
+    """Return the largest powers of two that are not above positive ``values``: dividing by them is exact."""
+    mantissas, _ = torch.frexp(values)  # in [½, 1)
+    return values / (2 * mantissas)
+
+
+def _check_finite(moments: Tensor) -> None:
+    if not bool(moments.isfinite().all()):
+        raise StatsError(
+            "the moments of inputs or gradients are NaN or infinite: their squares overflow. Calibrate on "
+            "smaller values."
+        )

@@ -99,4 +99,4 @@ def residual_spectrum(weight: Tensor, lost: Tensor, metric: Metric = Metric()) -
         metric: As for `coded_with_residual`, whose first round this predicts.
     """
     found = spectrum(lost, metric)
-    return replace(found, whole=metric.squared_norm(weight) / found.scale**2)
+    return replace(found, whole=metric.squared_norm(weight) / found.scale / found.scale)

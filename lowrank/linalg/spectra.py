@@ -38,12 +38,12 @@ class Spectrum:
 
     def squared_error(self, rank: int) -> float:
         """Return ``‖W − LR‖²`` at ``rank``, in the metric's units."""
-        return float(self._rounded[rank]) * self.scale**2
+        return float(self._rounded[rank]) * self.scale * self.scale
 
     @property
     def squared_norm(self) -> float:
         """``‖W‖²`` in the metric's units."""
-        return self._total * self.scale**2
+        return self._total * self.scale * self.scale
 
     @property
     def _total(self) -> float:
@@ -88,7 +88,7 @@ def spectrum(weight: Tensor, metric: Metric = Metric()) -> Spectrum:
         >>> spectrum(torch.diag(torch.tensor([3.0, 4.0]))).relative_error(1)
         0.6
     """
-    matrix, scale = checked_weight(weight)
+    matrix, scale = checked_weight(weight, metric.plain)
     squares = small_side_gram(matrix.to(torch.float64), metric)
     values = torch.linalg.eigvalsh(squares).clamp(min=0)  # ascending
     tail = torch.cat([values.new_zeros(1), values.cumsum(0)]).flip(0)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import LowRankError, RankError, WeightError
-from lowrank.linalg.metric import Metric, gram
+from lowrank.linalg.metric import Metric, PulledBack, gram, powers_of_two
 from lowrank.linalg.products import product
 from lowrank.linalg.subspace import leading_eigenspace
 
@@ -35,6 +35,9 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # norm, is far below the squared error as long as that is more than 1 % of it (a relative error of
 # 10 %); in float64 the same holds down to a relative error of 1e-5; below that, a real SVD.
 _RESOLVED = {torch.float32: 1e-2, torch.float64: 1e-10}
+
+MOST_IN_FLOAT16 = 2.0**14
+"""Half of what elements of a factor in float16 are kept below, which ends at 65,504."""
 
 ROUNDING = 0.3
 """Relative error of a product of two factors rounded to half precision, in units of their epsilon.
@@ -97,7 +100,8 @@ def truncated_svd(
 
     Raises:
         RankError: If ``rank`` is outside ``1 .. min(out, in)``.
-        WeightError: If the weight is not a finite floating-point matrix.
+        WeightError: If the weight is not a finite floating-point matrix; or if its dtype cannot hold the
+            factors, which can be much larger than it in directions that hardly matter under the metric.
 
     Source: Eckart & Young 1936; for the metric, DRONE (Chen et al. 2021).
 
@@ -109,9 +113,7 @@ def truncated_svd(
     if solver not in SOLVERS:
         raise LowRankError(f"solver={solver!r}: choose one of {', '.join(SOLVERS)}.")
     check_options(tolerance, seed)
-    matrix, scale = checked_weight(weight)
-    if not metric.plain:
-        matrix = matrix.to(torch.float64)  # data lie in few directions: small tails must be resolved
+    matrix, scale = checked_weight(weight, metric.plain)
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= min(matrix.shape):
         raise RankError(
             f"rank {rank!r} of a weight (out={matrix.shape[0]}, in={matrix.shape[1]}): "
@@ -126,14 +128,16 @@ def truncated_svd(
         if found is None:
             solver, found = "exact", _exact(matrix, rank, metric)
         left, right, error = found
-        left = scale * left
         if weight.dtype == torch.float16:
             left, right = balanced(left, right)
-        left, right = left.to(weight.dtype), right.to(weight.dtype)
-        if error is None or (metric.plain and rounding_of(weight.dtype)):
-            error = _measure(matrix, left.to(matrix) / scale, right.to(matrix))
-        elif rounding_of(weight.dtype):  # a metric pulled back through W cannot measure other matrices
-            error = math.sqrt(error**2 + rounding_of(weight.dtype) ** 2 * (1 - error**2))
+        half = 2.0 ** (math.frexp(scale)[1] // 2)  # of the scale in each, so that neither leaves the range
+        left, right = (half * left).to(weight.dtype), (scale / half * right).to(weight.dtype)
+        _check_finite(left, right)
+        rounding = rounding_of(weight.dtype)
+        if error is None or (rounding and not isinstance(metric.outputs, PulledBack)):
+            error = _measure(matrix, left.to(matrix) / half, right.to(matrix) / (scale / half), metric)
+        elif rounding and bool(left.any()):  # a metric pulled back through W cannot measure other matrices
+            error = math.sqrt(error**2 + rounding**2 * (1 - error**2))
     return Factors(left.contiguous(), right.contiguous(), error, solver)
 
 
@@ -154,8 +158,13 @@ def check_options(tolerance: float, seed: int) -> None:
         raise LowRankError(f"seed={seed!r} must be a whole number, from 0 to 2⁶³ − 1.")
 
 
-def checked_weight(weight: Tensor) -> tuple[Tensor, float]:
+def checked_weight(weight: Tensor, plain: bool = True) -> tuple[Tensor, float]:
     """Return the weight in its computing dtype, divided by a power of two if squares would overflow.
+
+    Args:
+        weight: What is to be factorized.
+        plain: Whether its own norm is the metric. Under others it is float64 and not divided: data lie in few
+            directions, so that small tails and small elements must be resolved.
 
     Returns:
         The matrix ``(out, in)`` in float32 or float64, and the scale it was divided by.
@@ -174,11 +183,12 @@ def checked_weight(weight: Tensor) -> tuple[Tensor, float]:
     if not math.isfinite(largest):
         bad = int((~weight.isfinite()).sum())
         raise WeightError(f"The weight has {bad:,} of {weight.numel():,} values that are NaN or infinite.")
-    matrix = weight if weight.dtype == torch.float64 else weight.to(torch.float32)
-    if largest == 0 or 1e-8 < largest < 1e8:
+    matrix = weight.to(torch.float32 if plain and weight.dtype != torch.float64 else torch.float64)
+    if not plain or largest == 0 or 1e-8 < largest < 1e8:
         return matrix, 1.0
-    scale = 2.0 ** math.floor(math.log2(largest))
-    return matrix / scale, scale
+    exponent = math.frexp(largest)[1] - 1
+    half, scale = 2.0 ** (exponent // 2), 2.0**exponent
+    return matrix / half / (scale / half), scale  # in two steps: the inverse of a subnormal scale is infinite
 
 
 def small_side_gram(matrix: Tensor, metric: Metric) -> Tensor:
@@ -250,7 +260,7 @@ def _factors(matrix: Tensor, vectors: Tensor, squares: Tensor, metric: Metric) -
     else:
         basis = metric.inputs.root_times(vectors)  # S V
         left, right = product(matrix, basis), product(basis.T, metric.outputs.pull_back(matrix))
-    return evened(left, inverse[:, None] * right)
+    return evened(kept * left, inverse[:, None] * right)
 
 
 def evened(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -262,14 +272,34 @@ def evened(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Move a power of two between the factors, so that neither leaves the narrow range of float16."""
-    largest_left, largest_right = float(left.abs().max()), float(right.abs().max())
-    if largest_left == 0 or largest_right == 0:
-        return left, right
-    shift = 2.0 ** round(math.log2(largest_right / largest_left) / 2)
-    return left * shift, right / shift
+    """Move powers of two between the factors, so that nothing leaves the narrow range of float16.
+
+    Each component's elements become equally large in both. Or ``left`` takes more, so that what is between
+    the factors, ``z = R x = L⁺ y``, is nowhere larger than all of what the layer reads or returns: by
+    Hölder's inequality it is not, once a row of ``R`` or of ``L⁺`` has an absolute sum of 1.
+    """
+    largest = left.abs().amax(0), right.abs().amax(1)
+    used = (largest[0] > 0) & (largest[1] > 0)
+    sums = torch.minimum(right.abs().sum(1), torch.linalg.pinv(left.double()).to(left).abs().sum(1))
+    shift = torch.maximum((largest[1] / largest[0]).sqrt(), sums)
+    shift = torch.minimum(shift, MOST_IN_FLOAT16 / largest[0])
+    shift = 2 * powers_of_two(torch.where(used & (shift > 0), shift, 0.5))  # rounded up
+    return left * shift, right / shift[:, None]
 
 
-def _measure(matrix: Tensor, left: Tensor, right: Tensor) -> float:
+def _check_finite(left: Tensor, right: Tensor) -> None:
+    if not bool(left.isfinite().all() and right.isfinite().all()):
+        dtype = str(left.dtype).removeprefix("torch.")
+        raise WeightError(
+            f"its factors have elements beyond what {dtype} holds under this metric. Convert the model to "
+            "bfloat16 or float32, or use another metric."
+        )
+
+
+def _measure(matrix: Tensor, left: Tensor, right: Tensor, metric: Metric) -> float:
+    lost = matrix - product(left, right)
+    if not metric.plain:
+        norm = metric.squared_norm(matrix)
+        return math.sqrt(metric.squared_norm(lost) / norm) if norm > 0 else 0.0
     norm = float(torch.linalg.matrix_norm(matrix))
-    return float(torch.linalg.matrix_norm(matrix - product(left, right))) / norm if norm else 0.0
+    return float(torch.linalg.matrix_norm(lost)) / norm if norm else 0.0

@@ -1,6 +1,6 @@
 """Modules that run at inference. They know tensors, not plans."""
 
-from lowrank.nn.dense import DenseKind, kind_named, kind_of, register
+from lowrank.nn.dense import DenseKind, find_kind, kind_named, kind_of, register
 from lowrank.nn.embedding import LowRankEmbedding
 from lowrank.nn.linear import LowRankLinear
 from lowrank.nn.quantized import Coded, QuantizedEmbedding, QuantizedLinear
@@ -17,6 +17,7 @@ __all__ = [
     "SharedCodes",
     "SharedDown",
     "TiedLinear",
+    "find_kind",
     "kind_named",
     "kind_of",
     "register",

@@ -1,11 +1,13 @@
 """The dense layers that can be factorized, as a table: how each one stores its weight.
 
 `torch.nn.Linear` stores ``(out, in)``; transformers' ``Conv1D`` stores ``(in, out)``. A new kind of
-layer is one call of `register`. Only exact types count: a subclass may compute something else.
+layer is one call of `register`. Only exact types count: a subclass may compute something else. Subclasses
+of `torch.nn.Linear` that certainly do not are kinds of their own, so that `decompress` gives them back.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from lowrank.arguments import instance, optional, refused, whole
 from lowrank.errors import LowRankError, WeightError
+from lowrank.nn.subclasses import build, computes_the_same
 
 FLOATING_DTYPE = instance(torch.dtype, "a torch.dtype, such as torch.float32")
 PARAMETER = instance(nn.Parameter, "a torch.nn.Parameter", WeightError)
@@ -41,12 +44,15 @@ class DenseKind:
         module: The exact type.
         transposed: Whether ``module.weight`` is ``(in, out)``.
         build: Makes an uninitialised layer on the meta device from ``(in, out, bias)``.
+        certain: Whether its layers compute ``Wx + b`` for sure; if not, they stay as they are unless a user
+            overrules that.
     """
 
     name: str
     module: type[nn.Module]
     transposed: bool
     build: Callable[[int, int, bool], nn.Module]
+    certain: bool = True
 
     def weight(self, layer: nn.Module) -> Tensor:
         """Return a view of the weight as ``(out, in)``."""
@@ -74,10 +80,15 @@ def register(kind: DenseKind) -> None:
 
 
 def kind_of(module: nn.Module) -> DenseKind | None:
-    """Return how ``module`` stores its weight; ``None`` if its exact type is not registered."""
+    """Return how ``module`` stores its weight; ``None`` if it is of no kind of linear layer."""
     cls = type(module)
-    if cls not in _KINDS and f"{cls.__module__}.{cls.__qualname__}" == _CONV1D:
+    if cls not in _KINDS and _place_of(cls) == _CONV1D:
         register(_conv1d(cls))
+    elif cls not in _KINDS and issubclass(cls, nn.Linear):
+        kind = _subclass(cls)
+        if not kind.certain:  # not registered: parametrizing makes a new class for each layer
+            return kind
+        register(kind)
     return _KINDS.get(cls)
 
 
@@ -87,10 +98,15 @@ def kind_named(name: str) -> DenseKind:
     Raises:
         LowRankError: If no such kind is registered.
     """
-    for kind in _KINDS.values():
-        if kind.name == name:
-            return kind
-    raise LowRankError(f'No kind of dense layer is called "{name}" here. Call lowrank.nn.register first.')
+    kind = find_kind(name)
+    if kind is None:
+        raise LowRankError(f'No kind of dense layer is called "{name}" here. Call lowrank.nn.register first.')
+    return kind
+
+
+def find_kind(name: str) -> DenseKind | None:
+    """Return the kind called ``name``, if it is registered; of a class that was defined anew, the last."""
+    return next((kind for kind in reversed(_KINDS.values()) if kind.name == name), None)
 
 
 register(
@@ -111,3 +127,20 @@ def _conv1d(cls: type[nn.Module]) -> DenseKind:
             return cls(out_features, in_features)
 
     return DenseKind(name="conv1d", module=cls, transposed=True, build=build)
+
+
+def _place_of(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _subclass(cls: type[nn.Module]) -> DenseKind:
+    """Describe a subclass of `torch.nn.Linear`, by its short name unless another class has that."""
+    others = {kind.name for kind in _KINDS.values() if _place_of(kind.module) != _place_of(cls)}
+    name = _place_of(cls) if cls.__name__ in others | {"embedding"} else cls.__name__
+    return DenseKind(
+        name=name,
+        module=cls,
+        transposed=False,
+        build=functools.partial(build, cls, device="meta"),
+        certain=computes_the_same(cls),  # type: ignore[arg-type]
+    )

@@ -30,8 +30,14 @@ PART_OF_INPUT = 2**18
 ROUND = 1.5 * 2**23
 """Added to a float32 of less than 2²², it leaves the nearest integer in the low bits: one pass fewer."""
 
+SMALLEST_STEP = 2.0**-126
+"""Of a quantized input: the least float32 of full precision, whose inverse is one, too."""
+
 FEWEST_ON_CUDA = 2**32
 """From how many multiply-accumulates on integers are faster on CUDA: quantizing inputs takes six kernels."""
+
+FEWEST_INPUTS = 2
+"""Of a weight that integers multiply: for one input `torch._int_mm` returns what else lies in memory."""
 
 MOST_ROWS = {"cpu": 128, "cuda": 64}
 """Up to how many rows of the input int4 kernels are faster than decoding and a product in floating point."""
@@ -52,11 +58,11 @@ def prepared(input: Tensor, smooth: Tensor | None, center: Tensor | None) -> Ten
 def quantized(rows: Tensor, smooth: Tensor | None, center: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return int8 codes of ``s·x − c`` for ``rows (n, in)``, and what one is worth in each row, ``(n, 1)``.
 
-    The latter is NaN or infinite where the row is, and zero for zeros: the codes do not matter then.
+    The latter is NaN or infinite where the row is: the codes do not matter then.
     """
     if is_compiled():
         values = prepared(rows.to(torch.float32), smooth, center)
-        step = values.abs().amax(1, keepdim=True) / 127
+        step = (values.abs().amax(1, keepdim=True) / 127).clamp(min=SMALLEST_STEP)
         return (values * step.reciprocal()).round().to(torch.int8), step
     count, features = rows.shape
     codes, step = rows.new_empty(rows.shape, dtype=torch.int8), rows.new_empty(count, 1, dtype=torch.float32)
@@ -66,7 +72,8 @@ def quantized(rows: Tensor, smooth: Tensor | None, center: Tensor | None) -> tup
     parts = (torch.split(tensor, some) for tensor in (rows, codes, step))
     for part, given, worth in zip(*parts, strict=True):
         values, room = prepared(part.to(torch.float32), smooth, center), space[: len(part)]
-        torch.amax(torch.abs(values, out=room), 1, keepdim=True, out=worth).div_(127)
+        torch.amax(torch.abs(values, out=room), 1, keepdim=True, out=worth)
+        worth.div_(127).clamp_(min=SMALLEST_STEP)
         torch.addcmul(shift, values, worth.reciprocal(), out=room)
         given.copy_(room.view(torch.int32))  # the lowest byte
     return codes, step
@@ -105,6 +112,8 @@ def _rows_at_a_time(tensor: Tensor, features: int, elements: int) -> int:
 
 def fewest_integer_rows(rows: int, columns: int, device: torch.device) -> int | None:
     """Return from how many rows of the input on integers multiply a weight ``(rows, columns)``; or never."""
+    if columns < FEWEST_INPUTS:
+        return None
     if device.type == "cuda" and rows % 8 == columns % 8 == 0:
         return max(1, -(-FEWEST_ON_CUDA // (rows * columns)))
     return 1 if device.type == "cpu" and _INTEGERS else None

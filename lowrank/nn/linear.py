@@ -140,7 +140,7 @@ class LowRankLinear(nn.Module):
             torch.Size([2, 32])
         """
         kind = kind_of(layer)
-        if kind is None:
+        if kind is None or not kind.certain:
             raise WeightError(f"{type(layer).__name__} is not a linear layer that can be factorized.")
         left, right, error, _ = truncated_svd(kind.weight(layer), rank, seed=seed)
         bias: nn.Parameter | None = layer.bias  # type: ignore[assignment]

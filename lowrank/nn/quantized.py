@@ -193,7 +193,18 @@ class QuantizedLinear(Coded):
             >>> layer(torch.tensor([[1.0, 2.0, 3.0, 4.0]])).round(decimals=1)
             tensor([[1., 2., 3., 4.]])
         """
-        layer = cls(weight.shape[1], weight.shape[0], False, scheme, kind=kind, device="meta")
+        inputs = weight.shape[1]
+        sizes = {
+            "smooth": (smooth, (inputs,)),
+            "center": (center, (inputs,)),
+            "moments": (moments, (inputs, inputs)),
+        }
+        for name, (given, wanted) in sizes.items():
+            if given is not None and given.shape != wanted:
+                raise WeightError(
+                    f"{name} has shape {tuple(given.shape)}: give {wanted}, for {inputs} inputs."
+                )
+        layer = cls(inputs, weight.shape[0], False, scheme, kind=kind, device="meta")
         layer._take(encode_smoothed(weight, scheme, smooth, moments), weight.dtype)
         layer.smooth, layer.center = smooth, center
         layer.register_parameter("bias", bias)

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import calls
 import mutations
 from harness import Attack
+from kills import KILLS
+from odd_data import ODD_DATA
 
-ATTACKS: tuple[Attack, ...] = (
-    Attack(
-        "mutations",
-        "Damage to each kind of file that is written (bytes, JSON, sizes, swaps, links), then loading it",
-        mutations.attempt,
-    ),
-    Attack(
-        "mutations-transformers",
-        "The same of transformers folders with digests, through `lowrank.load` and `from_pretrained`",
-        mutations.attempt_transformers,
-    ),
+CALLS = Attack(
+    "calls",
+    "public calls in any order, with good and bad arguments, on small modules",
+    calls.attempt,
+    3.0,
 )
+
+MUTATIONS = Attack(
+    "mutations",
+    "damage to each kind of file that is written (bytes, JSON, sizes, swaps, links), then loading it",
+    mutations.attempt,
+)
+
+HF_MUTATIONS = Attack(
+    "hf-mutations",
+    "the same of transformers folders with digests, through `lowrank.load` and `from_pretrained`",
+    mutations.attempt_transformers,
+)
+
+ATTACKS: tuple[Attack, ...] = (CALLS, KILLS, ODD_DATA, MUTATIONS, HF_MUTATIONS)
 
 
 def named(name: str) -> Attack:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lowrank.linalg import Scheme
-from lowrank.nn import QuantizedEmbedding, QuantizedLinear
+from lowrank.nn import LowRankLinear, QuantizedEmbedding, QuantizedLinear, TiedLinear
 from lowrank.nn import kernels as module
 
 SCHEMES = [Scheme("int8"), Scheme("int4")]
@@ -97,6 +97,63 @@ def test_large_outputs_are_computed_part_by_part(monkeypatch):
         whole = layer(gaussian(50, 64))
         monkeypatch.setattr(module, "PART", 48 * 7)
         assert torch.equal(layer(gaussian(50, 64)), whole)
+
+
+SIZES = [1, 2, 3, 7, 8, 16, 17, 33]
+
+
+def exact_int_mm(left, right, *, out=None):
+    """The product that `torch._int_mm` is to give, and no product that it gets wrong."""
+    assert left.shape[1] > 1, "with one input, torch._int_mm returns garbage"
+    product = (left.double() @ right.double()).to(torch.int32)
+    return product if out is None else out.copy_(product)
+
+
+@pytest.mark.parametrize("rows", SIZES)
+@pytest.mark.parametrize("kernel", ["exact", pytest.param("own", marks=integers)])
+def test_integers_multiply_every_shape_as_the_decoded_weight_does(rows, kernel, monkeypatch):
+    if kernel == "exact":
+        monkeypatch.setattr(module, "_INTEGERS", True)
+        monkeypatch.setattr(torch, "_int_mm", exact_int_mm)
+    for columns in SIZES:
+        layer = QuantizedLinear.from_weight(gaussian(rows, columns), None, Scheme("int8"))
+        assert layer.runs_on() == ("decoded" if columns == 1 else "int8")
+        for tokens in (0, *SIZES):
+            x = gaussian(columns, tokens, seed=1).T  # in no way that kernels like
+            codes, step = module.quantized(x.contiguous(), None, None)
+            given = codes.double() * step.double() if columns > 1 else x.double()
+            exact = given @ layer.codes.double().T * layer.scale.double().T
+            with torch.no_grad():
+                torch.testing.assert_close(layer(x).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_no_layer_with_one_input_multiplies_integers(monkeypatch):
+    monkeypatch.setattr(module, "_INTEGERS", True)
+    monkeypatch.setattr(torch, "_int_mm", exact_int_mm)
+    x, weight = gaussian(20, 1), gaussian(48, 1)
+    layer = QuantizedLinear.from_weight(weight, None, Scheme("int8"))
+    table = QuantizedEmbedding.from_embedding(nn.Embedding(48, 1, _weight=weight), Scheme("int8"))
+    factors = LowRankLinear(64, 48, 1, bias=False)
+    factors.up = layer
+    expected = layer.dense_weight()
+    with torch.no_grad():
+        for small in (layer, TiedLinear(layer), TiedLinear(table)):
+            for called in (small, torch.compile(small, fullgraph=True, backend="aot_eager")):
+                torch.testing.assert_close(called(x), x @ expected.T)
+        wide = gaussian(20, 64)
+        torch.testing.assert_close(factors(wide), wide @ factors.dense_weight().T, rtol=1e-4, atol=1e-4)
+
+
+def test_the_smallest_inputs_are_not_lost(monkeypatch):
+    monkeypatch.setattr(module, "_INTEGERS", True)
+    monkeypatch.setattr(torch, "_int_mm", exact_int_mm)
+    layer = QuantizedLinear.from_weight(gaussian(48, 64), None, Scheme("int8"))
+    for size in (1e-30, 1e-36, 3e-37, 1e-37):
+        x = gaussian(20, 64) * size
+        exact = x.double() @ layer.dense_weight().double().T
+        with torch.no_grad():
+            for called in (layer, torch.compile(layer, backend="aot_eager")):
+                assert (called(x).double() - exact).norm() < 0.05 * exact.norm()
 
 
 def test_a_wrong_number_of_features_is_pytorchs_error(layer):

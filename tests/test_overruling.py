@@ -1,0 +1,269 @@
+"""A user overrules the static reading for named layers, after it was tried that nothing changes."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import BertConfig, BertModel, BloomConfig, BloomModel
+
+import lowrank
+from lowrank import DataError, LowRankLinear, Plan, TargetError
+
+
+class Counting(nn.Linear):
+    """Computes what nn.Linear does, which its source does not show."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return functional.linear(x, self.weight, self.bias)
+
+
+class Named(nn.Linear):
+    """The same, but it is not made from sizes."""
+
+    def __init__(self, size, name):
+        super().__init__(size, size)
+        self.name = name
+
+    def forward(self, x):
+        assert self.name
+        return functional.linear(x, self.weight, self.bias)
+
+
+class Twice(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Noisy(nn.Linear):
+    def forward(self, x):
+        return super().forward(functional.dropout(x, 0.5, self.training))
+
+
+class Penalized(nn.Module):
+    """Reads weights by value where its outputs do not show it: a penalty, and inputs that never come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(32, 32)
+        self.out = nn.Linear(32, 32)
+
+    def penalty(self) -> torch.Tensor:
+        return self.proj.weight.pow(2).sum()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.ndim > 3:
+            return x @ self.out.weight
+        return self.out(self.proj(x).relu())
+
+
+class Reader(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.called = nn.Linear(32, 32)
+        self.unused = nn.Linear(32, 32)
+        self.read = nn.Linear(32, 32)
+        self.summed = nn.Linear(32, 32)
+
+    def penalty(self) -> torch.Tensor:
+        return self.unused.weight.pow(2).sum()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.unused(x @ self.read.weight) + self.summed(self.called(x)) * self.summed.weight.sum()
+
+
+def seeded(make) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make().eval()
+
+
+X = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
+
+
+def same_as_before(model: nn.Module, before: nn.Module) -> bool:
+    one, other = model.state_dict(), before.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_subclass_that_turns_out_to_compute_the_same_is_factorized_saved_loaded_and_dense_again(
+    dtype, tmp_path
+):
+    model = seeded(lambda: nn.Sequential(Counting(32, 32), nn.Linear(32, 32))).to(dtype)
+    dense = copy.deepcopy(model)
+    assert [layer.targeted for layer in lowrank.plan(model, rank=4)] == [False, True]
+    state = torch.random.get_rng_state()
+    lowrank.compress(model, rank=4, overrule=["0"])
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert isinstance(model[0], LowRankLinear)
+    small = model(X.to(dtype))
+    lowrank.save(model, tmp_path / "folder")
+    loaded = lowrank.load(tmp_path / "folder", copy.deepcopy(dense))
+    assert torch.equal(loaded(X.to(dtype)), small)
+    assert lowrank.report(loaded).factorized[0].name == "0"
+    assert type(lowrank.decompress(loaded)[0]) is Counting
+    assert torch.allclose(loaded(X.to(dtype)).float(), small.float(), atol=0.05)
+    assert dense[0].calls == 0  # it was tried on a copy
+
+
+def test_what_is_overruled_for_one_model_is_in_doubt_in_the_next():
+    lowrank.compress(
+        seeded(lambda: nn.Sequential(Counting(32, 32), nn.Linear(32, 32))), rank=4, overrule=["0"]
+    )
+    again = seeded(lambda: nn.Sequential(Counting(32, 32), nn.Linear(32, 32)))
+    reason = "is a Counting, which may compute something else than nn.Linear"
+    assert lowrank.plan(again, rank=4)["0"].reason == reason
+    with pytest.raises(lowrank.WeightError, match="Counting is not a linear layer"):
+        LowRankLinear.from_linear(again[0], 4)
+
+
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [
+        (
+            lambda: Twice(32, 32),
+            "A Twice does not compute what nn.Linear does: on random inputs the outputs differ by 1",
+        ),
+        (lambda: Noisy(32, 32), "A Noisy does not compute what nn.Linear does in training mode"),
+        (
+            lambda: Named(32, "a"),
+            "A Named, built again from its weight and bias, fails on random inputs: AttributeErr",
+        ),
+    ],
+    ids=["twice", "noisy", "named"],
+)
+def test_a_subclass_that_computes_something_else_or_cannot_be_built_again_is_refused(layer, why):
+    model = seeded(lambda: nn.Sequential(layer(), nn.Linear(32, 32)))
+    before = copy.deepcopy(model)
+    for call in (lowrank.compress, lowrank.plan):
+        with pytest.raises(TargetError, match=rf"^0: overrule= cannot be followed\. {why}.*stays as it is"):
+            call(model, rank=4, overrule=["0"])
+    assert same_as_before(model, before)
+
+
+def test_a_plan_by_hand_is_tried_before_it_is_applied():
+    model = seeded(lambda: nn.Sequential(Twice(32, 32), nn.Linear(32, 32)))
+    plan = lowrank.plan(model, rank=4).with_rank("*", 4)
+    layer = plan["0"]
+    by_hand = plan.with_layers({"0": type(layer)(**{**vars(layer), "overruled": True})})
+    with pytest.raises(TargetError, match="0: overrule= cannot be followed"):
+        lowrank.apply(model, by_hand)
+    assert type(model[0]) is Twice
+
+
+def test_a_weight_that_seems_to_be_read_is_factorized_if_the_outputs_do_not_need_it(tmp_path):
+    model = seeded(Penalized)
+    dense = copy.deepcopy(model)
+    plan = lowrank.plan(model, rank=4, overrule=["*"], inputs=X)
+    assert [(layer.name, layer.overruled, layer.rank) for layer in plan] == [
+        ("proj", True, 4),
+        ("out", True, 4),
+    ]
+    assert Plan.from_json(plan.to_json()) == plan
+    assert same_as_before(model, dense)
+    lowrank.apply(model, plan)
+    small = model(X)
+    lowrank.save(model, tmp_path / "folder")
+    loaded = lowrank.load(tmp_path / "folder", copy.deepcopy(dense))
+    assert torch.equal(loaded(X), small)
+    assert [type(layer) for layer in lowrank.decompress(loaded).children()] == [nn.Linear, nn.Linear]
+
+
+@pytest.mark.parametrize("data", [lambda: [X] * 4, lambda: iter([X] * 4)], ids=["list", "iterator"])
+def test_the_first_batch_of_the_data_serves_to_try_it(data):
+    model = lowrank.compress(seeded(Penalized), rank=4, overrule=["proj"], data=data())
+    assert isinstance(model.proj, LowRankLinear) and type(model.out) is nn.Linear
+    coded = lowrank.compress(seeded(Penalized), rank=4, overrule=["proj"], data=data(), quantize="int8")
+    assert isinstance(coded.proj.down, lowrank.QuantizedLinear)
+
+
+def test_statistics_cover_what_is_overruled_where_they_are_told():
+    model = seeded(Penalized)
+    stats = lowrank.calibrate(model, [X] * 4, overrule=["proj"])
+    assert "proj" in stats and "out" not in stats
+    plan = lowrank.plan(model, rank=4, stats=stats, overrule=["proj"], inputs=X)
+    assert plan["proj"].rank == 4
+
+
+@pytest.mark.parametrize(
+    ("pattern", "layer", "why"),
+    [
+        ("read", "read", "without its weight Reader fails"),
+        ("summed", "summed", r"the outputs differ by .* of their norm"),
+        ("*", "read", "without its weight Reader fails"),
+    ],
+    ids=["fails", "differs", "several"],
+)
+def test_a_weight_that_is_read_is_refused_and_the_model_is_as_before(pattern, layer, why):
+    model = seeded(Reader)
+    before = copy.deepcopy(model)
+    message = rf"^{layer}: overrule= .* Its weight is read by value in Reader, and that counts: {why}"
+    with pytest.raises(TargetError, match=message):
+        lowrank.compress(model, rank=4, overrule=[pattern], inputs=X)
+    assert same_as_before(model, before)
+    assert [type(child) for child in model.children()] == [nn.Linear] * 4
+
+
+def test_one_of_several_may_be_overruled():
+    model = lowrank.compress(seeded(Reader), rank=4, overrule=["unused"], inputs=X)
+    assert isinstance(model.unused, LowRankLinear) and type(model.read) is nn.Linear
+
+
+def test_without_inputs_a_reading_cannot_be_overruled():
+    with pytest.raises(DataError, match=r"^out: has its weight read by value in Penalized.*give inputs="):
+        lowrank.compress(seeded(Penalized), rank=4, overrule=["out"])
+
+
+def test_a_pattern_to_overrule_must_match_a_layer():
+    with pytest.raises(TargetError, match='"proi" matches none of the 2 linear layers'):
+        lowrank.plan(seeded(Penalized), rank=4, overrule=["proi"], inputs=X)
+    with pytest.raises(TargetError, match="overrule='proj': give a list of patterns"):
+        lowrank.plan(seeded(Penalized), rank=4, overrule="proj", inputs=X)
+
+
+def test_an_overruled_layer_is_coded_and_given_back():
+    model = seeded(lambda: nn.Sequential(Counting(32, 32), nn.Linear(32, 32)))
+    lowrank.compress(model, rank={"1": 4}, overrule=["0"], quantize="int8")
+    assert isinstance(model[0], lowrank.QuantizedLinear)
+    assert type(lowrank.decompress(model)[0]) is Counting
+
+
+class Doubting(BertModel):
+    def penalty(self) -> torch.Tensor:
+        return sum(block.output.dense.weight.pow(2).sum() for block in self.encoder.layer)
+
+
+def test_a_transformers_model_with_an_overruled_layer_is_saved_and_loaded(tmp_path):
+    config = BertConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+    )
+    model = seeded(lambda: Doubting(config))
+    batch = {"input_ids": torch.arange(12).reshape(2, 6)}
+    lowrank.compress(model, rank=4, overrule=["*.output.dense"], inputs=batch)
+    assert isinstance(model.encoder.layer[0].output.dense, LowRankLinear)
+    model.save_pretrained(tmp_path)
+    loaded = Doubting.from_pretrained(tmp_path)
+    assert torch.equal(loaded(**batch).last_hidden_state, model(**batch).last_hidden_state)
+    assert Plan.from_dict(loaded.config.quantization_config.plan).overruled == {
+        "encoder.layer.0.output.dense"
+    }
+
+
+def test_bloom_that_multiplies_slices_of_its_weights_is_refused(tmp_path):
+    config = BloomConfig(
+        vocab_size=99, hidden_size=64, n_layer=1, n_head=4, pretraining_tp=2, slow_but_exact=True
+    )
+    model = seeded(lambda: BloomModel(config))
+    batch = {"input_ids": torch.arange(12).reshape(2, 6)}
+    with pytest.raises(TargetError, match=r"dense: overrule= cannot be followed.*BloomAttention"):
+        lowrank.compress(model, rank=4, overrule=["*.self_attention.dense"], inputs=batch)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(DataError, match="give inputs="):
+        BloomModel.from_pretrained(
+            tmp_path, quantization_config=lowrank.LowRankConfig(rank=4, overrule=["*.self_attention.dense"])
+        )
