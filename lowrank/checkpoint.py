@@ -4,18 +4,17 @@ A folder is written as one step (see `lowrank.folders`), so that an interrupt le
 whole. Transformers models become ordinary ``save_pretrained`` folders; for any
 other module the folder holds ``model.safetensors`` and ``lowrank.json``:
 
-    {"format": 1, "plan": {...}, "tensors": {name: sha256}, "aliases": {name: name}}
+    {"format": 2, "plan": {...}, "tensors": {name: sha256}, "aliases": {name: name}, "digest": sha256}
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -26,14 +25,24 @@ from lowrank.cards import module_card
 from lowrank.errors import CheckpointError, LowRankError, PlanError, SchemeError
 from lowrank.folders import STRUCTURE, TENSORS, settle, staged
 from lowrank.forms import scheme_of
+from lowrank.integrity import (
+    check_digests,
+    check_finite,
+    check_seal,
+    check_values,
+    digest_of,
+    read_document,
+    read_tensors,
+    sealed,
+)
 from lowrank.nn import LowRankEmbedding
 from lowrank.obstacles import check_model, check_not_compiled
 from lowrank.planning import LayerPlan, Plan
 from lowrank.surgery import check_structure, restructure
 from lowrank.targets import draft
-from lowrank.tensorfile import DTYPE_NAMES, METADATA, state_of, stored_tensors
+from lowrank.tensorfile import DTYPE_NAMES, METADATA, Stored, read_header, state_of, stored_tensors
 
-FORMAT = 1
+FORMAT = 2
 """Version of ``lowrank.json``; a reader refuses anything newer."""
 
 
@@ -54,7 +63,8 @@ def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> Pa
 
     Raises:
         CheckpointError: If the folder is not empty, has no name of its own (such as "."), cannot be written
-            or is being written by another process; or if the model holds state that is no tensor.
+            or is being written by another process; or if the model holds state that is no tensor, or a
+            parameter that is NaN or infinite.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64))
@@ -71,6 +81,7 @@ def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> Pa
 
 def write(model: nn.Module, folder: Path) -> None:
     """Write the files of a checkpoint into ``folder``, which `lowrank.folders.staged` gives."""
+    check_values(model)
     hf = plugin()
     if hf is not None and hf.is_pretrained(model):
         hf.save(model, folder)
@@ -171,7 +182,8 @@ def _write(model: nn.Module, folder: Path) -> None:
         "tensors": {name: digest_of(tensor) for name, tensor in ready.items()},
         "aliases": aliases,
     }
-    (folder / STRUCTURE).write_text(json.dumps(structure, indent=1, allow_nan=False), encoding="utf-8")
+    text = json.dumps(sealed(structure), indent=1, allow_nan=False)
+    (folder / STRUCTURE).write_text(text, encoding="utf-8")
     write_card(folder, module_card(model))
 
 
@@ -180,34 +192,24 @@ def _is_view(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
 
 
-def digest_of(tensor: Tensor) -> str:
-    """Hash dtype, shape and bytes: the same bytes read as another dtype are another tensor."""
-    data = tensor.reshape(-1).view(torch.uint8).cpu().numpy()
-    about = f"{DTYPE_NAMES.get(tensor.dtype)} {tuple(tensor.shape)} "
-    return hashlib.sha256(about.encode() + data.tobytes()).hexdigest()
-
-
 def _read(folder: Path, model: nn.Module) -> nn.Module:
     structure, file = folder / STRUCTURE, folder / TENSORS
-    digests, aliases, plan = _read_structure(structure)
+    data = read_document(structure, FORMAT)
+    digests, aliases, plan = _structure_of(structure, data)
     try:
         check_structure(model, plan)
-    except PlanError as error:
+    except (PlanError, SchemeError) as error:
         raise CheckpointError(f"{structure}: does not fit the architecture: {error}") from error
     _check_aliases(structure, model, digests, aliases)
-    try:
-        with safe_open(file, framework="pt") as stored:
-            _check_names(file, set(stored.keys()), set(digests))
-            shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in digests}
-            _check_architecture(file, model, plan, shapes, aliases)
-            for name, expected in _code_dtypes(plan).items():
-                if name in digests and (found := stored.get_slice(name).get_dtype()) != expected:
-                    raise CheckpointError(
-                        f"{file}: the tensor {name} is {found}; codes need {expected} there."
-                    )
-            tensors = {name: checked(file, name, stored.get_tensor(name), digests[name]) for name in digests}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: cannot be read: {error}.") from error
+    header = read_header(file)
+    _check_names(file, set(header), set(digests))
+    _check_architecture(file, model, plan, {name: stored.shape for name, stored in header.items()}, aliases)
+    _check_dtypes(file, model, plan, header)
+    check_seal(structure, data)  # only now: the checks before this one say what is wrong
+    tensors = dict(read_tensors(file, digests))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    for name, tensor in tensors.items():
+        check_finite(file, name, tensor, buffer=name in buffers)
     restructure(model, plan)
     _assign(model, tensors, aliases)
     hf = plugin()
@@ -216,22 +218,10 @@ def _read(folder: Path, model: nn.Module) -> nn.Module:
     return model
 
 
-def _read_structure(file: Path) -> tuple[dict[str, str], dict[str, str], Plan]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: cannot be read: {error}.") from error
-    if not isinstance(data, dict) or not isinstance(data.get("format"), int):
-        raise CheckpointError(f'{file}: has no "format" number. It was not written by lowrank.')
-    if data["format"] > FORMAT:
-        raise CheckpointError(
-            f"{file}: has format {data['format']}; this version of lowrank reads up to {FORMAT}. "
-            "Install a newer lowrank."
-        )
+def _structure_of(file: Path, data: dict[str, Any]) -> tuple[dict[str, str], dict[str, str], Plan]:
+    """Return digests, aliases and plan of the ``data`` in ``file``."""
     for key in ("tensors", "aliases"):
-        table = data.get(key)
-        if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
-            raise CheckpointError(f'{file}: "{key}" must map names to strings.')
+        check_digests(file, data.get(key), key)
     try:
         return data["tensors"], data["aliases"], Plan.from_dict(data.get("plan"))
     except LowRankError as error:
@@ -282,6 +272,20 @@ def _check_architecture(
             )
 
 
+def _check_dtypes(file: Path, model: nn.Module, plan: Plan, header: Mapping[str, Stored]) -> None:
+    """Refuse integers in place of floating-point numbers, and codes of another dtype than their scheme's."""
+    state, codes = state_of(model), _code_dtypes(plan)
+    for name, stored in header.items():
+        if name in codes and stored.dtype != codes[name]:
+            raise CheckpointError(
+                f"{file}: the tensor {name} is {stored.dtype}; codes need {codes[name]} there."
+            )
+        floating = state[name].is_floating_point() if name in state else name not in codes
+        if name not in codes and floating != stored.is_floating_point:
+            wanted = "floating-point numbers" if floating else "integers"
+            raise CheckpointError(f"{file}: the tensor {name} is {stored.dtype}; the model needs {wanted}.")
+
+
 def _expected_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
     """Return the state dict's shapes as they will be once ``model`` has the structure of ``plan``."""
     shapes = {name: tuple(tensor.shape) for name, tensor in state_of(model).items()}
@@ -293,13 +297,6 @@ def _expected_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]
         elif layer.added_bias:
             shapes[f"{layer.name}.up.bias"] = (layer.bias_features,)
     return shapes | plan_shapes(plan)
-
-
-def checked(file: Path, name: str, tensor: Tensor, digest: str) -> Tensor:
-    """Return ``tensor`` if it is the one that was saved; raises `CheckpointError` if not."""
-    if digest_of(tensor) != digest:
-        raise CheckpointError(f"{file}: the tensor {name} is not the one that was saved. Copy it again.")
-    return tensor
 
 
 def _assign(model: nn.Module, tensors: dict[str, Tensor], aliases: Mapping[str, str]) -> None:

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from lowrank import arguments
-from lowrank.arguments import MODEL_OF, accepts, instance, whole
+from lowrank.arguments import MODEL_OF, accepts, instance, number, whole
 from lowrank.atomicfile import replaced
 from lowrank.devices import device_of, dtype_of
 from lowrank.errors import BudgetError, LowRankError
+from lowrank.jsonfile import read_json
 from lowrank.menus import Costs, Menu
 from lowrank.modes import hooked
 from lowrank.planning import LayerPlan, Plan
@@ -103,14 +104,28 @@ class LatencyTable:
             LowRankError: If the file cannot be read or is no such table.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            seconds = {
-                str(key): [(int(rank), float(value)) for rank, value in points]
-                for key, points in data["seconds"].items()
-            }
-            return cls({str(k): str(v) for k, v in data["environment"].items()}, seconds)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise LowRankError(f"{path}: not a table of latencies: {error}.") from error
+            data = read_json(path)
+            for key in ("environment", "seconds"):
+                instance(dict, "a JSON object")(key, data.get(key))
+            environment = {key: arguments.text()(key, value) for key, value in data["environment"].items()}
+            return cls(environment, {key: _points(key, points) for key, points in data["seconds"].items()})
+        except LowRankError as error:
+            raise LowRankError(f"{path}: not a table of latencies: {error}") from error
+
+
+def _points(where: str, points: Any) -> list[tuple[int, float]]:
+    """Return pairs of rank and seconds from JSON: the dense layer first, then rising ranks."""
+    pairs = arguments.every(_pair, (list,), "a list of pairs of rank and seconds")(where, points)
+    ranks = [rank for rank, _ in pairs]
+    if len(ranks) < 2 or ranks[0] != 0 or ranks != sorted(set(ranks)):
+        raise LowRankError(f"{where}: the ranks must begin with 0, the dense layer, and rise.")
+    return [(int(rank), float(seconds)) for rank, seconds in pairs]
+
+
+def _pair(where: str, pair: Any) -> Any:
+    if not isinstance(pair, list) or len(pair) != 2:
+        raise LowRankError(f"{where}: give a pair of rank and seconds.")
+    return whole()(f"{where}: the rank", pair[0]), number(0)(f"{where}: the seconds", pair[1])
 
 
 def latency_costs(

@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lowrank.arguments import accepts, every, instance, path, text
+from lowrank.arguments import LARGEST, accepts, every, instance, path, text
 from lowrank.atomicfile import replaced
 from lowrank.errors import BudgetError, PlanError, RankError, TargetError
+from lowrank.jsonfile import check_regular, parse_json
 from lowrank.patterns import matches, no_match
 from lowrank.reach import UnplannedWeight, describe_reach, shares
 from lowrank.text import format_table
@@ -583,7 +584,7 @@ class Plan:
         values = {key: value for key, value in data.items() if key not in ("format", *_LISTS)}
         if values.get("metric", "weight") not in METRICS:
             raise PlanError(
-                f"The plan has errors under the metric {values['metric']!r}, which is unknown here; "
+                f"The plan has errors under the metric {_shown(values['metric'])}, which is unknown here; "
                 f"known are {', '.join(METRICS)}."
             )
         layers = tuple(_layer_from_dict(layer) for layer in data["layers"])
@@ -602,8 +603,8 @@ class Plan:
     def from_json(cls, text: str) -> Plan:
         """Read what `to_json` wrote; raises `PlanError` as `from_dict` does."""
         try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            data = parse_json(text)
+        except ValueError as error:
             raise PlanError(f"The plan is not JSON: {error}.") from error
         return cls.from_dict(data)
 
@@ -627,10 +628,14 @@ class Plan:
             PlanError: If the file cannot be read, or is not a plan.
         """
         try:
+            check_regular(path)
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"{path}: the plan cannot be read: {error}.") from error
-        return cls.from_json(text)
+        try:
+            return cls.from_json(text)
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from error
 
     def __str__(self) -> str:
         schemes = self._schemes()
@@ -721,10 +726,18 @@ def _typed(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
             raise PlanError(f'{where} has an unknown field "{key}".')
         allowed = _TYPES[str(types[key])]
         if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-            raise PlanError(f'{where}: "{key}" is {value!r}, but must be {types[key]}.')
+            raise PlanError(f'{where}: "{key}" is {_shown(value)}, but must be {types[key]}.')
         if isinstance(value, float) and not math.isfinite(value):
             raise PlanError(f'{where}: "{key}" is {value!r}, but must be a finite number.')
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise PlanError(f'{where}: "{key}" is {_shown(value)}, but nothing has more than {LARGEST:,}.')
     return values
+
+
+def _shown(value: object) -> str:
+    """Return how a message quotes a value, which may be of any size."""
+    scalar = value is None or isinstance(value, (str, int, float))
+    return repr(value)[:80] if scalar else f"a {type(value).__name__}"
 
 
 def _layer_from_dict(data: object) -> LayerPlan:

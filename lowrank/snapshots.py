@@ -7,20 +7,21 @@ interrupt while writing leaves the one before.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lowrank.arguments import number, whole
 from lowrank.errors import CheckpointError
 from lowrank.folders import settle, staged
-from lowrank.tensorfile import METADATA, read_header
+from lowrank.integrity import check_seal, digest_of, read_document, read_tensors, sealed
+from lowrank.tensorfile import METADATA
 
-SNAPSHOT_FORMAT = 1
+SNAPSHOT_FORMAT = 2
 """Version of the folder; a reader refuses anything newer."""
 
 _TENSORS, _STRUCTURE = "snapshot.safetensors", "snapshot.json"
@@ -66,12 +67,14 @@ class Snapshot:
             "steps": self.steps,
             "progress": self.progress,
             "best": self.best,
+            "tensors": {name: digest_of(tensor) for name, tensor in tensors.items()},
         }
         if self.blocks is not None:
             numbers["blocks"] = self.blocks
         with staged(folder, overwrite=True) as staging:
             save_file(tensors, staging / _TENSORS, METADATA)
-            (staging / _STRUCTURE).write_text(json.dumps(numbers, allow_nan=False), encoding="utf-8")
+            text = json.dumps(sealed(numbers), allow_nan=False)
+            (staging / _STRUCTURE).write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path, parameters: Sequence[Tensor], blockwise: bool = False) -> Snapshot | None:
@@ -87,44 +90,48 @@ class Snapshot:
                 run of the other kind.
         """
         settle(folder)
-        if not (folder / _STRUCTURE).exists():
+        file = folder / _STRUCTURE
+        if not file.exists():
             return None
-        file = folder / _TENSORS
-        try:
-            numbers = json.loads((folder / _STRUCTURE).read_text(encoding="utf-8"))
-            if numbers["format"] > SNAPSHOT_FORMAT:
-                raise CheckpointError(f"{folder}: a snapshot of a newer version. Install a newer lowrank.")
-            blocks = numbers.get("blocks")
-            if (blocks is not None) != blockwise:
-                kind = "as a whole" if blockwise else "block by block"
-                raise CheckpointError(f"{folder}: a snapshot of a run {kind}. Give an empty folder.")
-            names = _GROUPS[:2] if blockwise else _GROUPS
-            read_header(file)
-            with safe_open(file, framework="pt") as tensors:
-                groups = [
-                    [tensors.get_tensor(f"{name}.{number}") for number in range(len(parameters))]
-                    for name in names
-                ]
-            for group in groups:
-                for mine, found in zip(parameters, group, strict=True):
-                    _check(folder, mine, found)
-            placed = [[t.to(p.device) for t, p in zip(g, parameters, strict=True)] for g in groups]
-            state = int(numbers["steps"]), float(numbers["progress"]), float(numbers["best"])
-            if blockwise:
-                return cls(*state, placed[0], placed[1], blocks=int(blocks))
-            return cls(*state, placed[0], placed[1], (placed[2], placed[3]))
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{folder}: the snapshot is damaged, or of another model: {error}."
-            ) from error
+        numbers = read_document(file, SNAPSHOT_FORMAT)
+        check_seal(file, numbers)
+        if ("blocks" in numbers) != blockwise:
+            kind = "as a whole" if blockwise else "block by block"
+            raise CheckpointError(f"{folder}: a snapshot of a run {kind}. Give an empty folder.")
+        steps, progress, best = (_NUMBERS[key](f"{file}: {key}", numbers.get(key)) for key in _STATE)
+        blocks = _NUMBERS["steps"](f"{file}: blocks", numbers["blocks"]) if blockwise else None
+        tensors = dict(read_tensors(folder / _TENSORS, numbers.get("tensors")))
+        groups = [
+            [_fitting(folder, f"{name}.{number}", mine, tensors) for number, mine in enumerate(parameters)]
+            for name in (_GROUPS[:2] if blockwise else _GROUPS)
+        ]
+        moments = () if blockwise else ((groups[2], groups[3]),)
+        return cls(steps, progress, best, groups[0], groups[1], *moments, blocks=blocks)
 
 
 _GROUPS = ("parameters", "kept", "means", "squares")
 
 
-def _check(folder: Path, mine: Tensor, found: Tensor) -> None:
+_STATE = ("steps", "progress", "best")
+_NUMBERS = {
+    "steps": whole(error=CheckpointError),
+    "progress": number(0, error=CheckpointError),
+    "best": number(error=CheckpointError),
+}
+
+
+def _fitting(folder: Path, name: str, mine: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return the tensor ``name`` of a snapshot, on the device of the parameter whose state it is."""
+    found = tensors.get(name)
+    if found is None:
+        raise CheckpointError(
+            f"{folder}: the snapshot lacks the tensor {name}. It is damaged, or of another model: give an "
+            "empty folder to begin anew."
+        )
     if mine.shape != found.shape or mine.dtype != found.dtype or not bool(torch.isfinite(found).all()):
         raise CheckpointError(
-            f"{folder}: the snapshot has a tensor {tuple(found.shape)} of {found.dtype} where this model has "
-            f"{tuple(mine.shape)} of {mine.dtype}. Give an empty folder to begin anew."
+            f"{folder}: the snapshot's tensor {name} is {tuple(found.shape)} of {found.dtype} where this "
+            f"model has {tuple(mine.shape)} of {mine.dtype}, or is not finite. Give an empty folder to begin "
+            "anew."
         )
+    return found.to(mine.device)

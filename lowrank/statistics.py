@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lowrank.arguments import accepts, choice, flag, instance, path, refused, text
-from lowrank.errors import CheckpointError, StatsError
+from lowrank.arguments import accepts, choice, flag, instance, number, path, refused, text, whole
+from lowrank.errors import CheckpointError, LowRankError, StatsError
 from lowrank.folders import settle, staged
+from lowrank.integrity import check_seal, digest_of, read_document, read_tensors, sealed
 from lowrank.linalg import Diagonal, Gram, Metric, PulledBack
 from lowrank.linalg.shrinkage import shrunk
 from lowrank.lookups import Lookups
-from lowrank.tensorfile import METADATA, read_header
+from lowrank.tensorfile import METADATA
 
-STATS_FORMAT = 1
+STATS_FORMAT = 2
 """Version of the folder written by `Stats.save`; a reader refuses anything newer."""
 
 MOST = 16.0
@@ -377,6 +377,7 @@ class Stats:
                 for name, table in self.tables.items()
             },
         }
+        structure = sealed({**structure, "tensors": {key: digest_of(t) for key, t in tensors.items()}})
         with staged(Path(folder), overwrite) as staging:
             save_file({k: t.contiguous() for k, t in tensors.items()}, staging / _TENSORS, METADATA)
             (staging / _STRUCTURE).write_text(
@@ -391,21 +392,18 @@ class Stats:
         Raises:
             StatsError: If the folder has no statistics, or they are damaged or from a newer version.
         """
-        file = Path(folder) / _TENSORS
+        file = Path(folder) / _STRUCTURE
         try:
             settle(Path(folder))
-            structure = json.loads((Path(folder) / _STRUCTURE).read_text(encoding="utf-8"))
-            if structure["format"] > STATS_FORMAT:
-                raise StatsError(
-                    f"{folder}: statistics of format {structure['format']}; this version of lowrank reads up "
-                    f"to {STATS_FORMAT}. Install a newer lowrank."
-                )
-            read_header(file)
-            with safe_open(file, framework="pt") as tensors:
-                return _assembled(structure, {key: tensors.get_tensor(key) for key in tensors.keys()})  # noqa: SIM118
-        except (OSError, SafetensorError, CheckpointError) as error:
+            structure = read_document(file, STATS_FORMAT)
+            tensors = dict(read_tensors(Path(folder) / _TENSORS, structure.get("tensors")))
+        except (OSError, CheckpointError) as error:
             raise StatsError(f"{folder}: the statistics cannot be read: {error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        try:
+            stats = _assembled(structure, tensors)
+            check_seal(file, structure)  # only now: the checks before this one say what is wrong
+            return stats
+        except (LowRankError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise StatsError(
                 f"{folder}: not statistics of lowrank, or damaged: {type(error).__name__}: {error}."
             ) from error
@@ -422,50 +420,63 @@ def check_stats(name: str, value: Any) -> Stats:
     return stats
 
 
+_COUNT = whole(0, 2**63 - 1, StatsError)
+_SUM = number(0, error=StatsError)
+_TEXT = text(StatsError)
+
+
 def _assembled(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Stats:
     for name, tensor in tensors.items():
         square = tensor.ndim == 1 or (tensor.ndim == 2 and tensor.shape[0] == tensor.shape[1])
         if tensor.dtype != torch.float64 or not square or not bool(tensor.isfinite().all()):
             raise ValueError(f"the tensor {name} is not a finite float64 vector or square matrix")
     inputs = {
-        key: Moments(float(weight), tensors[f"inputs.{key}.total"], tensors[f"inputs.{key}.products"])
+        key: Moments(
+            _SUM(f"inputs of {key}", weight),
+            tensors[f"inputs.{key}.total"],
+            tensors[f"inputs.{key}.products"],
+        )
         for key, weight in structure["inputs"].items()
     }
+    for key, moments in inputs.items():
+        if moments.total.ndim != 1 or len(moments.total) != len(moments.products):
+            raise ValueError(f"the sums of the input {key} are of different sizes")
+    for layer, key in structure["sources"].items():
+        if not isinstance(key, str) or key not in inputs:
+            raise ValueError(f"layer {layer!r} reads the input {str(key)[:80]!r}, which is not there")
     gradients = {
         name: Gradients(
-            int(entry["tokens"]),
+            _COUNT(f"tokens of {name}", entry["tokens"]),
             tensors[f"gradients.{name}.products"],
-            bool(entry["pulled_back"]),
+            flag(f"pulled_back of {name}", entry["pulled_back"]),
         )
         for name, entry in structure["gradients"].items()
     }
-    tables = {
-        name: Lookups(
-            **{part: tensors[f"tables.{name}.{part}"] for part in entry["parts"]},
-            head_tokens=int(entry["head_tokens"]),
-        )
-        for name, entry in structure.get("tables", {}).items()  # absent before there were any
-    }
-    for layer, key in structure["sources"].items():
-        if key not in inputs or not isinstance(layer, str):
-            raise ValueError(f"layer {layer!r} reads the input {key!r}, which is not there")
-    entry = structure["fingerprint"]
-    fingerprint = Fingerprint(
-        {str(name): str(value) for name, value in entry["layers"].items()},
-        str(entry["tokenizer"]),
-        f"{int(entry['data'], 16):016x}",
-    )
     held = {
-        name: Held(float(entry["measured"]), float(entry["predicted"]))
+        name: Held(*(_SUM(f"{field} of {name}", entry[field]) for field in ("measured", "predicted")))
         for name, entry in structure["held_out"].items()
     }
+    found = structure["fingerprint"]
+    layers = {name: _TEXT(f"fingerprint of {name}", value) for name, value in found["layers"].items()}
+    data = f"{int(_TEXT('data', found['data']), 16):016x}"
     return Stats(
-        fingerprint,
+        Fingerprint(layers, _TEXT("tokenizer", found["tokenizer"]), data),
         inputs,
         structure["sources"],
         gradients,
-        int(structure["tokens"]),
-        int(structure["terms"]),
+        _COUNT("tokens", structure["tokens"]),
+        _COUNT("terms", structure["terms"]),
         held,
-        tables,
+        _tables(structure, tensors),
     )
+
+
+def _tables(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Lookups]:
+    """Return the sums of embeddings, which were not there at first."""
+    return {
+        name: Lookups(
+            **{part: tensors[f"tables.{name}.{part}"] for part in entry["parts"]},
+            head_tokens=_COUNT(f"head_tokens of {name}", entry["head_tokens"]),
+        )
+        for name, entry in structure.get("tables", {}).items()
+    }

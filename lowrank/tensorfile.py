@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from lowrank.errors import CheckpointError
+from lowrank.jsonfile import check_regular, parse_json
 
 METADATA = {"format": "pt"}
 """What transformers writes into the header, and expects there."""
@@ -35,6 +37,8 @@ DTYPE_NAMES = {
     torch.uint64: "U64",
 }
 _ORDER = list(DTYPE_NAMES)
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+_LARGEST = 2**63 - 1
 _FLOATS = {name for dtype, name in DTYPE_NAMES.items() if dtype.is_floating_point}
 
 
@@ -78,23 +82,54 @@ def read_header(file: str | Path) -> dict[str, Stored]:
     Raises:
         CheckpointError: If it is truncated, has bytes to spare, or is something else.
     """
-    size = Path(file).stat().st_size
     try:
+        check_regular(file)
+        size = Path(file).stat().st_size
         with Path(file).open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > size:
                 raise ValueError(f"its header claims {length:,} bytes")
-            header = json.loads(stream.read(length))
+            header = parse_json(stream.read(length).decode())
         header.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        tensors = {name: Stored(str(entry["dtype"]), tuple(entry["shape"])) for name, entry in header.items()}
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        places = {name: _place(name, entry) for name, entry in header.items()}
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}.") from error
+    except (struct.error, ValueError) as error:
         raise CheckpointError(f"{file}: not a safetensors file, or damaged: {error}.") from error
-    if size != end:
+    end = 0
+    for name, (start, stop) in sorted(places.items(), key=lambda item: item[1]):
+        if start != end:
+            raise CheckpointError(f"{file}: damaged: the tensor {name} begins at {start:,}, not at {end:,}.")
+        end = stop
+    if size != 8 + length + end:
         raise CheckpointError(
-            f"{file}: damaged: its tensors need {end:,} bytes, the file has {size:,}. Copy it again."
+            f"{file}: damaged: its tensors need {8 + length + end:,} bytes, the file has {size:,}. "
+            "Copy it again."
         )
-    return tensors
+    return {name: Stored(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+
+
+def _place(name: str, entry: Any) -> tuple[int, int]:
+    """Return where a tensor's data begin and end, if its entry in a header makes sense.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape, place = (fields.get(field) for field in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ValueError(f"the tensor {name} has the dtype {str(dtype)[:20]!r}, which is unknown here")
+    if not _are_sizes(shape) or math.prod(max(1, size) for size in shape) > _LARGEST:
+        raise ValueError(f"the tensor {name} has no shape that a tensor can have")
+    if not _are_sizes(place) or len(place) != 2 or place[0] > place[1]:
+        raise ValueError(f"the tensor {name} has no place in the file")
+    if place[1] - place[0] != math.prod(shape) * _DTYPES[dtype].itemsize:
+        raise ValueError(f"the tensor {name} has {place[1] - place[0]:,} bytes, not those of its shape")
+    return place[0], place[1]
+
+
+def _are_sizes(values: Any) -> TypeGuard[list[int]]:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
 def stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

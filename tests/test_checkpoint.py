@@ -1,8 +1,10 @@
 """Folders written by `lowrank.save`: they come back bit for bit, or fail by name and change nothing."""
 
 import json
+import os
 import re
 import struct
+from collections import OrderedDict
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 import lowrank
 from lowrank import CheckpointError, LowRankError, LowRankLinear
+from lowrank.integrity import digest_of, sealed
 
 METADATA = {"format": "pt"}
 
@@ -396,6 +399,164 @@ def test_a_plan_for_a_layer_that_does_not_exist_is_refused(saved):
 def test_a_structure_file_that_is_not_json_is_refused(saved, text):
     (saved / "lowrank.json").write_bytes(text.encode("utf-8", "surrogatepass"))
     assert_refused(saved, str(saved / "lowrank.json"))
+
+
+def sealed_again(folder: Path, change=lambda data: None) -> None:
+    """Change the structure, and make its digests fit again, as anybody can."""
+    file = folder / "lowrank.json"
+    data = json.loads(file.read_text())
+    change(data)
+    data["tensors"] = {k: digest_of(t) for k, t in load_file(folder / "model.safetensors").items()}
+    file.write_text(json.dumps(sealed(data)))
+
+
+def test_a_changed_plan_is_refused_though_the_tensors_fit_it(saved):
+    edit(saved, lambda data: data["plan"]["layers"][0].update(relative_error=0.5))
+    assert_refused(saved, str(saved / "lowrank.json"), "is not as it was saved")
+    sealed_again(saved)
+    assert lowrank.load(saved, build_mlp())[0].relative_error == 0.5
+
+
+def test_a_folder_from_before_there_was_a_digest_of_the_structure_is_read(saved):
+    def older(data):
+        data["format"] = 1
+        del data["digest"]
+
+    x = torch.randn(3, 64)
+    expected = lowrank.load(saved, build_mlp())(x)
+    edit(saved, older)
+    assert torch.equal(lowrank.load(saved, build_mlp())(x), expected)
+
+
+def nested(depth: int) -> list:
+    return json.loads("[" * depth + "]" * depth)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [nested(100), nested(900), 10**400, -(10**400), {}, "\ud800"],
+    ids=["nested-100", "nested-900", "huge", "-huge", "object", "surrogate"],
+)
+@pytest.mark.parametrize(
+    "field", ["rank", "in_features", "relative_error", "kind", "bias", "down_of", "same_as"]
+)
+def test_impossible_fields_of_a_layer_are_refused_in_a_short_sentence(saved, field, value):
+    sealed_again(saved, lambda data: data["plan"]["layers"][0].update({field: value}))
+    with pytest.raises(CheckpointError, match=re.escape(str(saved))) as caught:
+        lowrank.load(saved, build_mlp())
+    assert len(str(caught.value)) < 500
+
+
+def with_header(file: Path, change) -> None:
+    """Change the header of a safetensors file, and its length with it."""
+    data = file.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": [2**63, 0]},
+        {"shape": [-8, -96]},
+        {"shape": "many"},
+        {"shape": [96.0, 8]},
+        {"dtype": "X7"},
+        {"dtype": ["F32"]},
+        {"dtype": "C64"},
+        {"data_offsets": [0, 10**30]},
+        {"data_offsets": [8, 0]},
+        {"data_offsets": None},
+    ],
+    ids=str,
+)
+def test_impossible_entries_of_a_header_are_refused_by_name(saved, change):
+    file = saved / "model.safetensors"
+    with_header(file, lambda header: header["0.up.weight"].update(change))
+    assert_refused(saved, str(file), "0.up.weight")
+
+
+def test_integers_in_place_of_numbers_are_refused_though_the_digests_fit(saved):
+    with_header(saved / "model.safetensors", lambda header: header["2.up.bias"].update(dtype="I32"))
+    sealed_again(saved)
+    assert_refused(saved, "2.up.bias is I32", "floating-point numbers")
+
+
+@pytest.mark.parametrize(
+    "name", ["first.up.weight", "last.up.bias", "norm.weight", "norm.running_var", "scale"]
+)
+def test_nan_is_refused_by_name_wherever_it_is(name, tmp_path):
+    model = compressed(Mixed)
+    folder = lowrank.save(model, tmp_path / "small")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata=METADATA)
+    sealed_again(folder)
+    assert_refused(folder, f"the tensor {name} has NaN", model=Mixed())
+    model.load_state_dict(tensors)
+    with pytest.raises(CheckpointError, match=rf"the tensor {re.escape(name)} has NaN"):
+        lowrank.save(model, tmp_path / "broken")
+    assert not (tmp_path / "broken").exists()
+
+
+def test_a_mask_in_a_buffer_may_be_infinite(tmp_path):
+    def build() -> nn.Module:
+        model = build_mlp()
+        model.register_buffer("mask", torch.full((3,), -float("inf")))
+        return model
+
+    again = lowrank.load(lowrank.save(compressed(build), tmp_path / "small"), build())
+    assert again.mask.tolist() == [-float("inf")] * 3
+
+
+@pytest.mark.parametrize("file", ["lowrank.json", "model.safetensors"])
+@pytest.mark.parametrize("kind", ["pipe", "directory", "loop", "device"])
+def test_what_is_no_ordinary_file_is_refused_without_waiting(saved, file, kind):
+    place = saved / file
+    place.unlink()
+    make = {
+        "pipe": os.mkfifo,
+        "directory": Path.mkdir,
+        "loop": lambda p: p.symlink_to(p.name),
+        "device": lambda p: p.symlink_to("/dev/zero"),
+    }
+    make[kind](place)
+    with pytest.raises(CheckpointError, match=re.escape(str(saved))):
+        lowrank.load(saved, build_mlp())
+
+
+def test_links_to_files_are_followed(saved, tmp_path):
+    x, expected = torch.randn(3, 64), lowrank.load(saved, build_mlp())
+    for file in list(saved.iterdir()):
+        file.rename(tmp_path / file.name)
+        file.symlink_to(Path("..") / file.name)
+    assert torch.equal(lowrank.load(saved, build_mlp())(x), expected(x))
+
+
+@pytest.mark.parametrize("outputs", [1, 7], ids=["one-output", "outputs"])
+@pytest.mark.parametrize("rank", [1, 5])
+@pytest.mark.parametrize("name", ["x", "a_longer_name"])
+def test_outputs_are_bit_identical_wherever_the_tensors_lie_in_the_file(tmp_path, rank, outputs, name):
+    def build() -> nn.Module:
+        return nn.Sequential(OrderedDict({name: nn.Linear(61, 53), "last": nn.Linear(53, outputs)})).eval()
+
+    torch.manual_seed(0)
+    model = lowrank.compress(build(), rank=rank, targets=[name])
+    again = lowrank.load(lowrank.save(model, tmp_path / "small"), build())
+    assert all(t.data_ptr() % 64 == 0 for t in again.parameters())
+    for rows in (1, 2, 5, 33):
+        x = torch.randn(rows, 61)
+        assert torch.equal(again(x), model(x))
+
+
+def test_a_loaded_model_does_not_depend_on_the_file_any_more(saved):
+    model = lowrank.load(saved, build_mlp())
+    before = model[0].down.weight.clone()
+    (saved / "model.safetensors").write_bytes(b"")
+    assert torch.equal(model[0].down.weight, before)
 
 
 def test_an_alias_of_a_tensor_that_does_not_exist_is_refused(tmp_path):

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModel
 
 import lowrank
-from lowrank import CheckpointError, LowRankConfig, LowRankError, LowRankLinear
+from lowrank import BudgetError, CheckpointError, LowRankConfig, LowRankError, LowRankLinear
+from lowrank.hf import checks
 
 transformers = pytest.importorskip("transformers")
 
@@ -937,6 +938,7 @@ def test_malformed_digests_are_refused(digests, with_digests):
     file = with_digests / "config.json"
     config = json.loads(file.read_text())
     config["quantization_config"]["tensors"] = digests
+    config["quantization_config"].pop("digest")
     file.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r'config\.json: "tensors" must map'):
         lowrank.load(with_digests)
@@ -965,8 +967,162 @@ def test_save_pretrained_over_a_folder_with_digests_leaves_none(load, shard, wit
     assert_same_outputs(model, lowrank.load(with_digests))
 
 
-def test_from_pretrained_does_not_ask_for_digests(with_digests):
-    before = transformers.BertModel.from_pretrained(with_digests).get_submodule(LAYER).up.weight
+def saved_again(folder: Path, section: dict) -> None:
+    """Write the fields into the folder's config, with a digest that fits."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"].update(section)
+    tensors = config["quantization_config"]["tensors"]
+    config["quantization_config"].pop("digest")
+    file.write_text(json.dumps(checks.with_digests(config, tensors)))
+
+
+by_transformers = transformers.BertModel.from_pretrained
+
+
+@pytest.mark.parametrize("load", [lowrank.load, by_transformers], ids=["lowrank", "hf"])
+@pytest.mark.parametrize("name", [f"{LAYER}.up.weight", "embeddings.LayerNorm.bias"])
+def test_both_loaders_refuse_a_changed_number(load, name, with_digests):
+    change_tensors(with_digests, lambda tensors: flip(tensors, name))
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: the tensor {name} is not the one"):
+        load(with_digests)
+
+
+@pytest.mark.parametrize("load", [lowrank.load, by_transformers], ids=["lowrank", "hf"])
+@pytest.mark.parametrize(
+    "change",
+    [{"num_attention_heads": 2}, {"hidden_act": "relu"}, {"architectures": ["BertForMaskedLM"]}],
+    ids=lambda change: next(iter(change)),
+)
+def test_both_loaders_refuse_a_changed_config(load, change, with_digests):
+    file = with_digests / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(CheckpointError, match=r"small/config\.json: is not as it was saved"):
+        load(with_digests)
+
+
+def test_verification_can_be_turned_off(with_digests):
+    before = by_transformers(with_digests).get_submodule(LAYER).up.weight
     change_tensors(with_digests, lambda tensors: flip(tensors, f"{LAYER}.up.weight"))
-    after = transformers.BertModel.from_pretrained(with_digests).get_submodule(LAYER).up.weight
-    assert not torch.equal(before, after)  # the changed tensor is loaded unasked
+    with pytest.warns(UserWarning, match="verify"):
+        model = by_transformers(with_digests, quantization_config=LowRankConfig(verify=False))
+    after = model.get_submodule(LAYER).up.weight
+    assert not torch.equal(before, after)
+    model.save_pretrained(with_digests)
+    assert set(json.loads((with_digests / "config.json").read_text())["quantization_config"]) == {
+        "how_to_load",
+        "plan",
+        "quant_method",
+    }
+
+
+def test_verification_can_be_asked_for(with_digests):
+    change_tensors(with_digests, lambda tensors: flip(tensors, f"{LAYER}.up.weight"))
+    config = LowRankConfig(verify=True)
+    with (
+        pytest.warns(UserWarning, match="verify"),
+        pytest.raises(CheckpointError, match="is not the one that was saved"),
+    ):
+        by_transformers(with_digests, quantization_config=config)
+
+
+def test_a_folder_cannot_turn_verification_off_itself(with_digests):
+    saved_again(with_digests, {"verify": False})
+    with pytest.raises(CheckpointError, match=r"config\.json: LowRankConfig: give a budget, a plan"):
+        by_transformers(with_digests)
+
+
+def test_verify_is_no_request_for_a_dense_folder(tmp_path):
+    built(FAMILIES["bert"]).save_pretrained(tmp_path)
+    with pytest.raises(BudgetError, match="exactly one budget"):
+        by_transformers(tmp_path, quantization_config=LowRankConfig(verify=False))
+
+
+# --- numbers that no model has, and files that are none
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize(
+    "name", ["embeddings.word_embeddings.weight", "embeddings.LayerNorm.weight", "pooler.dense.bias"]
+)
+def test_nan_in_any_parameter_is_refused_by_name(name, value, saved):
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        tensors[name].view(-1)[3] = value
+
+    change_tensors(saved, spoil)
+    with pytest.raises(CheckpointError, match=rf"small: the tensor {name} has NaN or infinite elements"):
+        by_transformers(saved)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("kind", ["pipe", "directory", "dangling-link"])
+def test_what_is_no_file_is_refused_without_waiting(kind, file, with_digests):
+    place = with_digests / file
+    place.unlink()
+    make = {"pipe": os.mkfifo, "directory": Path.mkdir, "dangling-link": lambda p: p.symlink_to("nowhere")}
+    make[kind](place)
+    with pytest.raises(CheckpointError, match="small"):
+        lowrank.load(with_digests)
+
+
+def test_links_to_files_elsewhere_are_followed_as_in_the_cache_of_the_hub(with_digests, tmp_path):
+    (tmp_path / "blobs").mkdir()
+    for file in list(with_digests.iterdir()):
+        file.rename(tmp_path / "blobs" / file.name)
+        file.symlink_to(Path("..") / "blobs" / file.name)
+    for load in (lowrank.load, by_transformers):
+        assert_same_outputs(small(), load(with_digests))
+
+
+def test_a_config_that_transformers_cannot_use_is_a_checkpoint_error(tmp_path):
+    folder = lowrank.save(built(FAMILIES["bert"]), tmp_path / "dense")
+    for change in ({"hidden_size": "many"}, {"architectures": 3}, {"vocab_size": -1}, {"hidden_size": 2**70}):
+        config = json.loads((folder / "config.json").read_text())
+        (tmp_path / "dense" / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(CheckpointError, match="dense"):
+            lowrank.load(folder)
+        (tmp_path / "dense" / "config.json").write_text(json.dumps(config))
+
+
+# --- code in a folder never runs
+
+
+CODE = """
+from pathlib import Path
+Path({mark!r}).write_text("ran")
+from transformers import PretrainedConfig, PreTrainedModel
+class Config(PretrainedConfig):
+    model_type = "stranger"
+class Model(PreTrainedModel):
+    config_class = Config
+"""
+
+
+@pytest.mark.parametrize("kind", ["stranger", "bert"])
+def test_code_in_a_folder_never_runs_whatever_stdin_says(kind, with_digests, tmp_path, monkeypatch):
+    mark = tmp_path / "mark"
+    (with_digests / "code.py").write_text(CODE.format(mark=str(mark)))
+    file = with_digests / "config.json"
+    config = json.loads(file.read_text())
+    config |= {"model_type": kind, "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"}}
+    config["quantization_config"].pop("digest")
+    file.write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    if kind == "bert":  # transformers' own class exists
+        assert type(lowrank.load(with_digests)) is transformers.BertModel
+    else:
+        with pytest.raises(CheckpointError, match=r"config\.json: the model is defined by code"):
+            lowrank.load(with_digests)
+    assert not mark.exists()
+
+
+# --- outputs to the last bit
+
+
+@pytest.mark.parametrize("load", [lowrank.load, by_transformers], ids=["lowrank", "hf"])
+def test_outputs_of_rank_one_are_bit_identical(load, tmp_path):
+    model = built(FAMILIES["bert"])
+    lowrank.compress(model, rank=1)
+    again = load(lowrank.save(model, tmp_path / "small"))
+    assert all(t.data_ptr() % 64 == 0 for t in (*again.parameters(), *again.buffers()))
+    assert_same_outputs(model, again)

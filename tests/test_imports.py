@@ -73,6 +73,7 @@ def test_planning_knows_only_plain_data():
         "lowrank.arguments",
         "lowrank.atomicfile",
         "lowrank.errors",
+        "lowrank.jsonfile",
         "lowrank.patterns",
         "lowrank.reach",
         "lowrank.text",
@@ -86,10 +87,10 @@ def test_errors_and_text_know_nothing_of_the_library(leaf):
 
 LAYERS = [
     {"errors", "text", "notices"},
-    {"arguments", "locks", "reach", "cardfile"},
+    {"arguments", "jsonfile", "locks", "reach", "cardfile"},
     {"atomicfile"},
     {"patterns", "tensorfile", "folders", "linalg", "allocator", "devices", "modes", "_transformers"},
-    {"batches", "blocks", "textfiles", "fingerprints", "distributed"},
+    {"integrity", "batches", "blocks", "textfiles", "fingerprints", "distributed"},
     {"lookups"},
     {"planning", "statistics", "objectives", "snapshots"},
     {"forms", "guards"},

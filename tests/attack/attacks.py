@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import calls
 import matrices
+import mutations
 from harness import Attack
 from kills import KILLS
 from odd_data import ODD_DATA
@@ -14,11 +15,24 @@ CALLS = Attack(
     calls.attempt,
     3.0,
 )
+MUTATIONS = Attack(
+    "mutations",
+    "damage to each kind of file that is written (bytes, JSON, sizes, swaps, links), then loading it",
+    mutations.attempt,
+)
+HF_MUTATIONS = Attack(
+    "hf-mutations",
+    "the same of transformers folders with digests, through `lowrank.load` and `from_pretrained`",
+    mutations.attempt_transformers,
+)
 MATRICES = Attack(
-    "matrices", "weights and statistics of extreme sizes, ranks and shapes", matrices.attempt, 0.5
+    "matrices",
+    "weights and statistics of extreme sizes, ranks and shapes",
+    matrices.attempt,
+    0.5,
 )
 
-ATTACKS: tuple[Attack, ...] = (CALLS, KILLS, ODD_DATA, MATRICES)
+ATTACKS: tuple[Attack, ...] = (CALLS, MUTATIONS, HF_MUTATIONS, KILLS, ODD_DATA, MATRICES)
 
 
 def named(name: str) -> Attack:

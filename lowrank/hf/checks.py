@@ -1,0 +1,222 @@
+"""What a folder must hold before transformers loads it, and a model after that.
+
+transformers fills in or casts what does not fit, and warns at most; here that is an error. Names in a file
+are not always those in the model, so transformers' own rules translate them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    rename_source_key,
+)
+from transformers.utils.loading_report import LoadStateDictInfo
+
+from lowrank.checkpoint import plan_shapes
+from lowrank.errors import CheckpointError
+from lowrank.integrity import SEAL, check_digests, check_seal, check_values, read_tensors, sealed
+from lowrank.jsonfile import read_json
+from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, TiedLinear
+from lowrank.planning import Plan
+from lowrank.tensorfile import DTYPE_NAMES, Stored
+
+CONFIG, SECTION = "config.json", "quantization_config"
+
+OWN = LowRankLinear, LowRankEmbedding, TiedLinear, Coded
+"""Modules that `lowrank` puts into a model."""
+
+
+def with_digests(config: dict[str, Any], tensors: Mapping[str, str]) -> dict[str, Any]:
+    """Return the content of a ``config.json`` with the digests of the ``tensors`` beside it, and its own."""
+    section = {**config[SECTION], "tensors": dict(tensors)}
+    digest = sealed({**config, SECTION: section})[SEAL]
+    return {**config, SECTION: {**section, SEAL: digest}}
+
+
+def check_config(file: Path) -> None:
+    """Refuse a ``config.json`` that is not as `lowrank.save` wrote it, or that names code to run.
+
+    Raises:
+        CheckpointError: If it has a digest that does not fit, or a class that is not one of transformers'.
+    """
+    config = read_json(file)
+    section = config.get(SECTION)
+    if isinstance(section, dict) and SEAL in section:
+        others = {name: value for name, value in section.items() if name != SEAL}
+        check_seal(file, {**config, SECTION: others, SEAL: section[SEAL]})
+    kind = config.get("model_type")
+    if "auto_map" in config and (not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING):
+        raise CheckpointError(
+            f"{file}: the model is defined by code in the folder, which lowrank never runs. If you trust it, "
+            "load the model with transformers and trust_remote_code=True."
+        )
+
+
+def check_tensors_saved(files: Iterable[str], digests: Any) -> None:
+    """Refuse files whose tensors are not those that `lowrank.save` wrote."""
+    paths = [Path(file) for file in files]
+    folder = paths[0].parent
+    check_digests(folder / CONFIG, digests)
+    missing = set(digests)
+    for file in paths:
+        for name, _ in read_tensors(file, digests):
+            missing.discard(name)
+    for name in sorted(missing):
+        raise CheckpointError(f"{folder}: lacks the tensor {name}. A file is damaged or gone; copy it again.")
+
+
+def check_numbers(model: PreTrainedModel) -> None:
+    """Refuse NaN and infinity, and codes that no weight has; what is offloaded stays unread."""
+    advice = (
+        "Load it in the dtype in which it was saved; if that does not help, the file is damaged: copy it "
+        "again."
+    )
+    check_values(model, model.config.name_or_path, advice)
+    for prefix, module in model.named_modules():
+        if isinstance(module, Coded) and not module.scale.is_meta:
+            _check_codes(model, prefix, module)
+
+
+def check_shapes(file: str, shapes: Mapping[str, tuple[int, ...]], plan: Plan) -> None:
+    """Refuse a file whose tensors have other shapes than the plan says; absent names do not count.
+
+    A sharded checkpoint has each tensor in one of its files, and some models store other names.
+    """
+    expected = plan_shapes(plan)
+    coded, tied = {code.name for code in plan.codes}, {layer.name for layer in plan.tied}
+    for layer in plan:
+        marker = f"{layer.name}.weight"  # without elements where the layer is factorized
+        if layer.rank is None and layer.name not in coded | tied and 0 in shapes.get(marker, ()):
+            raise CheckpointError(
+                f"{file}: the tensor {marker} belongs to a factorized layer, but by config.json the layer "
+                "is dense. One of the two files has been changed."
+            )
+        if layer.rank is None or layer.same_as is not None:
+            continue
+        known = {*expected, f"{layer.name}.up.bias"}
+        strange = next((n for n in shapes if n.startswith(f"{layer.name}.") and n not in known), None)
+        if strange is not None:
+            raise CheckpointError(f"{file}: the tensor {strange} is no part of a factorized layer.")
+    for name, shape in expected.items():
+        if shapes.get(name, shape) != shape:
+            raise CheckpointError(
+                f"{file}: the tensor {name} has shape {shapes[name]}, but by config.json it must have "
+                f"{shape}. One of the two files has been changed."
+            )
+
+
+def check_tensors(
+    headers: Mapping[str, Mapping[str, Stored]], conversions: list[WeightTransform], model: PreTrainedModel
+) -> None:
+    """Refuse integers where the model has floating-point numbers, and tensors that it does not know.
+
+    A model of another class than the saved one need not know those of the head.
+    """
+    stored = {name: (file, tensor) for file, header in headers.items() for name, tensor in header.items()}
+    expected = model.state_dict()
+    strays: dict[str, str] = {}  # name in the model -> name in the file
+    found: set[str] = set()
+    for name, target in _targets(stored, conversions, model.base_model_prefix, expected).items():
+        file, tensor = stored[name]
+        if target not in expected:
+            strays[target] = name
+        elif expected[target].is_floating_point() and not tensor.is_floating_point:
+            raise CheckpointError(
+                f"{file}: the tensor {name} is stored as {tensor.dtype}, but the model needs "
+                "floating-point numbers there. The file has been changed; copy it again."
+            )
+        elif _is_code(model, target) and tensor.dtype != DTYPE_NAMES[expected[target].dtype]:
+            raise CheckpointError(
+                f"{file}: the tensor {name} is stored as {tensor.dtype}, but codes and scales must be "
+                f"{DTYPE_NAMES[expected[target].dtype]}. The file has been changed; copy it again."
+            )
+        found.add(target)
+    for name in sorted(name for name in expected if _is_code(model, name) and name not in found):
+        raise CheckpointError(
+            f"{model.config.name_or_path}: the checkpoint lacks the tensor {name}. It is damaged: "
+            "copy it again."
+        )
+    if is_saved_class(model):
+        for stray in sorted(_unexpected(model, set(strays))):
+            name = strays[stray]
+            raise CheckpointError(
+                f"{stored[name][0]}: has the tensor {name}, which {type(model).__name__} does not know. "
+                "The file has been changed; copy it again."
+            )
+
+
+def _is_code(model: nn.Module, name: str) -> bool:
+    """Tell whether the tensor is the codes or the scales of a coded weight."""
+    layer, _, part = name.rpartition(".")
+    return part in ("codes", "scale", "smooth", "center") and isinstance(model.get_submodule(layer), Coded)
+
+
+def _targets(
+    names: Iterable[str], conversions: list[WeightTransform], prefix: str, expected: dict[str, Tensor]
+) -> dict[str, str]:
+    """Translate names in a file into names in the model, as transformers will."""
+    rules = deepcopy(conversions)  # each notes whether it was used
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    targets = {}
+    for name in names:
+        target, _ = rename_source_key(name, renamings, converters, prefix, expected)
+        targets[name] = name if target not in expected and name in expected else target
+    return targets
+
+
+def _unexpected(model: PreTrainedModel, names: set[str]) -> set[str]:
+    """Leave out the names that the model's class lets a checkpoint have in excess."""
+    info = LoadStateDictInfo(set(), names, set(), [], {}, set())
+    model._adjust_missing_and_unexpected_keys(info)
+    return info.unexpected_keys
+
+
+def is_saved_class(model: PreTrainedModel) -> bool:
+    """Tell whether ``model`` is of the class that was saved."""
+    return type(model).__name__ in (model.config.architectures or ())
+
+
+def check_loaded(model: PreTrainedModel) -> None:
+    """Refuse a model whose tensors were not all in the checkpoint: transformers only warns.
+
+    A model of another class than the saved one may lack its head, but no factor.
+    """
+    same_class = is_saved_class(model)
+    factorized = tuple(
+        f"{n}." for n, m in model.named_modules() if isinstance(m, OWN) and not isinstance(m, TiedLinear)
+    )
+    for name, parameter in model.named_parameters():
+        required = same_class or name.startswith(factorized)
+        offloaded = parameter.is_meta  # to disk, by a device_map
+        if required and not offloaded and not getattr(parameter, "_is_hf_initialized", False):
+            raise CheckpointError(
+                f"{model.config.name_or_path}: the checkpoint lacks the tensor {name}. It is damaged, or was "
+                "not saved by lowrank. Save the model again."
+            )
+
+
+def _check_codes(model: PreTrainedModel, layer: str, module: Coded) -> None:
+    """Refuse values that coding does not give: they show that codes and scales are not of one weight."""
+    state, int8 = module.state_dict(), module.scheme.name == "int8"
+    wrong = {
+        "scale": not bool(state["scale"].isfinite().all()) or (int8 and not bool((state["scale"] > 0).all())),
+        "codes": int8 and bool((state["codes"] == -128).any()),
+        "smooth": "smooth" in state and not bool((state["smooth"] > 0).all()),
+        "center": "center" in state and not bool(state["center"].isfinite().all()),
+    }
+    for name in (name for name, is_wrong in wrong.items() if is_wrong):
+        raise CheckpointError(
+            f"{model.config.name_or_path}: the tensor {layer}.{name} has values that no coded weight has. "
+            "The file is damaged: copy it again."
+        )
