@@ -1126,3 +1126,9 @@ def test_outputs_of_rank_one_are_bit_identical(load, tmp_path):
     again = load(lowrank.save(model, tmp_path / "small"))
     assert all(t.data_ptr() % 64 == 0 for t in (*again.parameters(), *again.buffers()))
     assert_same_outputs(model, again)
+
+
+def test_a_model_without_data_is_not_saved(tiny_bert, tmp_path):
+    with pytest.raises(CheckpointError, match=r"weight: on the meta device, without data\. Load the weights"):
+        lowrank.save(tiny_bert.to("meta"), tmp_path / "meta")
+    assert not list(tmp_path.iterdir())

@@ -391,7 +391,12 @@ def save(model: PreTrainedModel, folder: Path) -> None:
 
     A later ``save_pretrained`` into the folder writes tensors and config anew, without digests: they are
     never out of date.
+
+    Raises:
+        CheckpointError: If a tensor has no data, unless transformers keeps it on a disk (``device_map``).
     """
+    if getattr(model, "hf_device_map", None) is None:
+        stored_tensors(model)
     record(model)
     model.save_pretrained(folder)
     if _method(model) == METHOD:
