@@ -1,4 +1,4 @@
-"""Everything that the documentation shows runs: the README, the docstrings, the notebooks."""
+"""Everything that the documentation shows runs: its pages, the docstrings, the notebooks."""
 
 import ast
 import doctest
@@ -16,16 +16,25 @@ from pathlib import Path
 import pytest
 
 import lowrank
+import lowrank.demo
 
 ROOT = Path(lowrank.__file__).parent.parent
 README = ROOT / "README.md"
+PAGES = [
+    page
+    for page in (ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+    if "```python" in page.read_text(encoding="utf-8")
+]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MODULES = sorted(m.name for m in pkgutil.walk_packages(lowrank.__path__, "lowrank."))
 UNTESTED = {"lowrank.hf", "lowrank.cli", "lowrank.__main__"}
 
 
 def python_blocks(text: str) -> list[tuple[int, str]]:
-    """Return ``(line number, code)`` of the ```python blocks that are not marked ``<!-- no-run -->``."""
+    """Return ``(line number, code)`` of the ```python blocks that run here.
+
+    Those marked ``<!-- no-run -->`` do not, nor those marked ``<!-- needs PACKAGE -->`` without that package.
+    """
     lines = text.splitlines()
     blocks, start = [], None
     for number, line in enumerate(lines):
@@ -33,7 +42,9 @@ def python_blocks(text: str) -> list[tuple[int, str]]:
             start = number
         elif start is not None and re.fullmatch(r"\s*```\s*", line):
             before = lines[start - 1].strip() if start else ""
-            if before != "<!-- no-run -->":
+            needs = re.fullmatch(r"<!-- needs (\w+) -->", before)
+            missing = needs is not None and importlib.util.find_spec(needs[1]) is None
+            if before != "<!-- no-run -->" and not missing:
                 blocks.append((start + 1, "\n".join(lines[start + 1 : number])))
             start = None
     return blocks
@@ -42,8 +53,9 @@ def python_blocks(text: str) -> list[tuple[int, str]]:
 def test_marked_blocks_and_other_languages_are_left_out():
     text = (
         "```python\na = 1\n```\n<!-- no-run -->\n```python\nb\n```\n```bash\nc\n```\n```python\nd = 2\n```\n"
+        "<!-- needs no_such_package -->\n```python\ne\n```\n<!-- needs json -->\n```python\nf = 3\n```\n"
     )
-    assert python_blocks(text) == [(1, "a = 1"), (11, "d = 2")]
+    assert python_blocks(text) == [(1, "a = 1"), (11, "d = 2"), (19, "f = 3")]
 
 
 def test_the_readme_runs_from_top_to_bottom_without_a_warning_of_few_data(tmp_path, monkeypatch):
@@ -95,6 +107,23 @@ def test_there_are_examples_in_the_docstrings():
 def test_the_example_of_the_config_is_right():
     pytest.importorskip("transformers")
     assert doctest.testmod(importlib.import_module("lowrank.hf")).failed == 0
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:lowrank")  # of too few tokens, as they are here
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
+    every = lowrank.demo.sentences
+    first_words = [" ".join(sentence.split()[:2]) for sentence in every(1000)]  # takes seconds, not minutes
+    monkeypatch.setattr(lowrank.demo, "sentences", lambda count: first_words[:count])
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for line, code in python_blocks(page.read_text(encoding="utf-8")):
+        tree = ast.increment_lineno(ast.parse(code, filename=f"{page.name}:{line}"), line)
+        exec(compile(tree, str(page), "exec"), namespace)
+
+
+def test_the_pages_with_examples_are_found():
+    assert {page.name for page in PAGES} >= {"CONTRIBUTING.md", "guide.md", "index.md"}
 
 
 def test_there_is_a_notebook():
