@@ -65,14 +65,41 @@ def apply(
     todo = check_request(model, plan, stats, seed)
     joint = pooled(stats, plan)
     bar = tqdm(total=len(todo), desc="factorizing", unit="layer", disable=None if progress else True)
-    for layers in _together(plan, todo):
-        bar.set_postfix_str(layers[0].name)
-        with uninterrupted():
-            _factorize(model, layers, plan, joint, seed)  # whose dense weights are gone when it returns
-        bar.update(len(layers))
-    bar.close()
+    with bar, _all_or_none(model, plan, todo):
+        for layers in _together(plan, todo):
+            bar.set_postfix_str(layers[0].name)
+            with uninterrupted():
+                _factorize(model, layers, plan, joint, seed)  # whose dense weights are gone when it returns
+            bar.update(len(layers))
     encode(model, plan, stats, seed=seed, progress=progress)
     return model
+
+
+@contextlib.contextmanager
+def _all_or_none(model: nn.Module, plan: Plan, todo: Sequence[LayerPlan]) -> Iterator[None]:
+    """Put the layers of ``todo`` back if the factors of one leave the range of their dtype.
+
+    Under a metric they can be much larger than the weight, and float16 may not hold them. So there the dense
+    weights are kept until all layers are done; in other dtypes they are freed one by one.
+    """
+    names = [user.name for layer in todo for user in (layer, *plan.equal.get(layer.name, ()))]
+    narrow = any(model.get_submodule(name).weight.dtype == torch.float16 for name in names)  # type: ignore[union-attr]
+    if plan.metric == "weight" or not narrow:
+        yield
+        return
+    dense = {name: model.get_submodule(name) for name in names}
+    parameters = [named for module in dense.values() for named in module.named_parameters()]
+    biases = [(bias, bias.detach().clone()) for name, bias in parameters if name == "bias"]
+    try:
+        yield
+    except WeightError:
+        for name, old in dense.items():
+            new = model.get_submodule(name)
+            replace_module(model, name, old if new is old else adopt(old, new))
+        with torch.no_grad():
+            for bias, value in biases:
+                bias.copy_(value)
+        raise
 
 
 def encode(
@@ -127,12 +154,15 @@ def _factorize(
     """Replace one layer, or those that share a ``down``."""
     dense = [model.get_submodule(layer.name) for layer in layers]
     new: Sequence[nn.Module]
-    if layers[0].residual:
-        new = [corrected(dense[0], layers[0], base_of(plan, layers[0]), plan, stats, seed)]
-    elif len(layers) == 1:
-        new = [factorized(dense[0], layers[0], plan, stats, seed)]
-    else:
-        new = jointly_factorized(dense, layers, plan, stats, seed)
+    try:
+        if layers[0].residual:
+            new = [corrected(dense[0], layers[0], base_of(plan, layers[0]), plan, stats, seed)]
+        elif len(layers) == 1:
+            new = [factorized(dense[0], layers[0], plan, stats, seed)]
+        else:
+            new = jointly_factorized(dense, layers, plan, stats, seed)
+    except WeightError as error:
+        raise type(error)(f"{layers[0].name}: {error}") from error
     for layer, old, small in zip(layers, dense, new, strict=True):
         replace_module(model, layer.name, adopt(small, old))
         for user in plan.equal.get(layer.name, ()):

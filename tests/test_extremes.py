@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -97,3 +98,37 @@ def test_predictions_are_the_same_in_other_units():
         figures.append([(x.rank, x.relative_error, x.held_out_error, x.loss_increase) for x in made])
     for one, other in zip(*figures, strict=True):
         assert one == pytest.approx(other, rel=1e-4)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_factors_beyond_float16_are_refused_and_leave_the_model_as_it_was(quantize):
+    """Of the second layer only one output matters, and another feature, 1e13 larger, tells it."""
+    model = net(16, 16, 16, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model[0].weight.copy_(2 * torch.eye(16))
+        model[2].weight.copy_(torch.eye(16))
+        model[0].bias.copy_(gaussian(16))
+    model[2].bias = None
+    model = model.half()
+    before, layers = copy.deepcopy(model.state_dict()), list(model)
+    seen = gaussian(1, 16).double().abs()
+    seen[0, 1:] *= 1e-13
+    stats = calibrate(model.float(), batches(16), targets=["0", "2"])
+    model.half()
+    products = torch.diag((torch.arange(16) == 1).double())
+    gradients = replace(stats.gradients["2"], products=products, pulled_back=False)
+    inputs = dict(stats.inputs)
+    inputs[stats.sources["2"]] = replace(
+        stats.moments("2"), weight=1e12, products=1e12 * seen.T @ seen, total=0 * seen[0]
+    )
+    stats = replace(stats, inputs=inputs, gradients={**stats.gradients, "2": gradients})
+    calls = []
+    model[0].register_forward_hook(lambda *_: calls.append(1))
+    with pytest.raises(WeightError, match=r"^2: its factors have elements beyond what float16 holds"):
+        compress(model, rank=1, stats=stats, metric="loss", quantize=quantize, targets=["0", "2"])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert list(model) == layers
+    model.float()(batches(16)[0])
+    assert calls == [1]

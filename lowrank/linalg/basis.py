@@ -37,6 +37,7 @@ from lowrank.linalg.svd import (
     measured_error,
     rounding_of,
     with_rounding,
+    without_dust,
 )
 
 ROUNDS = 2
@@ -231,7 +232,7 @@ def _summed_basis(members: Sequence[_Member]) -> Tensor:
     """
     root = _invertible(Gram(_sum(member.second for member in members)))
     pulled = _sum(member.second.trace() * member.pulled for member in members)
-    values, vectors = torch.linalg.eigh(root.T @ pulled @ root)
+    values, vectors = torch.linalg.eigh(without_dust(root.T @ pulled @ root))
     kept = int((values > torch.finfo(values.dtype).eps * len(values) * values[-1]).sum())
     return vectors.flip(1)[:, :kept].T @ root.T @ pulled  # (kept, in)
 

@@ -194,14 +194,20 @@ def small_side_gram(matrix: Tensor, metric: Metric) -> Tensor:
     """Return ``BᵀB`` or ``BBᵀ`` of ``B = Hᵀ W S``, whichever is smaller; both have the wanted eigenvalues."""
     rows, columns = matrix.shape
     if metric.plain:
-        return gram(matrix if rows <= columns else matrix.T)
+        return without_dust(gram(matrix if rows <= columns else matrix.T))
     if rows <= columns:
         entered = metric.outputs.enter(matrix)  # Hᵀ W
         squares = product(metric.inputs.times(entered), entered.T)
     else:
         half = metric.inputs.times_root(metric.outputs.pull_back(matrix))  # Wᵀ G W S
         squares = metric.inputs.times_root(half.T)
-    return (squares + squares.T) / 2
+    return without_dust((squares + squares.T) / 2)
+
+
+def without_dust(squares: Tensor) -> Tensor:
+    """Set to zero what is nothing beside the largest element: subnormal ones can keep LAPACK from an end."""
+    largest = squares.diagonal().max()
+    return torch.where(squares.abs() > torch.finfo(squares.dtype).eps ** 2 * largest, squares, 0.0)
 
 
 _Found = tuple[Tensor, Tensor, float | None]  # left, right, and the relative error if resolved

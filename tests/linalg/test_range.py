@@ -172,3 +172,13 @@ def test_layers_of_unlike_sizes_and_zeros_share_a_basis_with_true_errors(dtype):
         assert error < (1e-6, 0.9)[number] + 2 * torch.finfo(dtype).eps
     assert found.relative_errors[2] == 0
     assert not found.lefts[2].any()
+
+
+def test_subnormal_squares_do_not_stop_the_solver():
+    """Of sizes from 1 to 1e-45, as what int8 loses of rows of unlike sizes has: LAPACK gave up on those."""
+    for seed in range(20):
+        sizes = 10 ** (-45 * torch.rand(48, 1, generator=torch.Generator().manual_seed(seed)).double())
+        weight = (gaussian(48, 124, seed=seed) * sizes).float()
+        found = truncated_svd(weight, 5)
+        error = seen_error(weight, found, torch.eye(124, dtype=torch.float64))
+        assert found.relative_error == pytest.approx(error, rel=1e-3, abs=1e-6)
