@@ -89,7 +89,8 @@ def draft(
     blocked = find_obstacles(model, equal, overruled)
     owners = {id(x.down): n for n, x in layers.items() if isinstance(x, LowRankLinear) and x.owns_down}
     for name, module in layers.items():
-        plan = replace(_describe(name, module, owners), overruled=name in overruled)
+        plan = _describe(name, module, owners)
+        plan = replace(plan, overruled=True) if name in overruled else plan
         if name in users:
             copied = is_copy(model, name, users[name]) if name in equal else plan.copied
             plans[name] = replace(_following(plan, users[name]), copied=copied)

@@ -100,6 +100,25 @@ def test_plan_takes_targets_and_ignores(run, dense):
     assert factorized == [f"encoder.layer.0.attention.self.{name}" for name in ("query", "key")]
 
 
+def test_plan_and_compress_hand_on_what_to_overrule(run, tmp_path):
+    config = transformers.BloomConfig(
+        vocab_size=99, hidden_size=64, n_layer=1, n_head=4, pretraining_tp=2, slow_but_exact=True
+    )
+    transformers.BloomModel(config).save_pretrained(tmp_path / "bloom")
+    for command, *more in (("plan",), ("compress", tmp_path / "out")):
+        overrule = ("--rank", 8, "--overrule", "*.self_attention.dense")
+        result = run(command, tmp_path / "bloom", *more, *overrule)
+        assert result.code == 2
+        assert "h.0.self_attention.dense: has its weight read by value in BloomAttention" in one_line(result)
+        assert "--data on the command line" in result.err
+    assert run("plan", tmp_path / "bloom", "--rank", 8).code == 0
+
+
+def test_plan_and_inspect_begin_with_the_share_that_can_change(run, dense):
+    for arguments in (("plan", dense, "--rank", 8), ("inspect", dense)):
+        assert run(*arguments).out.splitlines()[0].endswith(" parameters are in layers that can change.")
+
+
 def test_plan_draws_a_picture(run, dense, tmp_path):
     pytest.importorskip("matplotlib", reason="plots need matplotlib")
     assert run("plan", dense, "--rank", 8, "-q", "--plot", tmp_path / "ranks.png").code == 0
