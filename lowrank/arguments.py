@@ -76,13 +76,21 @@ def number(
 
     def check(name: str, value: Any) -> float:
         real = isinstance(value, Real) and not isinstance(value, bool)
-        if not real or not math.isfinite(value) or not value >= least or not value > above:
+        if not real or not is_finite(value) or not value >= least or not value > above:
             bound = f" of at least {least:g}" if least > -math.inf else ""
             bound = f" above {above:g}" if above > -math.inf else bound
             raise refused(name, value, f"a finite number{bound}", error)
         return float(value)
 
     return check
+
+
+def is_finite(value: Any) -> bool:
+    """Tell whether a real number is neither NaN nor infinite, and small enough for a float."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def flag(name: str, value: Any) -> bool:

@@ -119,10 +119,11 @@ def check_finite(
     Raises:
         CheckpointError: If ``tensor`` has such an element; the message ends with ``advice``.
     """
-    if not tensor.is_floating_point() or tensor.is_meta:
+    if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
         return
     values = tensor if tensor.element_size() > 1 else tensor.float()  # float8 has no such functions
-    if bool(values.isnan().any() if buffer else not values.isfinite().all()):
+    extremes = torch.stack(values.detach().aminmax())  # one pass; NaN goes through
+    if bool(extremes.isnan().any() if buffer else not extremes.isfinite().all()):
         what = "NaN" if buffer else "NaN or infinite"
         raise CheckpointError(f"{where}: the tensor {name} has {what} elements in {tensor.dtype}. {advice}")
 

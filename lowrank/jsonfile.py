@@ -35,27 +35,28 @@ def read_json(file: str | Path, error: type[LowRankError] = CheckpointError) -> 
     """
     try:
         check_regular(file)
-        return parse_json(Path(file).read_text(encoding="utf-8"))
+        found = parse_json(Path(file).read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it holds no JSON object")
+        return found
     except (OSError, ValueError) as cause:
         raise error(f"{file}: cannot be read: {cause}.") from cause
 
 
-def parse_json(text: str) -> dict[str, Any]:
-    """Return the JSON object that ``text`` spells; raises `ValueError` for anything else."""
+def parse_json(text: str) -> Any:
+    """Return what ``text`` says; raises `ValueError` if it is not JSON, or nested too deeply."""
     try:
         found = json.loads(text)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-    if not isinstance(found, dict):
-        raise ValueError("it holds no JSON object")
     if not _is_flat(found):
         raise ValueError(f"it is nested more than {DEEPEST} levels deep")
     return found
 
 
-def _is_flat(document: dict[str, Any]) -> bool:
+def _is_flat(document: Any) -> bool:
     """Tell whether nothing lies deeper than `DEEPEST` levels, without recursion."""
-    level: list[Any] = [document]
+    level = [document]
     for _ in range(DEEPEST):
         nested = [node for node in level if isinstance(node, (dict, list))]
         level = [child for node in nested for child in (node.values() if isinstance(node, dict) else node)]

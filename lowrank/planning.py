@@ -7,14 +7,13 @@ can be edited (`Plan.with_rank`) and compared (`Plan.diff`). Nothing here touche
 from __future__ import annotations
 
 import json
-import math
 import numbers
 from collections.abc import Collection, Container, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lowrank.arguments import LARGEST, accepts, every, instance, path, text
+from lowrank.arguments import LARGEST, accepts, every, instance, is_finite, path, text
 from lowrank.atomicfile import replaced
 from lowrank.errors import BudgetError, PlanError, RankError, TargetError
 from lowrank.jsonfile import check_regular, parse_json
@@ -69,7 +68,7 @@ class Budget:
                 )
         elif self.kind == "speedup":
             number = isinstance(self.value, numbers.Real) and not isinstance(self.value, bool)
-            if not number or not math.isfinite(self.value) or not self.value > 1:
+            if not number or not is_finite(self.value) or not self.value > 1:
                 raise BudgetError(
                     f"speedup={self.value!r}: give the dense latency over the compressed one, above 1."
                 )
@@ -91,7 +90,7 @@ class Budget:
     def _check_fraction(self) -> None:
         value = self.value
         number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or not 0 < value < 1:
+        if not number or not is_finite(value) or not 0 < value < 1:
             meaning = {
                 "keep": "the fraction of the targeted weights' parameters that remains",
                 "energy": "the fraction of each weight's squared norm that is retained",
@@ -727,7 +726,7 @@ def _typed(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
         allowed = _TYPES[str(types[key])]
         if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
             raise PlanError(f'{where}: "{key}" is {_shown(value)}, but must be {types[key]}.')
-        if isinstance(value, float) and not math.isfinite(value):
+        if isinstance(value, float) and not is_finite(value):
             raise PlanError(f'{where}: "{key}" is {value!r}, but must be a finite number.')
         if isinstance(value, int) and abs(value) > LARGEST:
             raise PlanError(f'{where}: "{key}" is {_shown(value)}, but nothing has more than {LARGEST:,}.')

@@ -90,6 +90,8 @@ def read_header(file: str | Path) -> dict[str, Stored]:
             if length > size:
                 raise ValueError(f"its header claims {length:,} bytes")
             header = parse_json(stream.read(length).decode())
+        if not isinstance(header, dict):
+            raise ValueError("its header is no JSON object")
         header.pop("__metadata__", None)
         places = {name: _place(name, entry) for name, entry in header.items()}
     except OSError as error:

@@ -318,6 +318,7 @@ def test_every_public_function_is_tried():
         (arguments.whole(1, 9), 10, "x=10: give a whole number from 1 to 9."),
         (arguments.whole(1, 9), True, "x=True: give a whole number from 1 to 9."),
         (arguments.number(0), float("nan"), "x=nan: give a finite number of at least 0."),
+        (arguments.number(0), 10**400, "x=1"),
         (arguments.number(above=0), 0, "x=0: give a finite number above 0."),
         (arguments.flag, 1, "x=1: give True or False."),
         (arguments.path(), 3, "x=3: give a path, as a string or a pathlib.Path."),
@@ -326,7 +327,7 @@ def test_every_public_function_is_tried():
         (arguments.every(arguments.text(), (list,), "strings"), ["a", 1], "x[1]=1: give a string."),
         (arguments.device, "gpu", "x=gpu: there is no such device here: "),
     ],
-    ids=["large", "bool", "nan", "zero", "flag", "path", "choice", "function", "element", "device"],
+    ids=["large", "bool", "nan", "huge", "zero", "flag", "path", "choice", "function", "element", "device"],
 )
 def test_an_error_says_the_argument_its_value_and_what_to_give(check, value, message):
     with pytest.raises(LowRankError) as error:

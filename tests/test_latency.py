@@ -1,5 +1,7 @@
 """Latency as a budget. Times are injected where a figure is claimed: no test depends on the machine."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -98,3 +100,23 @@ def test_a_damaged_table_is_refused(tmp_path, text):
     (tmp_path / "table.json").write_text(text)
     with pytest.raises(LowRankError, match="not a table of latencies"):
         LatencyTable.load(tmp_path / "table.json")
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        [[0, 10**400], [2, 0.1]],
+        [[0, -1.0], [2, 0.1]],
+        [[0, float("nan")], [2, 0.1]],
+        [[1, 0.2], [2, 0.1]],
+        [[0, 0.2], [4, 0.1], [2, 0.1]],
+        [[0, 0.2]],
+        [[0, "0.2"], [2, 0.1]],
+    ],
+    ids=["huge", "negative", "nan", "no-dense", "not-rising", "one", "text"],
+)
+def test_impossible_latencies_are_refused(points, tmp_path):
+    file = tmp_path / "table.json"
+    file.write_text(json.dumps({"environment": {"device": "cpu"}, "seconds": {"8×8@2": points}}))
+    with pytest.raises(LowRankError, match=r"table\.json: not a table of latencies: 8×8@2"):
+        LatencyTable.load(file)

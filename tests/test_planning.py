@@ -4,6 +4,8 @@ import ast
 import dataclasses
 import json
 import math
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -284,7 +286,7 @@ def test_a_plan_answers_by_name_and_names_what_it_lacks():
     assert isinstance(caught.value, LowRankError)
 
 
-def test_planning_imports_only_the_standard_library_and_five_leaves():
+def test_planning_imports_only_the_standard_library_and_six_leaves():
     imported = set()
     for node in ast.walk(ast.parse(Path(planning.__file__).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -292,7 +294,7 @@ def test_planning_imports_only_the_standard_library_and_five_leaves():
         elif isinstance(node, ast.ImportFrom):
             imported.add(node.module)
     foreign = {name for name in imported if name.split(".")[0] not in sys.stdlib_module_names}
-    leaves = {"arguments", "atomicfile", "errors", "patterns", "reach", "text"}
+    leaves = {"arguments", "atomicfile", "errors", "jsonfile", "patterns", "reach", "text"}
     assert foreign == {f"lowrank.{leaf}" for leaf in leaves}
 
 
@@ -311,3 +313,23 @@ def test_a_plan_under_an_unknown_metric_is_refused():
 def test_a_plan_that_cannot_be_written_says_so(tmp_path):
     with pytest.raises(CheckpointError, match=r"plan\.json: cannot be written"):
         Plan("Model").save(tmp_path / "missing" / "plan.json")
+
+
+@pytest.mark.parametrize("kind", ["keep", "energy", "error", "speedup"])
+def test_a_budget_too_large_for_a_float_is_refused(kind):
+    with pytest.raises(BudgetError, match=f"{kind}=1000"):
+        Budget(kind, 10**400)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "directory", "nested", "list"])
+def test_a_file_that_is_no_plan_is_refused_by_name(kind, tmp_path):
+    file = tmp_path / "plan.json"
+    make = {
+        "pipe": os.mkfifo,
+        "directory": Path.mkdir,
+        "nested": lambda p: p.write_text("[" * 100_000),
+        "list": lambda p: p.write_text("[1]"),
+    }
+    make[kind](file)
+    with pytest.raises(PlanError, match=re.escape(str(file))):
+        Plan.load(file)

@@ -68,6 +68,16 @@ DAMAGE = {
         lambda f: retensor(f, lambda t: t.update({"inputs.0.total": t["inputs.0.total"].half()})),
         "inputs.0.total",
     ),
+    "another-sum": (
+        lambda f: retensor(f, lambda t: t["inputs.0.total"].add_(1)),
+        "total is not the",
+    ),
+    "another-number": (lambda f: edit(f, lambda d: d.update(tokens=1)), "is not as it was saved"),
+    "huge": (lambda f: edit(f, lambda d: d.update(tokens=10**400)), "tokens=1000"),
+    "negative": (lambda f: edit(f, lambda d: d["inputs"].update({"0": -1})), "inputs of 0=-1"),
+    "infinite": (lambda f: edit(f, lambda d: d["inputs"].update({"0": float("inf")})), "inputs of 0=inf"),
+    "text": (lambda f: edit(f, lambda d: d.update(terms="5")), "terms='5'"),
+    "nested": (lambda f: (f / "stats.json").write_text("[" * 100_000), "nested too deeply"),
     "unknown-source": (lambda f: edit(f, lambda d: d["sources"].update({"0": "x"})), "'x'"),
 }
 

@@ -136,7 +136,7 @@ def module_case(name: str, build: Callable[[], nn.Module], compress: Callable[[n
 
 def share(model: nn.Module) -> None:
     """Give both branches one first factor."""
-    data = [torch.randn(32, 16) for _ in range(4)]
+    data = [torch.randn(32, 16) for _ in range(5)]
     lowrank.compress(model, rank=3, data=data, share="inputs", targets=["first", "second"])
     assert any(name == "first.down.weight" for name, _ in model.named_parameters())
     assert not any(name == "second.down.weight" for name, _ in model.named_parameters())
@@ -147,7 +147,7 @@ def module_cases() -> tuple[Case, ...]:
     """Return the folders of modules, and the other files that are read without transformers."""
     torch.manual_seed(0)
     model = stack().eval()
-    data = [torch.randn(16, 32) for _ in range(4)]
+    data = [torch.randn(64, 32) for _ in range(5)]
     plan = lowrank.plan(model, rank=4)
     stats = lowrank.calibrate(model, data)
     parameters = list(model.parameters())
