@@ -117,7 +117,7 @@ def compress_bert(path: Path, version: int) -> None:
 
 @functools.cache
 def stats(version: int) -> lowrank.Stats:
-    return lowrank.calibrate(dense(), batches(8 + version))
+    return lowrank.calibrate(dense(), batches(16 + version))
 
 
 def batches(count: int) -> list[torch.Tensor]:
@@ -385,4 +385,8 @@ def check_call(where: str, stop: Stop, end: End) -> None:
         raise Broken(f"{where}: {end.text}")
 
 
-KILLS = Attack("kills", "Calls that write are stopped at any step or moment, and made again", attempt)
+KILLS = Attack(
+    "kills",
+    "calls that write, stopped by a kill, Ctrl-C or a full disk at any step or moment, and made again",
+    attempt,
+)
