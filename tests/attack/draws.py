@@ -111,10 +111,15 @@ def odd_data(random: Random, good: list[Any]) -> Any:
     first = good[0]
     tensor = next(iter(first.values())) if isinstance(first, dict) else first
     odd: tuple[Any, ...] = (
-        *(iter(good), tuple(good), [(batch, "label") for batch in good], DataLoader(tensor, batch_size=2)),
+        *(
+            iter(good),
+            tuple(good),
+            [(batch, "label") for batch in good],
+            DataLoader(tensor, 2, generator=torch.Generator()),
+        ),
         *([], [None], ["a text"], [*good, None], [*good, tensor[:0]], [tensor.sum()], [[]], tensor),
         *([tensor.double()], [tensor.long()], [tensor[..., :3]], [tensor[0]], [tensor.mT.contiguous().mT]),
         *([torch.full(tensor.shape, math.nan)], [*good, tensor * 1e30], [tensor.new_zeros(tensor.shape)]),
-        *([{"x": tensor}], [{"input": tensor}], [{}], [tensor.clone().numpy()], [tensor.to("meta")]),
+        *([{"x": tensor}], [{"input": tensor}], [{}], [tensor.tolist()], [tensor.to("meta")]),
     )
     return one(random, *odd)
