@@ -55,6 +55,8 @@ def compress(session: Session, random: Random) -> None:
         arguments["data"] = session.batches(random)
         arguments |= {"loss": None} if maybe(random, 0.2) else {}
         arguments |= {"sequential": True} if maybe(random, 0.4) else {}
+    if "overrule" in arguments or maybe(random, 0.02):
+        arguments["inputs"] = session.specimen.batch(3)
     if arguments.get("quantize") == "int4":
         arguments["slow"] = one(random, "allow", "allow", "refuse")
     arguments = spoiled(
@@ -112,6 +114,10 @@ def plan(session: Session, random: Random) -> None:
     arguments = request(random, session.layers, session.bytes)
     if session.stats is not None and maybe(random, 0.5):
         arguments["stats"] = session.stats
+    if "overrule" in arguments:
+        arguments["inputs"] = session.specimen.batch(3)
+    elif maybe(random, 0.02):
+        arguments = {"speedup": 1.1, "inputs": session.specimen.batch(3), "round_to": 1}
     arguments = spoiled(random, arguments, ("stats", "inputs", "latencies", "progress"))
     done, made = session.call(lowrank.plan, session.model, reads=True, **arguments)
     if done:
@@ -419,7 +425,7 @@ def train(session: Session, random: Random) -> None:
     elif what == "step" and session.specimen.trains and session.specimen.runs:
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.mul_(1.01)
+                parameter.mul_(0.99)
 
 
 STEPS: tuple[tuple[Step, int], ...] = (

@@ -80,7 +80,7 @@ def request(random: Random, layers: Sequence[str], size: int) -> Arguments:
         "group_size": (0.06, lambda: one(random, 4, 8, 2)),
         "residual": (0.08, lambda: True),
         "tolerance": (0.05, lambda: one(random, 1e-3, 1e-9, 0.5)),
-        "slow": (0.0, lambda: "allow"),
+        "overrule": (0.04, lambda: [pattern(random, layers)]),
     }
     drawn = {name: make() for name, (chance, make) in options.items() if maybe(random, chance)}
     if drawn.get("quantize") == "int4" and maybe(random, 0.7):
