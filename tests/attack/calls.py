@@ -29,7 +29,7 @@ from promises import (
     finite,
     outputs_of,
 )
-from session import Session
+from session import SURROUNDINGS, Session
 from states import data_of, difference
 from torch import nn
 from zoo import ZOO
@@ -454,6 +454,7 @@ def attempt(seed: int, folder: Path) -> Counter[str]:
 
 def take(session: Session, step: Step, random: Random) -> None:
     """Take one step; a broken promise tells what has happened before it."""
+    session.where = one(random, *SURROUNDINGS) if maybe(random, 0.1) else ""
     try:
         step(session, random)
     except Broken as error:

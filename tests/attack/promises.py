@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,30 @@ from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, QuantizedLinear, 
 
 OWN = LowRankLinear, LowRankEmbedding, Coded, TiedLinear
 Outputs = list[Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model that a call has given back, with what it is to be compared with.
+
+    Args:
+        model: It.
+        dense: The module as it entered the attack.
+        specimen: Builds it, and its batches.
+        batch: What to call them with.
+        folder: A new path to save to.
+    """
+
+    model: nn.Module
+    dense: nn.Module
+    specimen: Specimen
+    batch: Batch
+    folder: Path
+
+    @cached_property
+    def outputs(self) -> Outputs:
+        """What the model makes of the batch."""
+        return outputs_of(self.model, self.batch)
 
 
 def called(model: nn.Module, batch: Batch) -> Any:
@@ -78,25 +104,71 @@ def demand(holds: bool, sentence: str) -> None:
         raise Broken(sentence)
 
 
-def check_copies(model: nn.Module, batch: Batch) -> None:
+def check_outputs(case: Case) -> None:
+    """They are finite where the dense model's are, and the same each time, in inference mode too."""
+    demand(
+        finite(case.outputs) or not finite(outputs_of(case.dense, case.batch)),
+        "The outputs are not finite; those of the dense model are.",
+    )
+    demand(same(outputs_of(case.model, case.batch), case.outputs), "The same call gives other outputs.")
+    with torch.inference_mode():
+        found = outputs_of(case.model, case.batch)
+    demand(same(found, case.outputs), "In inference mode the outputs are others.")
+
+
+def check_with_gradients(case: Case) -> None:
+    """Where gradients are made, other kernels may run, but they compute the same."""
+    with evaluating(case.model):
+        found = floating(called(case.model, case.batch))
+    near(found, case.outputs, 0.05 if coded(case.model) else 1e-2, "With gradients")
+
+
+def check_autocast(case: Case) -> None:
+    """Under autocast it runs where the dense one does, and does nearly the same."""
+    with torch.autocast("cpu", torch.bfloat16):
+        try:
+            expected = outputs_of(case.dense, case.batch)
+        except RuntimeError:  # an LSTM does not
+            return
+        found = outputs_of(case.model, case.batch)
+    if finite(expected):
+        demand([t.dtype for t in found] == [t.dtype for t in expected], "Under autocast dtypes are others.")
+        near(found, case.outputs, 0.2 if coded(case.model) else 0.1, "Under autocast")
+
+
+def near(found: Outputs, wanted: Outputs, most: float, where: str) -> None:
+    """Demand that outputs are within a relative distance."""
+    if finite(found) and finite(wanted):
+        apart = distance(found, wanted)
+        demand(apart < most or _is_tiny(wanted), f"{where} the outputs are {apart:.2g} away.")
+    demand(finite(found) or not finite(wanted), f"{where} the outputs are not finite.")
+
+
+def coded(model: nn.Module) -> bool:
+    """Tell whether some weights are integers."""
+    return any(isinstance(module, Coded) for module in model.modules())
+
+
+def check_copies(case: Case) -> None:
     """A deep copy does the same, and shares nothing with the original."""
-    expected = outputs_of(model, batch)
+    model, batch = case.model, case.batch
     twin = copy.deepcopy(model)
-    demand(same(outputs_of(twin, batch), expected), "A deep copy has other outputs.")
+    demand(same(outputs_of(twin, batch), case.outputs), "A deep copy has other outputs.")
     found = difference(_plain(state_of(model)), _plain(state_of(twin)))
     demand(found is None, f"A deep copy differs: {found}")
     _wreck(twin)
-    demand(same(outputs_of(model, batch), expected), "A deep copy shares tensors with the original.")
+    demand(same(outputs_of(model, batch), case.outputs), "A deep copy shares tensors with the original.")
     twin = copy.deepcopy(model)
     _wreck(twin, "persistent")
     twin.load_state_dict(model.state_dict())
-    demand(same(outputs_of(twin, batch), expected), "load_state_dict(state_dict()) gives other outputs.")
+    demand(same(outputs_of(twin, batch), case.outputs), "load_state_dict(state_dict()) gives other outputs.")
 
 
-def check_pickles(model: nn.Module, batch: Batch) -> None:
+def check_pickles(case: Case) -> None:
     """What comes out of a pickle does the same."""
-    twin = pickle.loads(pickle.dumps(model))
-    demand(same(outputs_of(twin, batch), outputs_of(model, batch)), "What was pickled has other outputs.")
+    if case.specimen.pickles:
+        twin = pickle.loads(pickle.dumps(case.model))
+        demand(same(outputs_of(twin, case.batch), case.outputs), "What was pickled has other outputs.")
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
@@ -129,27 +201,36 @@ def aligned(model: nn.Module) -> nn.Module:
     return model
 
 
-def check_saves(model: nn.Module, specimen: Specimen, batch: Batch, folder: Path, on_meta: bool) -> None:
+def check_saves(case: Case) -> None:
     """What is saved and loaded again has the same state and outputs, to the bit."""
-    lowrank.save(model, folder)
-    if (folder / "config.json").exists():
-        loaded = lowrank.load(folder)
-    elif on_meta:
-        with torch.device("meta"):
-            architecture = specimen.dense()
-        loaded = lowrank.load(folder, architecture)
+    lowrank.save(case.model, case.folder)
+    if not (case.folder / "config.json").exists():
+        _check_loaded(case, lowrank.load(case.folder, case.specimen.architecture()))
     else:
-        loaded = lowrank.load(folder, specimen.architecture())
-    saved, got = ({k: content(v)[:3:2] for k, v in m.state_dict().items()} for m in (model, loaded))
-    demand(saved.keys() == got.keys(), f"Loading changes the names of tensors: {saved.keys() ^ got.keys()}.")
-    for name, tensor in model.state_dict().items():
-        demand(bits(tensor) == bits(loaded.state_dict()[name]), f"Loading changes the tensor {name}.")
-    demand(
-        same(outputs_of(aligned(loaded), batch), outputs_of(aligned(copy.deepcopy(model)), batch)),
-        "Loading changes the outputs.",
-    )
+        _check_loaded(case, lowrank.load(case.folder))
+        _check_loaded(case, type(case.model).from_pretrained(case.folder).eval())  # type: ignore[attr-defined]
+
+
+def check_loads_on_meta(case: Case) -> None:
+    """The same into an architecture without data, where all its buffers are saved."""
+    unsaved = any(module._non_persistent_buffers_set for module in case.model.modules())
+    lowrank.save(case.model, case.folder)
+    if unsaved or (case.folder / "config.json").exists():
+        return
+    with torch.device("meta"):
+        architecture = case.specimen.dense().eval()
+    _check_loaded(case, lowrank.load(case.folder, architecture))
+
+
+def _check_loaded(case: Case, loaded: nn.Module) -> None:
+    model, batch = case.model, case.batch
+    saved, got = ({k: bits(v) for k, v in m.state_dict().items()} for m in (model, loaded))
+    found = difference(saved, got)
+    demand(found is None, f"Loading changes a tensor: {found}")
     types = [{n: type(m).__name__ for n, m in x.named_modules()} for x in (model, loaded)]
     demand(types[0] == types[1], f"Loading changes modules: {difference(*types)}")
+    outputs = [outputs_of(aligned(m), batch) for m in (loaded, copy.deepcopy(model))]
+    demand(same(*outputs), "Loading changes the outputs.")
 
 
 def bits(tensor: Tensor) -> Any:
@@ -158,9 +239,12 @@ def bits(tensor: Tensor) -> Any:
     return about[:3] + about[4:]  # not the strides
 
 
-def check_trains(model: nn.Module, batch: Batch) -> None:
+def check_trains(case: Case) -> None:
     """A step of SGD on a copy has finite gradients and changes something."""
-    twin = copy.deepcopy(model).train()
+    batch = case.specimen.batch(4)
+    if not case.specimen.trains or not finite(outputs_of(case.model, batch)):
+        return
+    twin = copy.deepcopy(case.model).train()
     for module in twin.modules():
         if isinstance(module, nn.Dropout):
             module.eval()
@@ -183,45 +267,38 @@ def check_trains(model: nn.Module, batch: Batch) -> None:
     demand(zero or before != [content(p) for p in moved], "A step of SGD changes nothing.")
 
 
-def check_moves(model: nn.Module, dense: nn.Module, batch: Batch, dtype: torch.dtype) -> None:
+def check_moves(case: Case, dtype: torch.dtype) -> None:
     """In another dtype it runs where the dense one does, and does nearly the same."""
-    given = tree_map(lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, batch)
+    given = tree_map(lambda t: t.to(dtype) if t.is_floating_point() else t, case.batch)
     try:
-        expected = outputs_of(copy.deepcopy(dense).to(dtype), given)
+        expected = outputs_of(copy.deepcopy(case.dense).to(dtype), given)
     except (RuntimeError, NotImplementedError):
         return
     if not finite(expected):
         return
-    moved = copy.deepcopy(model).to(dtype)
+    moved = copy.deepcopy(case.model).to(dtype)
     for name, parameter in moved.named_parameters():
         demand(parameter.dtype == dtype, f"{name} is {parameter.dtype} after .to({dtype}).")
-    found, whole = outputs_of(moved, given), outputs_of(model, batch)
-    demand(
-        [t.dtype for t in found] == [t.dtype for t in expected],
-        f"In {dtype} the outputs are {found[0].dtype}.",
-    )
-    if finite(found) and finite(whole):
-        worst = 0.2 if any(isinstance(m, Coded) for m in model.modules()) else 0.1
-        apart = distance(found, whole)
-        demand(apart < worst or _is_tiny(whole), f"In {dtype} the outputs are {apart:.2g} away.")
-    demand(
-        finite(found) or not finite(whole),
-        f"In {dtype} the outputs are not finite; those of the dense model are.",
-    )
+    found = outputs_of(moved, given)
+    dtypes = [[t.dtype for t in outputs] for outputs in (found, expected)]
+    demand(dtypes[0] == dtypes[1], f"In {dtype} the outputs are {dtypes[0]}, not {dtypes[1]}.")
+    near(found, case.outputs, 0.2 if coded(case.model) else 0.1, f"In {dtype}")
 
 
 def _is_tiny(outputs: Outputs) -> bool:
     return all(not t.numel() or float(t.abs().max()) < 1e-3 for t in outputs)
 
 
-def check_on_meta(model: nn.Module, batch: Batch) -> None:
-    """On the meta device it gives outputs of the same shapes."""
-    moved = copy.deepcopy(model).to("meta")
-    given = tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) else t, batch)
-    shapes = [[tuple(t.shape) for t in outputs_of(*pair)] for pair in ((model, batch), (moved, given))]
-    demand(
-        shapes[0] == shapes[1], f"On the meta device the outputs have shapes {shapes[1]}, not {shapes[0]}."
-    )
+def check_on_meta(case: Case) -> None:
+    """On the meta device it gives outputs of the same shapes, where the dense one does."""
+    given = tree_map(lambda t: t.to("meta"), case.batch)
+    try:
+        outputs_of(copy.deepcopy(case.dense).to("meta"), given)
+    except (RuntimeError, NotImplementedError, ValueError):
+        return
+    found = [tuple(t.shape) for t in outputs_of(copy.deepcopy(case.model).to("meta"), given)]
+    wanted = [tuple(t.shape) for t in case.outputs]
+    demand(found == wanted, f"On the meta device the outputs have shapes {found}, not {wanted}.")
 
 
 def dense_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -251,3 +328,20 @@ def check_errors(model: nn.Module, before: dict[str, Tensor]) -> None:
             abs(measured - module.relative_error) < 1e-3 + 0.01 * measured,
             f"{name}: the relative error is {measured:.6g}, and {module.relative_error:.6g} is stated.",
         )
+
+
+CHECKS: dict[str, tuple[float, Callable[[Case], None]]] = {
+    "outputs": (1.0, check_outputs),
+    "gradients": (0.3, check_with_gradients),
+    "autocast": (0.1, check_autocast),
+    "copy": (0.3, check_copies),
+    "pickle": (0.3, check_pickles),
+    "save and load": (0.3, check_saves),
+    "load on meta": (0.1, check_loads_on_meta),
+    "train": (0.3, check_trains),
+    "half": (0.1, lambda case: check_moves(case, torch.float16)),
+    "bfloat16": (0.1, lambda case: check_moves(case, torch.bfloat16)),
+    "double": (0.1, lambda case: check_moves(case, torch.float64)),
+    "meta": (0.05, check_on_meta),
+}
+"""What is checked after a call, and how often."""

@@ -7,7 +7,7 @@ import os
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,18 +15,7 @@ from typing import Any
 import torch
 from draws import maybe, odd_data, one
 from harness import Broken
-from promises import (
-    OWN,
-    check_copies,
-    check_moves,
-    check_pickles,
-    check_saves,
-    check_trains,
-    demand,
-    finite,
-    outputs_of,
-    same,
-)
+from promises import CHECKS, OWN, Case, demand
 from states import State, data_of, difference, files_of, globals_of, state_of
 from torch import nn
 from zoo import Specimen
@@ -58,6 +47,7 @@ class Session:
         self.dense = specimen.build()
         self.stats: Stats | None = None
         self.plan: Plan | None = None
+        self.where = ""
         self.restart()
 
     def restart(self) -> None:
@@ -113,10 +103,10 @@ class Session:
         arguments = [_short(value) for value in given] + [
             f"{key}={_short(value)}" for key, value in named.items()
         ]
-        self.trace.append(f"{name}({', '.join(arguments)})")
+        self.trace.append(f"{self.where}{name}({', '.join(arguments)})")
         before = self.state()
         try:
-            with working_in(self.folder):  # nonsense may be a relative path
+            with working_in(self.folder), SURROUNDINGS[self.where]():  # nonsense may be a relative path
                 result = function(*given, **named)
         except LowRankError as error:
             self.trace[-1] += f"  → {type(error).__name__}: {error}"
@@ -157,33 +147,35 @@ class Session:
 
     def check(self, random: Random) -> None:
         """Check some of the promises that a model keeps."""
-        specimen, model, batch = self.specimen, self.model, self.specimen.batch(one(random, 3, 1, 20))
-        if not specimen.runs or not list(model.children()):
+        if not self.specimen.runs or not list(self.model.children()):
             return
-        expected = outputs_of(self.dense, batch)
-        found = outputs_of(model, batch)
-        demand(
-            finite(found) or not finite(expected), "The outputs are not finite; those of the dense model are."
-        )
-        demand(same(found, outputs_of(model, batch)), "The same call gives other outputs.")
-        checks: list[tuple[float, str, Callable[[], None]]] = [
-            (0.3, "copy", lambda: check_copies(model, batch)),
-            (0.3, "pickle", lambda: check_pickles(model, batch) if specimen.pickles else None),
-            (0.3, "save and load", lambda: check_saves(model, specimen, batch, self.path("saved"), False)),
-            (
-                0.3,
-                "train",
-                lambda: check_trains(model, specimen.batch(4)) if specimen.trains and finite(found) else None,
-            ),
-            (0.1, "half", lambda: check_moves(model, self.dense, batch, torch.float16)),
-            (0.1, "bfloat16", lambda: check_moves(model, self.dense, batch, torch.bfloat16)),
-            (0.1, "double", lambda: check_moves(model, self.dense, batch, torch.float64)),
-        ]
-        for chance, name, check in checks:
+        batch = self.specimen.batch(one(random, 3, 1, 20))
+        for name, (chance, check) in CHECKS.items():
             if maybe(random, chance):
                 self.trace.append(f"check: {name}")
-                check()
+                check(Case(self.model, self.dense, self.specimen, batch, self.path("saved")))
                 self.trace.pop()
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make new tensors of this dtype for a while."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+SURROUNDINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "": nullcontext,
+    "without gradients ": torch.no_grad,
+    "under autocast ": lambda: torch.autocast("cpu", torch.bfloat16),
+    "by default float64 ": lambda: default_dtype(torch.float64),
+    "by default bfloat16 ": lambda: default_dtype(torch.bfloat16),
+}
+"""Where a call may be made; that is to make no difference."""
 
 
 def _short(value: Any) -> str:

@@ -259,7 +259,7 @@ def _pretrained() -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 for _name, _family, _options in _pretrained():
     _batch = with_mask(40, decoder=True) if _family == "t5" else with_mask(40)
-    add(_name, pretrained(_family, **_options), batch=_batch, weight=0.25)
+    add(_name, pretrained(_family, **_options), batch=_batch, weight=0.6)
 
 
 add("Conv1D", conv1d)
