@@ -29,6 +29,7 @@ from lowrank.factoring import (
 )
 from lowrank.forms import scheme_of
 from lowrank.inheritance import adopt, check_no_hooks
+from lowrank.linalg.products import exact
 from lowrank.linalg.svd import check_options, checked_weight
 from lowrank.menus import largest_shared_rank
 from lowrank.modes import check_can_train, uninterrupted
@@ -53,6 +54,7 @@ from lowrank.ties import equal_layers, followers, tied_heads
 _Factorized = LowRankLinear, LowRankEmbedding
 
 
+@exact()
 def apply(
     model: nn.Module,
     plan: Plan,
@@ -102,6 +104,7 @@ def _all_or_none(model: nn.Module, plan: Plan, todo: Sequence[LayerPlan]) -> Ite
         raise
 
 
+@exact()
 def encode(
     model: nn.Module, plan: Plan, stats: Stats | None = None, *, seed: int = 0, progress: bool = False
 ) -> None:
@@ -304,6 +307,7 @@ def check_structure(model: nn.Module, plan: Plan) -> None:
     check_codes(model, plan, None, loading=True)
 
 
+@exact()
 def decompress(model: nn.Module) -> nn.Module:
     """Replace factorized layers by dense ones; see `lowrank.decompress`."""
     check_holder(model)

@@ -25,6 +25,7 @@ from lowrank.batches import Batch
 from lowrank.errors import StatsError
 from lowrank.linalg import Metric, spectrum, truncated_svd
 from lowrank.linalg.metric import squares, wide
+from lowrank.linalg.products import exact
 from lowrank.modes import hooked
 from lowrank.nn import kind_of
 from lowrank.statistics import Held, Stats
@@ -48,19 +49,23 @@ class Trial:
     predicted: float
     table: str | None = None
 
+    @exact()
     def error(self, inputs: Tensor, outputs: Tensor) -> Tensor:
         """Return ``ΔW x`` of shape ``(…, out)`` from what the dense layer read and returned."""
+        inputs = inputs.to(self.right.dtype)  # under autocast it may be another
         return outputs - (inputs @ self.right.T @ self.left.T + self.shift)
 
 
 class TableTrial(Trial):
     """One table's trial factorization: it returns rows of ``L R``."""
 
+    @exact()
     def error(self, inputs: Tensor, outputs: Tensor) -> Tensor:
         """Return what is missing from the rows ``(…, columns)`` that the dense table returned for indices."""
         return outputs - self.left[inputs] @ self.right
 
 
+@exact()
 def make_trials(model: nn.Module, stats: Stats, heads: Mapping[str, str]) -> dict[str, Trial]:
     """Factorize every layer at half of its parameters; layers that are too small are left out.
 

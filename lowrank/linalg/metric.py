@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import StatsError
-from lowrank.linalg.products import product
+from lowrank.linalg.products import exact, product
 
 
 class Outputs(Protocol):
@@ -250,6 +250,7 @@ def gram(matrix: Tensor, block: int = 192) -> Tensor:
     return result
 
 
+@exact()
 def products_of_pairs(rows: Tensor) -> Tensor:
     """Return ``Σ x xᵀ`` over ``rows (tokens, n)``, at least one, shape ``(n, n)``, float64.
 

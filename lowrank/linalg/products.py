@@ -9,6 +9,8 @@ operators gets these. `torch.compile` calls it, as an operator that it does not 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +20,16 @@ from torch.autograd import forward_ad
 
 FEWEST_ROWS = 16
 """From how many rows on oneDNN is faster; it takes longer to start."""
+
+
+@contextlib.contextmanager
+def exact() -> Iterator[None]:
+    """Multiply in the dtypes that tensors have, also where the user's `torch.autocast` would take another.
+
+    What a model computes is its user's to decide; weights and statistics are not.
+    """
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
