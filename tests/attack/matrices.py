@@ -21,7 +21,7 @@ import torch
 from harness import Broken
 from torch import Tensor, nn
 
-from lowrank import SlowKernelWarning, compress
+from lowrank import SlowKernelWarning, apply, calibrate, plan
 from lowrank.errors import LowRankError, WeightError
 from lowrank.linalg import (
     Diagonal,
@@ -36,7 +36,7 @@ from lowrank.linalg import (
     spectrum,
     truncated_svd,
 )
-from lowrank.nn import LowRankLinear, QuantizedLinear, kernels
+from lowrank.nn import QuantizedLinear, kernels
 
 DTYPES = torch.float32, torch.float64, torch.bfloat16, torch.float16
 RESOLVED = math.sqrt(torch.finfo(torch.float64).eps)
@@ -227,31 +227,34 @@ def multiplied(draw: Draw) -> str:
 
 def compressed(draw: Draw) -> str:
     """Compress a small model: figures that are finite, or a refusal that changes nothing."""
-    model, data, options = _model(draw)
+    model, batches, options = _model(draw)
     before = copy.deepcopy(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SlowKernelWarning)
         try:
-            compress(model, targets=["0", "2"], **data, **options)
+            loss = "auto" if options["metric"] == "loss" else draw.of("auto", None)
+            stats = None if options["metric"] == "weight" else calibrate(model, batches, loss=loss)
+            decided = plan(model, targets=["0", "2"], stats=stats, **options)
+            apply(model, decided, stats)
         except LowRankError as error:
             if not _same(model, before):
-                raise Broken(f"compress({options}) refused {before}, and changed it: {error}") from error
+                raise Broken(f"{options} were refused for {before}, and changed it: {error}") from error
             return "refused"
     for name, value in model.state_dict().items():
         if not bool(value.isfinite().all()):
-            raise Broken(f"compress({options}) made {name} of {before} NaN or infinite.")
-    for name, layer in model.named_modules():
-        if isinstance(layer, LowRankLinear) and not 0 <= (layer.relative_error or 0.0) <= 1.01:
-            raise Broken(
-                f"compress({options}) says relative_error={layer.relative_error} of {name} in {before}."
-            )
+            raise Broken(f"{options} made {name} of {before} NaN or infinite.")
+    for layer in decided.factorized:
+        stated = model.get_submodule(layer.name).relative_error
+        for figure in (stated, layer.relative_error, layer.held_out_error, layer.loss_increase):
+            if figure is not None and not (math.isfinite(figure) and figure >= 0):  # type: ignore[arg-type]
+                raise Broken(f"plan({options}) says {layer}, and the layer that it loses {stated}.")
     return "model compressed"
 
 
-def _model(draw: Draw) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
+def _model(draw: Draw) -> tuple[nn.Module, list[Tensor], dict[str, Any]]:
     """Return a model of two layers, data for it, and what is asked for."""
     dtype = draw.of(*DTYPES)
-    sizes = [draw.of(1, 2, 8, 16, 33) for _ in range(3)]
+    sizes = [draw.of(2, 8, 16, 32, 33) for _ in range(3)]
     layers = []
     for columns, rows in itertools.pairwise(sizes):
         layer = nn.Linear(columns, rows, bias=draw.of(True, False), dtype=dtype)
@@ -261,14 +264,12 @@ def _model(draw: Draw) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
         layers.append(layer)
     scale = draw.of(1.0, draw.scales(1, 1, digits=20), draw.scales(1, sizes[0], digits=20))
     batches = [(draw.gaussian(draw.of(8, 32), sizes[0]) * scale).to(dtype) for _ in range(9)]
-    data: dict[str, Any] = {"metric": draw.of("weight", "diagonal", "inputs", "loss")}
-    if data["metric"] != "weight":
-        data |= {"data": batches, "loss": "auto" if data["metric"] == "loss" else draw.of("auto", None)}
-    options = draw.of({"rank": draw.of(1, 2, 4)}, {"keep": 0.6}, {"energy": 0.7}, {"error": 0.5})
-    options |= draw.of({}, {}, {"quantize": "int8"}, {"quantize": "int4", "group_size": 2})
+    options = draw.of({"rank": draw.of(1, 2, 4)}, {"keep": 0.8}, {"energy": 0.7}, {"error": 0.8})
+    options |= {"metric": draw.of("weight", "diagonal", "inputs", "loss"), "round_to": 1}
+    options |= draw.of({}, {}, {"quantize": "int8"}, {"quantize": "int4", "group_size": 2, "round_to": 2})
     if "quantize" in options and "rank" in options:
         options["residual"] = draw.of(True, False)
-    return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.Tanh()), data, options | {"round_to": 2}
+    return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.Tanh()), batches, options
 
 
 def _same(model: nn.Module, before: nn.Module) -> bool:
