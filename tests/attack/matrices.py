@@ -125,7 +125,8 @@ class Problem(NamedTuple):
         left, right = factors[0].double().abs(), factors[1].double().abs()
         lost = finest.smallest_normal * finest.eps * (left.sum(1, keepdim=True) + right.sum(0))
         lost = lost + 3 * finest.eps * (left @ right + sum(part.double().abs() for part in factors[2:]))
-        squares = RESOLVED * math.sqrt(sum(self.weight.shape)) * self.weight.double().abs()
+        elements = self.weight.double().abs() + left @ right
+        squares = RESOLVED * math.sqrt(sum(self.weight.shape)) * elements
         return float((self.outputs.T.abs() @ (lost + 10 * squares) @ self.inputs.abs()).norm() / whole)
 
 
