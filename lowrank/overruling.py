@@ -37,7 +37,7 @@ def check_subclasses(model: nn.Module, plan: Plan) -> None:
             continue
         weight: Tensor = layer.weight.detach()  # type: ignore[union-attr,operator,assignment]
         bias: Tensor | None = layer.bias  # type: ignore[assignment]
-        again = kind.layer(weight, None if bias is None else nn.Parameter(bias.detach()))
+        again = kind.layer(weight.clone(), None if bias is None else nn.Parameter(bias.detach().clone()))
         for one, what in ((copy.deepcopy(layer), ""), (again, ", built again from its weight and bias,")):
             reason = _unlike_linear(one, weight, bias)
             if reason is not None:
@@ -52,10 +52,8 @@ def _refused(name: str, why: str) -> TargetError:
 
 @torch.no_grad()
 def _unlike_linear(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> str | None:
-    """Return how what ``layer`` computes differs from `torch.nn.functional.linear`, or ``None``; reads on."""
-    dtype = (
-        weight.dtype if weight.dtype == torch.float64 else torch.float32
-    )  # half precision tells too little
+    """Return how what ``layer`` computes differs from `torch.nn.functional.linear`, or ``None``."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)  # half precision would tell too little
     layer = layer.to(dtype)
     generator = torch.Generator("cpu").manual_seed(0)
     for training in (False, True):
@@ -114,7 +112,7 @@ def _unlike(model: nn.Module, batch: Batch, names: Sequence[str], expected: list
 
 def _outputs(model: nn.Module, batch: Batch, names: Sequence[str]) -> list[object]:
     with torch.random.fork_rng(devices=[]), evaluating(model), _standing_in(model, names):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # that of the CPU alone, which is restored
         return tree_leaves(batch.call(model))
 
 
