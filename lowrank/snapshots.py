@@ -105,8 +105,8 @@ class Snapshot:
             [_fitting(folder, f"{name}.{number}", mine, tensors) for number, mine in enumerate(parameters)]
             for name in (_GROUPS[:2] if blockwise else _GROUPS)
         ]
-        moments = () if blockwise else ((groups[2], groups[3]),)
-        return cls(steps, progress, best, groups[0], groups[1], *moments, blocks=blocks)
+        moments = ((), ()) if blockwise else (groups[2], groups[3])
+        return cls(steps, progress, best, groups[0], groups[1], moments, blocks)
 
 
 _GROUPS = ("parameters", "kept", "means", "squares")

@@ -403,7 +403,9 @@ class Stats:
             stats = _assembled(structure, tensors)
             check_seal(file, structure)  # only now: the checks before this one say what is wrong
             return stats
-        except (LowRankError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except LowRankError as error:
+            raise StatsError(f"{folder}: the statistics are damaged: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StatsError(
                 f"{folder}: not statistics of lowrank, or damaged: {type(error).__name__}: {error}."
             ) from error

@@ -443,7 +443,7 @@ def test_a_missing_bias_is_not_made_up(tiny_bert, tmp_path):
 
 @pytest.mark.parametrize(("part", "dtype"), [("codes", torch.float32), ("scale", torch.int64)])
 def test_codes_of_another_dtype_are_refused_whatever_the_digests_say(tmp_path, part, dtype):
-    from lowrank.checkpoint import digest_of
+    from lowrank.integrity import digest_of
 
     model = nn.Sequential(nn.Linear(64, 64))
     skeleton = copy.deepcopy(model)
