@@ -35,8 +35,9 @@ TENSORS = "model.safetensors"
 STRUCTURE = "lowrank.json"
 MANIFESTS = ("config.json", STRUCTURE, "stats.json", "snapshot.json")
 
+_MODEL = re.compile(r"config\.json|lowrank\.json|model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 _KINDS = (
-    re.compile(r"config\.json|lowrank\.json|model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"),
+    _MODEL,
     re.compile(r"stats\.(json|safetensors)"),
     re.compile(r"snapshot\.(json|safetensors)"),
 )
@@ -174,8 +175,8 @@ def _move_aside(new: Path, folder: Path, old: Path) -> None:
     for name in going:
         keep_mode(folder / name, new / name)
     for entry in folder.iterdir():
-        replaced = any(kind.fullmatch(entry.name) for kind in kinds) or (kinds and is_own_card(entry))
-        if replaced and not entry.is_dir():
+        stale = any(kind.fullmatch(entry.name) for kind in kinds) or (_MODEL in kinds and is_own_card(entry))
+        if stale and not entry.is_dir():
             going.add(Path(entry.name))
     old.mkdir()
     for name in reversed(_manifests_last(going)):

@@ -23,6 +23,8 @@ from lowrank.folders import check_folder, settle, staged
 from lowrank.latency import LatencyTable
 
 WORK = ".lowrank-save"
+WRITTEN = ["README.md", "lowrank.json", "model.safetensors"]
+"""What `lowrank.save` writes for a module."""
 
 
 def linear(*sizes: int) -> nn.Module:
@@ -127,13 +129,13 @@ def test_loading_finishes_what_a_killed_save_has_left(tmp_path):
     work = folder / WORK
     (work / "old").mkdir(parents=True)
     (work / "ready").mkdir()
-    for name in ("lowrank.json", "model.safetensors"):
+    for name in WRITTEN:
         (folder / name).rename(work / "old" / name)
         (other / name).rename(work / "ready" / name)
     (work / "ready" / "model.safetensors").rename(folder / "model.safetensors")
     again = lowrank.load(folder, build())
     assert torch.equal(again[0].up.weight, second[0].up.weight)
-    assert sorted(entry.name for entry in folder.iterdir()) == ["lowrank.json", "model.safetensors"]
+    assert sorted(entry.name for entry in folder.iterdir()) == WRITTEN
 
 
 def test_a_reader_that_cannot_write_refuses_what_is_half_moved(tmp_path, monkeypatch):
@@ -212,14 +214,11 @@ def test_neighbours_are_neither_copied_nor_changed(tmp_path):
 
 
 def test_statistics_and_snapshots_do_not_remove_a_model(tmp_path):
-    folder = write(tmp_path / "model", config="model", tensors="model")
+    folder = lowrank.save(linear(4, 4), tmp_path / "model")
+    before = contents(folder)
     write(folder, stats="stats")
     write(folder, stats="newer")
-    assert contents(folder) == {
-        "config.json": b"model",
-        "model.safetensors": b"model",
-        "stats.json": b"newer",
-    }
+    assert contents(folder) == before | {"stats.json": b"newer"}
 
 
 def test_new_files_have_the_mode_that_the_umask_gives_and_private_ones_stay_private(tmp_path):
@@ -315,7 +314,7 @@ def test_a_folder_that_holds_only_the_rest_of_a_killed_save_is_empty(tmp_path):
     (tmp_path / "model" / WORK / "new").mkdir(parents=True)
     (tmp_path / "model" / WORK / "new" / "model.safetensors").write_text("half")
     lowrank.save(linear(4, 4), tmp_path / "model")
-    assert sorted(contents(tmp_path / "model")) == ["lowrank.json", "model.safetensors"]
+    assert sorted(contents(tmp_path / "model")) == WRITTEN
 
 
 # --- two at once
@@ -398,7 +397,7 @@ def test_a_mount_point_is_saved_into(tmp_path):
     with volume(tmp_path / "volume") as folder:
         for _ in range(2):
             lowrank.save(linear(4, 4), folder, overwrite=True)
-        assert sorted(contents(folder)) == ["lowrank.json", "model.safetensors"]
+        assert sorted(contents(folder)) == WRITTEN
 
 
 def test_a_full_volume_is_an_error_and_the_old_files_stay(tmp_path):
