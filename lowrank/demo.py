@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lowrank.atomicfile import replaced
 from lowrank.benchmarking import benchmark
 from lowrank.checkpoint import save
 from lowrank.errors import LowRankError
@@ -63,10 +64,20 @@ def sentences(count: int) -> list[str]:
 
 
 def write_texts(folder: str | Path = ".") -> None:
-    """Write sentences for the command line: ``train.txt`` to calibrate on, and others, ``test.txt``."""
+    """Write sentences for the command line: ``train.txt`` to calibrate on, and others, ``test.txt``.
+
+    Raises:
+        LowRankError: If there is another file of this name, or it cannot be written.
+    """
     lines = sentences(400)
-    for name, part in (("train.txt", lines[:320]), ("test.txt", lines[320:])):
-        (Path(folder) / name).write_text("\n".join(part) + "\n", encoding="utf-8")
+    parts = {"train.txt": lines[:320], "test.txt": lines[320:]}
+    texts = {Path(folder) / name: "\n".join(part) + "\n" for name, part in parts.items()}
+    for file, text in texts.items():
+        if file.exists() and (not file.is_file() or file.read_bytes() != text.encode()):
+            raise LowRankError(f"{file}: is yours, and the demo would replace it. Call it in another folder.")
+    for file, text in texts.items():
+        with replaced(file) as new:
+            new.write_bytes(text.encode())
 
 
 def run_demo(*, keep: float = 0.8, progress: bool = True, say: Callable[[str], object] = print) -> None:

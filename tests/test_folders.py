@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 import lowrank
-from lowrank import CheckpointError, Plan, calibrate, compress, locks, recover
+from lowrank import CheckpointError, LowRankError, Plan, calibrate, compress, locks, recover
 from lowrank.atomicfile import check_file, replaced
+from lowrank.demo import write_texts
 from lowrank.folders import check_folder, settle, staged
 from lowrank.latency import LatencyTable
 
@@ -567,3 +568,15 @@ def test_an_error_while_a_file_is_written_leaves_the_old_one(tmp_path):
         new.write_text("half")
         raise KeyboardInterrupt
     assert contents(tmp_path) == {"plan.json": b"old"}
+
+
+def test_the_demo_does_not_replace_texts_of_others(tmp_path):
+    write_texts(tmp_path)
+    before = contents(tmp_path)
+    write_texts(tmp_path)
+    assert contents(tmp_path) == before
+    (tmp_path / "test.txt").write_text("mine")
+    (tmp_path / "train.txt").unlink()
+    with pytest.raises(LowRankError, match=r"test\.txt: is yours, and the demo would replace it"):
+        write_texts(tmp_path)
+    assert contents(tmp_path) == {"test.txt": b"mine"}
