@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import io
 import json
 import os
 import subprocess
@@ -589,3 +590,21 @@ def test_compress_codes_the_weights(run, dense, tmp_path):
     refused = run("compress", dense, tmp_path / "other", "--rank", 16, "--quantize", "int3")
     assert (refused.code, refused.out) == (2, "")
     assert "known schemes are" in refused.err
+
+
+def test_code_in_a_folder_never_runs_though_stdin_agrees(run, dense, tmp_path, monkeypatch):
+    """Neither a model nor a tokenizer that only such code defines is loaded."""
+    mark = tmp_path / "mark"
+    (dense / "code.py").write_text(f"open({str(mark)!r}, 'w').close()\nclass Any: ...\n")
+    config = json.loads((dense / "config.json").read_text())
+    stranger = config | {"model_type": "stranger", "auto_map": {"AutoConfig": "code.Any"}}
+    tokenizer = {"tokenizer_class": "Stranger", "auto_map": {"AutoTokenizer": ["code.Any", None]}}
+    (tmp_path / "text.txt").write_text("one sentence\n" * 8)
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    (dense / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    done = run("calibrate", dense, tmp_path / "stats", "--data", tmp_path / "text.txt")
+    assert done.code == 1 and "no tokenizer can be loaded" in one_line(done)
+    (dense / "config.json").write_text(json.dumps(stranger))
+    done = run("inspect", dense)
+    assert done.code == 1 and "config.json: the model is defined by code" in one_line(done)
+    assert not mark.exists()

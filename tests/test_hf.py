@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import io
 import json
 import os
 import re
@@ -1107,7 +1108,7 @@ def test_code_in_a_folder_never_runs_whatever_stdin_says(kind, with_digests, tmp
     config |= {"model_type": kind, "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"}}
     config["quantization_config"].pop("digest")
     file.write_text(json.dumps(config))
-    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
     if kind == "bert":  # transformers' own class exists
         assert type(lowrank.load(with_digests)) is transformers.BertModel
     else:
