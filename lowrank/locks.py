@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from lowrank.errors import CheckpointError
@@ -35,17 +35,17 @@ def locked(work: Path) -> Iterator[Path]:
         BusyError: If another process has it.
         OSError: If it cannot be made or written.
     """
-    try:
+    with ExitStack() as stack:  # which does the rest also where Ctrl-C comes in between
+        stack.callback(_tried, work.rmdir)  # it is not empty where another process has come
         handle = _lock(work)
-        try:
-            yield work
-        finally:
-            with suppress(OSError):
-                (work / _LOCK).unlink()
-            os.close(handle)  # which ends the lock, as the end of the process does
-    finally:
-        with suppress(OSError):  # it is not empty: another process has come
-            work.rmdir()
+        stack.callback(os.close, handle)  # which ends the lock, as the end of the process does
+        stack.callback(_tried, (work / _LOCK).unlink)
+        yield work
+
+
+def _tried(change: Callable[[], None]) -> None:
+    with suppress(OSError):
+        change()
 
 
 def _lock(work: Path) -> int:

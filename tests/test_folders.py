@@ -172,6 +172,18 @@ def test_ctrl_c_between_two_moves_leaves_the_new_state(tmp_path, monkeypatch):
     assert sorted(entry.name for entry in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 
+def test_ctrl_c_while_the_lock_is_removed_ends_the_lock(tmp_path, monkeypatch):
+    def interrupted(self, missing_ok=False):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path / "model", config="old")
+    write(tmp_path / "model", config="new")
+    assert contents(tmp_path / "model") == {"config.json": b"new"}
+
+
 def test_a_stranger_cannot_have_files_moved_from_or_to_elsewhere(tmp_path):
     folder, secret = write(tmp_path / "model", config="old"), tmp_path / "secret"
     secret.mkdir()

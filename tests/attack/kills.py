@@ -371,6 +371,8 @@ def attempt(seed: int, folder: Path) -> Counter[str]:
             one.check_refused(where)
         state = one.check_read(where) if rng.random() < 0.7 else "not read"
         one.check_files(where)
+        if end.how == "done" and state in ("old", "nothing"):
+            raise Broken(f"{where}: the call says that it is done, but what is read is {state}.")
         outcomes[f"{end.how}: {state}"] += 1
     one.writer.write(one.path, NEW)
     one.check_end(f"{where}, made again")
