@@ -112,7 +112,8 @@ def save_bert(path: Path, version: int) -> None:
 
 def compress_bert(path: Path, version: int) -> None:
     how = ["--rank", str(2 + version), "--overwrite", "-q"]
-    app(["compress", str(bert_folder()), str(path), *how], standalone_mode=False)
+    if app(["compress", str(bert_folder()), str(path), *how], standalone_mode=False) == 130:
+        raise KeyboardInterrupt  # which typer turns into this exit code
 
 
 @functools.cache
