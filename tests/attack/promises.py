@@ -118,6 +118,8 @@ def check_outputs(case: Case) -> None:
 
 def check_with_gradients(case: Case) -> None:
     """Where gradients are made, other kernels may run, but they compute the same."""
+    if any(parameter.is_inference() for parameter in case.model.parameters()):
+        return
     with evaluating(case.model):
         found = floating(called(case.model, case.batch))
     near(found, case.outputs, 0.05 if coded(case.model) else 1e-2, "With gradients")
