@@ -518,7 +518,11 @@ class Plan:
             raise TargetError(
                 f"{used.name}: has the rank of {used.same_as}, whose weight it uses. Name that."
             )
-        chosen = [layer for layer in chosen if layer.same_as is None]
+        chosen = [layer for layer in chosen if layer.same_as is None and layer.dense_parameters]
+        if not chosen and used is None:
+            raise TargetError(
+                f"{pattern}: the layers that it matches have no elements, and stay as they are."
+            )
         reason = "left dense by hand" if rank is None else "set by hand"
         edited = {layer.name: layer.edited(rank, reason) for layer in chosen}
         return self._parted_from(edited.keys()).with_layers(edited)._without_codes(edited)

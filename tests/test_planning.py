@@ -213,6 +213,15 @@ def test_with_rank_changes_the_matching_layers_and_nothing_else():
     assert [layer.rank for layer in PLAN] == [16, None, 24, None]
 
 
+def test_with_rank_passes_over_layers_without_elements():
+    layers = LayerPlan("a", "linear", 64, 64, bias=True), LayerPlan("b", "linear", 64, 0, bias=True)
+    edited = Plan("Model", layers).with_rank("*", 4)
+    assert (edited["a"].rank, edited["b"].rank) == (4, None)
+    assert Plan.from_json(edited.to_json()) == edited
+    with pytest.raises(TargetError, match="b: the layers that it matches have no elements"):
+        edited.with_rank("b", 4)
+
+
 def test_with_rank_none_leaves_a_layer_dense():
     layer = PLAN.with_rank("encoder.0.query", None)["encoder.0.query"]
     assert (layer.rank, layer.relative_error, layer.reason) == (None, None, "left dense by hand")

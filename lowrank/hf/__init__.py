@@ -35,6 +35,7 @@ from lowrank.hf.checks import (
     SECTION,
     check_config,
     check_loaded,
+    check_no_lost_bias,
     check_numbers,
     check_shapes,
     check_tensors,
@@ -445,7 +446,9 @@ def load(folder: str | Path) -> PreTrainedModel:
         cls = getattr(transformers, name, None)
         if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
             raise CheckpointError(f"{folder}/{CONFIG}: architecture {name!r} is not one of transformers'.")
-        return cls.from_pretrained(folder, trust_remote_code=False)  # type: ignore[attr-defined]
+        model, found = cls.from_pretrained(folder, trust_remote_code=False, output_loading_info=True)  # type: ignore[attr-defined]
+        check_no_lost_bias(folder, model, found["unexpected_keys"])
+        return model
     except (LowRankError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of any class: transformers uses the fields of the config unchecked

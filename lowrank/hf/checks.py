@@ -220,3 +220,25 @@ def _check_codes(model: PreTrainedModel, layer: str, module: Coded) -> None:
             f"{model.config.name_or_path}: the tensor {layer}.{name} has values that no coded weight has. "
             "The file is damaged: copy it again."
         )
+
+
+def check_no_lost_bias(folder: str | Path, model: nn.Module, unexpected: Iterable[str]) -> None:
+    """Refuse a folder with biases that the model's class has no place for: its outputs would be others.
+
+    Args:
+        folder: Where ``model`` was loaded from.
+        model: It.
+        unexpected: The names of tensors in the folder that transformers has passed over.
+
+    Raises:
+        CheckpointError: If one is the bias of a layer that the class builds without.
+    """
+    modules = dict(model.named_modules())
+    for name in sorted(unexpected):
+        parent, _, leaf = name.rpartition(".")
+        if leaf == "bias" and parent in modules and modules[parent]._parameters.get("bias", modules) is None:
+            raise CheckpointError(
+                f"{folder}: has the tensor {name}, but {type(model).__name__} builds {parent} without a "
+                "bias, so its outputs would be others. decompress keeps the biases that add_bias=True has "
+                "given; save the model as it is before that."
+            )

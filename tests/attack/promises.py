@@ -206,7 +206,9 @@ def aligned(model: nn.Module) -> nn.Module:
 def check_saves(case: Case) -> None:
     """What is saved and loaded again has the same state and outputs, to the bit."""
     lowrank.save(case.model, case.folder)
-    if not (case.folder / "config.json").exists():
+    if _has_grown(case):
+        _check_refused(case)
+    elif not (case.folder / "config.json").exists():
         _check_loaded(case, lowrank.load(case.folder, case.specimen.architecture()))
     else:
         _check_loaded(case, lowrank.load(case.folder))
@@ -217,11 +219,33 @@ def check_loads_on_meta(case: Case) -> None:
     """The same into an architecture without data, where all its buffers are saved."""
     unsaved = any(module._non_persistent_buffers_set for module in case.model.modules())
     lowrank.save(case.model, case.folder)
-    if unsaved or (case.folder / "config.json").exists():
+    if unsaved or _has_grown(case) or (case.folder / "config.json").exists():
         return
     with torch.device("meta"):
         architecture = case.specimen.dense().eval()
     _check_loaded(case, lowrank.load(case.folder, architecture))
+
+
+def _has_grown(case: Case) -> bool:
+    """Tell whether layers that are built without a bias have kept one that ``add_bias`` had given."""
+    built = dict(case.specimen.architecture().named_modules())
+    return any(
+        isinstance(getattr(module, "bias", None), nn.Parameter)
+        and not getattr(module, "added_bias", False)
+        and getattr(built.get(name), "bias", module) is None
+        for name, module in case.model.named_modules()
+    )
+
+
+def _check_refused(case: Case) -> None:
+    """The architecture has no place for such a bias, so that a load is refused."""
+    pretrained = (case.folder / "config.json").exists()
+    try:
+        lowrank.load(case.folder, None if pretrained else case.specimen.architecture())
+    except lowrank.CheckpointError as error:
+        demand("bias" in str(error), f"Another reason than the bias is given: {error}")
+    else:
+        raise Broken("A bias that the architecture has no place for is lost.")
 
 
 def _check_loaded(case: Case, loaded: nn.Module) -> None:
