@@ -119,7 +119,7 @@ def odd_data(random: Random, good: list[Any]) -> Any:
         ),
         *([], [None], ["a text"], [*good, None], [*good, tensor[:0]], [tensor.sum()], [[]], tensor),
         *([tensor.double()], [tensor.long()], [tensor[..., :3]], [tensor[0]], [tensor.mT.contiguous().mT]),
-        *([torch.full(tensor.shape, math.nan)], [*good, tensor * 1e30], [tensor.new_zeros(tensor.shape)]),
+        *([torch.full(tensor.shape, math.nan)], [*good, tensor * 10], [tensor.new_zeros(tensor.shape)]),
         *([{"x": tensor}], [{"input": tensor}], [{}], [tensor.tolist()], [tensor.to("meta")]),
     )
     return one(random, *odd)
