@@ -1133,3 +1133,15 @@ def test_a_model_without_data_is_not_saved(tiny_bert, tmp_path):
     with pytest.raises(CheckpointError, match=r"weight: on the meta device, without data\. Load the weights"):
         lowrank.save(tiny_bert.to("meta"), tmp_path / "meta")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dense_folder_with_biases_that_the_class_lacks_is_refused(tmp_path):
+    """Without them its outputs would be others: transformers passes over what it does not expect."""
+    model = llama().eval()
+    data = [{"input_ids": torch.randint(99, (4, 16))} for _ in range(4)]
+    lowrank.compress(model, rank=8, data=data, add_bias=True)
+    lowrank.save(model, tmp_path / "small")
+    lowrank.load(tmp_path / "small")
+    lowrank.save(lowrank.decompress(model), tmp_path / "dense")
+    with pytest.raises(CheckpointError, match=r"has the tensor model\.layers\.0\.\w+\.\w+\.bias, but Llama"):
+        lowrank.load(tmp_path / "dense")
