@@ -10,6 +10,7 @@ other module the folder holds ``model.safetensors`` and ``lowrank.json``:
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -109,14 +110,14 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     """
     folder = Path(folder)
     settle(folder)
-    if (folder / STRUCTURE).is_file():
+    if os.path.isfile(folder / STRUCTURE):  # also of a name that is too long
         if model is None:
             raise CheckpointError(
                 f"{folder}: holds tensors, not code. Build the dense architecture and pass it: "
                 "load(folder, model=MyModel())."
             )
         return _read(folder, check_model(model))
-    if (folder / "config.json").is_file():
+    if os.path.isfile(folder / "config.json"):
         if model is not None:
             raise CheckpointError(f"{folder}: a transformers folder. Call load(folder) without a model.")
         return load_plugin().load(folder)  # type: ignore[no-any-return]

@@ -208,7 +208,7 @@ def _check_way(folder: Path, names: list[Path]) -> None:
 
 def _files(folder: Path) -> list[Path]:
     """Return the files in ``folder`` and below, without following links, as paths relative to it."""
-    if folder.is_symlink():  # in a stranger's folder: it could lead anywhere
+    if os.path.islink(folder):  # in a stranger's folder: it could lead anywhere
         return []
     return [Path(place, name).relative_to(folder) for place, _, names in os.walk(folder) for name in names]
 

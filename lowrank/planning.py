@@ -520,9 +520,7 @@ class Plan:
             )
         chosen = [layer for layer in chosen if layer.same_as is None and layer.dense_parameters]
         if not chosen and used is None:
-            raise TargetError(
-                f"{pattern}: the layers that it matches have no elements, and stay."
-            )
+            raise TargetError(f"{pattern}: the layers that it matches have no elements, and stay.")
         reason = "left dense by hand" if rank is None else "set by hand"
         edited = {layer.name: layer.edited(rank, reason) for layer in chosen}
         return self._parted_from(edited.keys()).with_layers(edited)._without_codes(edited)

@@ -806,3 +806,12 @@ def test_layers_without_elements_are_saved_and_loaded(tmp_path, layer):
     again = lowrank.load(tmp_path / "x", nn.Sequential(nn.Linear(64, 64), build()))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     lowrank.report(again)
+
+
+@pytest.mark.parametrize("name", ["é" * 300, "a/" * 3000], ids=["long", "deep"])
+def test_a_name_that_is_too_long_is_no_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"no lowrank\.json and no config\.json here"):
+        lowrank.load(name)
+    with pytest.raises(CheckpointError, match="name too long|cannot be written"):
+        lowrank.save(nn.Sequential(nn.Linear(8, 8)), name)

@@ -207,6 +207,8 @@ def aligned(model: nn.Module) -> nn.Module:
 
 def check_saves(case: Case) -> None:
     """What is saved and loaded again has the same state and outputs, to the bit."""
+    if not case.specimen.saves:
+        return
     lowrank.save(case.model, case.folder)
     if _has_grown(case):
         _check_refused(case)
@@ -219,6 +221,8 @@ def check_saves(case: Case) -> None:
 
 def check_loads_on_meta(case: Case) -> None:
     """The same into an architecture without data, where all its buffers are saved."""
+    if not case.specimen.saves:
+        return
     unsaved = any(module._non_persistent_buffers_set for module in case.model.modules())
     lowrank.save(case.model, case.folder)
     if unsaved or _has_grown(case) or (case.folder / "config.json").exists():

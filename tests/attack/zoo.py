@@ -66,6 +66,7 @@ class Specimen:
         pickles: Whether PyTorch can pickle it; parametrized modules cannot be.
         runs: Whether it can be called as it is.
         trains: Whether a step of SGD can be made in its dtype.
+        saves: Whether its tensors are finite, since others are refused.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Specimen:
     pickles: bool = True
     runs: bool = True
     trains: bool = True
+    saves: bool = True
 
     def architecture(self) -> nn.Module:
         """Return the dense module, in eval mode."""
@@ -209,8 +211,8 @@ add("unused", Unused)
 add("own forward", with_own_forward)
 add("zeros", filled(0.0))
 add("constant", filled(0.25))
-add("nan", filled(float("nan")))
-add("infinite", filled(float("inf")))
+add("nan", filled(float("nan")), saves=False)
+add("infinite", filled(float("inf")), saves=False)
 add("large", scaled(1e12))
 add("small", scaled(1e-12))
 add("large float16", scaled(1e3, torch.float16), **_half(torch.float16), trains=False)
