@@ -55,7 +55,7 @@ def collect(
 
     Of the layers some may be tables; ``heads`` says by name which layers are tied to them.
     """
-    if loss is not None and loss != "auto" and not callable(loss):
+    if not (loss is None or callable(loss) or (isinstance(loss, str) and loss == "auto")):
         raise DataError(f'loss={loss!r}: give "auto", a function loss(outputs, batch), or None.')
     check_has_data(model)
     generator = torch.Generator(device_of(model)).manual_seed(seed)

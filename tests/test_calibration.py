@@ -241,6 +241,7 @@ BAD = {
     "loss-a-number": ([made(2, 64)], None, lambda o, b: 1.0, DataError, "float"),
     "loss-detached": ([made(2, 64)], None, lambda o, b: o.detach().sum(), DataError, "gradient"),
     "loss-unknown": ([made(2, 64)], None, "mse", DataError, "auto"),
+    "loss-array": ([made(2, 64)], None, made(2).numpy(), DataError, "auto"),
 }
 
 

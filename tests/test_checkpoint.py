@@ -813,5 +813,5 @@ def test_a_name_that_is_too_long_is_no_folder(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match=r"no lowrank\.json and no config\.json here"):
         lowrank.load(name)
-    with pytest.raises(CheckpointError, match="name too long|cannot be written"):
+    with pytest.raises(CheckpointError, match=r"cannot be written|too long"):
         lowrank.save(nn.Sequential(nn.Linear(8, 8)), name)

@@ -20,7 +20,6 @@ from harness import Broken
 from promises import (
     OWN,
     Outputs,
-    aligned,
     bits,
     check_errors,
     demand,
@@ -82,9 +81,8 @@ def _same_by_plan(session: Session, twin: nn.Module, arguments: Arguments) -> No
     options = {
         name: value for name, value in arguments.items() if name in ("stats", "seed", "slow", "progress")
     }
-    asked = {
-        name: value for name, value in arguments.items() if name not in ("seed", "slow", "sequential", "loss")
-    }
+    others = "seed", "slow", "sequential", "loss", "tokenizer", "spill"
+    asked = {name: value for name, value in arguments.items() if name not in others}
     done, made = session.call(lowrank.plan, twin, reads=True, **asked)
     if isinstance(made, WeightError):
         return  # plan decomposes layers as well that compress leaves dense
@@ -338,7 +336,7 @@ def save(session: Session, random: Random) -> None:
         model = session.specimen.architecture()
         done, loaded = session.call(lowrank.load, folder, model, reads=True)
         demand(done, f"What was saved is refused: {loaded}")
-        session.model = aligned(loaded)
+        session.model = loaded
         session.check(random)
 
 
@@ -348,7 +346,6 @@ def load(session: Session, random: Random) -> None:
     arguments = spoiled(random, {"folder": one(random, *folders), "model": session.model})
     done, _ = session.call(lowrank.load, **arguments)
     if done:
-        aligned(session.model)
         session.check(random)
 
 
