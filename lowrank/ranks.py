@@ -153,7 +153,7 @@ def nothing_changes(plan: Plan, budget: Budget, spectra: Mapping[str, Spectrum])
         advice = "It has no linear layer."
     elif plan.targeted:
         advice = _LESS[budget.kind] + _nearest(plan, budget, spectra)
-    elif plan.factorized:
+    elif plan.factorized or plan.codes:
         advice = "Call decompress(model) first, or start from the dense checkpoint."
     else:
         advice = "Name other layers with targets=[...]."

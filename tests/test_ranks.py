@@ -360,6 +360,7 @@ def test_where_no_layer_is_left_every_budget_is_refused(mlp, made, budget):
     with pytest.raises(BudgetError, match="no layer of Sequential would change") as caught:
         made(mlp, **budget)
     assert "0: is quantized already (int8); decompress(model) undoes that" in str(caught.value)
+    assert "Call decompress(model) first" in str(caught.value)
 
 
 @pytest.mark.parametrize(
