@@ -158,8 +158,9 @@ def store_plan(session: Session, random: Random) -> None:
     if session.plan is None:
         return
     path = session.path("plan")
-    done, _ = session.call(session.plan.save, **spoiled(random, {"path": path}), reads=True, writes=True)
-    if done and path.exists():
+    arguments = spoiled(random, {"path": path})
+    done, _ = session.call(session.plan.save, **arguments, reads=True, writes=True)
+    if done and arguments["path"] is path:
         done, read = session.call(Plan.load, path, reads=True)
         demand(done and read == session.plan, "A plan differs after its file.")
 
@@ -202,8 +203,9 @@ def store_stats(session: Session, random: Random) -> None:
     if session.stats is None:
         return
     folder = session.path("stats")
-    done, _ = session.call(session.stats.save, **spoiled(random, {"folder": folder}), reads=True, writes=True)
-    if done and folder.exists():
+    arguments = spoiled(random, {"folder": folder})
+    done, _ = session.call(session.stats.save, **arguments, reads=True, writes=True)
+    if done and arguments["folder"] is folder:
         done, read = session.call(Stats.load, folder, reads=True)
         demand(
             done and data_of(read) == data_of(session.stats), f"Statistics differ after their files: {read}"
@@ -332,7 +334,10 @@ def save(session: Session, random: Random) -> None:
     folder = session.path("model") if maybe(random, 0.7) else session.folder / "model"
     arguments = spoiled(random, {"folder": folder, "overwrite": maybe(random, 0.5)})
     done, _ = session.call(lowrank.save, session.model, reads=True, writes=True, **arguments)
-    if done and folder.exists() and (folder / "lowrank.json").exists() and maybe(random, 0.5):
+    if not done or arguments["folder"] is not folder:
+        return
+    demand(any((folder / name).exists() for name in ("lowrank.json", "config.json")), "save writes nothing.")
+    if (folder / "lowrank.json").exists() and maybe(random, 0.5):
         model = session.specimen.architecture()
         done, loaded = session.call(lowrank.load, folder, model, reads=True)
         demand(done, f"What was saved is refused: {loaded}")
@@ -403,6 +408,8 @@ def unknown(session: Session, random: Random) -> None:
         function(session.model, ranks=4)  # type: ignore[operator]
     except TypeError:
         session.outcomes["TypeError"] += 1
+    else:
+        raise Broken(f"{function.__name__} takes an argument that there is not.")
     found = difference(before, session.state())
     demand(found is None, f"An unknown argument changes something: {found}")
 

@@ -28,6 +28,8 @@ sys.path[:0] = [str(HERE), str(ROOT)]
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")  # as many processes as cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+for name, quiet in (("PYTHONWARNINGS", "ignore"), ("TQDM_DISABLE", "1")):  # of thousands of attempts
+    os.environ.setdefault(name, quiet)
 
 from attacks import ATTACKS, named  # noqa: E402
 from harness import Attack, Tally, once, run  # noqa: E402
