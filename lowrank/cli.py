@@ -228,7 +228,7 @@ def compress(
     with staged(out, overwrite) as folder:
         write(model, folder)
         if vocabulary_of(model) is not None:
-            _copy_tokenizer(source, folder, out, quiet)
+            _copy_tokenizer(model, source, folder, out, quiet)
     _show(report(model), as_json, quiet)
 
 
@@ -495,13 +495,14 @@ def _calm_transformers(quiet: bool) -> None:
         logging.disable_progress_bar()
 
 
-def _copy_tokenizer(source: str, folder: Path, out: Path, quiet: bool) -> None:
-    """Write the source's tokenizer into ``folder``, so that it is complete, or say why not."""
-    from lowrank.hf.tokenizer import load_tokenizer
+def _copy_tokenizer(model: nn.Module, source: str, folder: Path, out: Path, quiet: bool) -> None:
+    """Write the source's tokenizer into ``folder``, if it can be the model's, or say why not."""
+    from lowrank.hf.tokenizer import check_tokenizer, load_tokenizer
 
     try:
         tokenizer = load_tokenizer(source)
-    except CheckpointError as error:
+        check_tokenizer(model, tokenizer)
+    except (CheckpointError, DataError) as error:
         if not quiet:
             typer.echo(f"lowrank: no tokenizer is copied to {out}: {_one_line(error)}", err=True)
         return

@@ -75,7 +75,8 @@ def _reason(module: nn.Module, name: str, parameter: Tensor) -> str:
     if isinstance(module, nn.MultiheadAttention):
         return f"{name} of {kind}, which is in no layer of its own"
     if dimensions > 2:
-        return f"weight in {dimensions} dimensions ({kind}), such as those of experts"
+        experts = ", experts" if "expert" in kind.lower() else ""
+        return f"weight in {dimensions} dimensions ({kind}){experts}"
     return f"matrix of {kind}, which is no linear layer"
 
 

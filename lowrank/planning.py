@@ -32,13 +32,13 @@ def check_rank(rank: object, where: str = "rank") -> int:
     """Return ``rank`` if it is a positive integer.
 
     Raises:
-        RankError: If it is not an ``int`` (a ``bool`` is not), or below 1.
+        RankError: If it is not a whole number (a ``bool`` is not), or below 1.
     """
-    if not isinstance(rank, int) or isinstance(rank, bool):
+    if not isinstance(rank, numbers.Integral) or isinstance(rank, bool):
         raise RankError(f"{where}: a rank is a whole number, not {rank!r} ({type(rank).__name__}).")
     if rank < 1:
         raise RankError(f"{where}: {rank} is not positive. The smallest rank is 1.")
-    return rank
+    return int(rank)
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,11 @@ class Budget:
         if self.kind == "rank":
             self._check_ranks()
         elif self.kind == "max_bytes":
-            if not isinstance(self.value, int) or isinstance(self.value, bool) or self.value < 1:
+            if not isinstance(self.value, numbers.Integral) or isinstance(self.value, bool) or self.value < 1:
                 raise BudgetError(
                     f"max_bytes={self.value!r}: give the bytes that the whole model may take, a whole number."
                 )
+            object.__setattr__(self, "value", int(self.value))
         elif self.kind == "speedup":
             number = isinstance(self.value, numbers.Real) and not isinstance(self.value, bool)
             if not number or not is_finite(self.value) or not self.value > 1:
@@ -78,14 +79,15 @@ class Budget:
 
     def _check_ranks(self) -> None:
         if not isinstance(self.value, Mapping):
-            check_rank(self.value)
+            object.__setattr__(self, "value", check_rank(self.value))
             return
         if not self.value:
             raise BudgetError("rank={}: the mapping is empty. Map name patterns to ranks: {'*.query': 64}.")
-        for pattern, rank in self.value.items():
+        for pattern in self.value:
             if not isinstance(pattern, str):
                 raise BudgetError(f"rank={{{pattern!r}: …}}: a key is a name pattern, such as '*.query'.")
-            check_rank(rank, where=pattern)
+        ranks = {pattern: check_rank(rank, where=pattern) for pattern, rank in self.value.items()}
+        object.__setattr__(self, "value", ranks)
 
     def _check_fraction(self) -> None:
         value = self.value

@@ -43,7 +43,10 @@ def read_pairs(path: str | Path) -> tuple[list[tuple[str, str]], list[float]]:
             scores.append(number)
             pairs.append((first, second))
     except (ValueError, csv.Error) as error:
-        raise DataError(f"{path}, line {rows.line_num}: not sentence1,sentence2,score: {error}.") from error
+        header = " Is that a header? Remove it." if rows.line_num == 1 else ""
+        raise DataError(
+            f"{path}, line {rows.line_num}: not sentence1,sentence2,score: {error}.{header}"
+        ) from error
     return pairs, scores
 
 

@@ -350,3 +350,8 @@ def test_a_decorated_function_keeps_its_name_and_its_arguments():
     assert list(inspect.signature(area).parameters) == ["size", "by"]
     with pytest.raises(TypeError, match="missing"):
         area()
+
+
+def test_an_unknown_argument_is_named_with_the_function():
+    with pytest.raises(TypeError, match=r"^compress\(\): got an unexpected keyword argument 'kep'$"):
+        lowrank.compress(dense(), kep=0.5)

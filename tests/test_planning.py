@@ -9,6 +9,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -322,6 +323,12 @@ def test_a_plan_under_an_unknown_metric_is_refused():
 def test_a_plan_that_cannot_be_written_says_so(tmp_path):
     with pytest.raises(CheckpointError, match=r"plan\.json: cannot be written"):
         Plan("Model").save(tmp_path / "missing" / "plan.json")
+
+
+def test_whole_numbers_of_numpy_are_budgets():
+    assert str(Budget.of(rank=np.int64(8))) == "rank=8"
+    assert str(Budget.of(rank={"*": np.int32(8)})) == "rank={'*': 8}"
+    assert str(Budget.of(max_bytes=np.int64(1000))) == "max_bytes=1000"
 
 
 @pytest.mark.parametrize("kind", ["keep", "energy", "error", "speedup"])

@@ -1,6 +1,7 @@
 """A folder without tokenizer files: transformers makes a tokenizer up, and nothing here uses it."""
 
 import copy
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -147,6 +148,16 @@ def test_overwrite_never_replaces_a_good_tokenizer_by_a_made_up_one(run, bare, w
     assert "tokenizer.json" in files
     assert run("compress", bare, tmp_path / "out", "--rank", 4, "-q", "--overwrite") == (0, "", "")
     assert files == {name: (tmp_path / "out" / name).read_bytes() for name in files}
+
+
+def test_overwrite_never_replaces_a_good_tokenizer_by_one_of_another_model(run, bare, whole, tmp_path):
+    assert run("compress", whole, tmp_path / "out", "--rank", 8, "-q") == (0, "", "")
+    good = (tmp_path / "out" / "tokenizer.json").read_bytes()
+    (bare / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
+    code, _, err = run("compress", bare, tmp_path / "out", "--rank", 4, "--overwrite")
+    assert code == 0
+    assert re.search(r"no tokenizer is copied to .*: tokenizer=\w+ has 5 tokens, and BertModel", err)
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == good
 
 
 def test_a_model_without_a_vocabulary_needs_no_tokenizer(run, tmp_path):
