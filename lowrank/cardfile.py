@@ -16,28 +16,16 @@ _SIGNATURE = re.compile(
 )
 
 
-def write_card(folder: Path, text: str | None) -> None:
-    """Write ``text`` as the card of ``folder``; ``None`` removes the card that an older save wrote.
-
-    A README that somebody else wrote, or edited, stays as it is.
-    """
-    file = folder / CARD
-    if is_foreign(file) or not folder.is_dir():  # transformers logs that its target is a file, and goes on
-        return
-    file.unlink(missing_ok=True)
-    if text is not None:
-        file.write_bytes(_signed(text.encode()))
+def write_card(folder: Path, text: str) -> None:
+    """Write ``text`` as the card of ``folder``, signed, so that a later save knows it for its own."""
+    (folder / CARD).write_bytes(_signed(text.encode()))
 
 
 def keep_readme(folder: Path, staging: Path) -> None:
     """Take the card out of ``staging``, which is to replace ``folder``, if a user's README is there."""
-    if is_foreign(folder / CARD):
+    readme = folder / CARD
+    if (readme.exists() or readme.is_symlink()) and not is_own_card(readme):
         (staging / CARD).unlink(missing_ok=True)
-
-
-def is_foreign(file: Path) -> bool:
-    """Tell whether there is a README which `lowrank` did not write, or which was edited since."""
-    return (file.exists() or file.is_symlink()) and not is_own_card(file)
 
 
 def is_own_card(file: Path) -> bool:

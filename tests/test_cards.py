@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+import transformers
 import yaml
 from torch import nn
 
@@ -20,18 +21,11 @@ def card_of(folder) -> str:
     return (folder / "README.md").read_text(encoding="utf-8")
 
 
-SAVES = {
-    "lowrank.save": lambda model, folder: lowrank.save(model, folder, overwrite=True),
-    "save_pretrained": lambda model, folder: model.save_pretrained(folder),
-}
+def save(model, folder):
+    lowrank.save(model, folder, overwrite=True)
 
 
-@pytest.fixture(params=SAVES.values(), ids=SAVES.keys())
-def save(request):
-    return request.param
-
-
-def test_a_compressed_checkpoint_has_a_card_with_its_sizes(tiny_bert, tmp_path, save):
+def test_a_compressed_checkpoint_has_a_card_with_its_sizes(tiny_bert, tmp_path):
     dense_parameters = sum(p.numel() for p in tiny_bert.parameters())
     lowrank.compress(tiny_bert, rank=8)
     save(tiny_bert, tmp_path)
@@ -44,7 +38,7 @@ def test_a_compressed_checkpoint_has_a_card_with_its_sizes(tiny_bert, tmp_path, 
     assert "pip install torch-lowrank" in text
 
 
-def test_the_card_counts_quantized_weights_by_scheme(tiny_bert, tmp_path, save):
+def test_the_card_counts_quantized_weights_by_scheme(tiny_bert, tmp_path):
     lowrank.compress(tiny_bert, rank=8, quantize="int8")
     save(tiny_bert, tmp_path)
     coded = sum(
@@ -53,7 +47,7 @@ def test_the_card_counts_quantized_weights_by_scheme(tiny_bert, tmp_path, save):
     assert f", {coded} weights quantized to int8 (`rank=8`)." in card_of(tmp_path)
 
 
-def test_the_code_on_the_card_loads_the_folder(tiny_bert, tmp_path, save):
+def test_the_code_on_the_card_loads_the_folder(tiny_bert, tmp_path):
     lowrank.compress(tiny_bert, rank=8)
     save(tiny_bert, tmp_path)
     code = re.search(r"```python\n(.*?)```", card_of(tmp_path), re.DOTALL)[1]
@@ -87,7 +81,7 @@ def test_the_code_on_the_card_of_a_module_loads_the_folder(mlp, tmp_path):
         ("mine", False),
     ],
 )
-def test_the_base_model_is_named_if_it_is_one_of_the_hub(name, known, tiny_bert, tmp_path, save):
+def test_the_base_model_is_named_if_it_is_one_of_the_hub(name, known, tiny_bert, tmp_path):
     tiny_bert.config._name_or_path = name
     lowrank.compress(tiny_bert, rank=8)
     save(tiny_bert, tmp_path)
@@ -96,7 +90,7 @@ def test_the_base_model_is_named_if_it_is_one_of_the_hub(name, known, tiny_bert,
 
 
 @pytest.mark.parametrize("text", ["# Mine\n", ""], ids=["text", "empty"])
-def test_a_readme_of_the_users_stays(text, tiny_bert, tmp_path, save):
+def test_a_readme_of_the_users_stays(text, tiny_bert, tmp_path):
     (tmp_path / "README.md").write_text(text, encoding="utf-8")
     lowrank.compress(tiny_bert, rank=8)
     save(tiny_bert, tmp_path)
@@ -109,7 +103,7 @@ def test_a_readme_of_the_users_stays_beside_a_module(mlp, tmp_path):
     assert card_of(tmp_path) == "# Mine\n"
 
 
-def test_a_card_that_somebody_has_edited_stays(tiny_bert, tmp_path, save):
+def test_a_card_that_somebody_has_edited_stays(tiny_bert, tmp_path):
     lowrank.compress(tiny_bert, rank=8)
     save(tiny_bert, tmp_path)
     edited = card_of(tmp_path).replace("## Load it", "My notes.\n\n## Load it")
@@ -118,7 +112,7 @@ def test_a_card_that_somebody_has_edited_stays(tiny_bert, tmp_path, save):
     assert card_of(tmp_path) == edited
 
 
-def test_a_card_of_an_older_save_is_written_anew(tiny_bert, tmp_path, save):
+def test_a_card_of_an_older_save_is_written_anew(tiny_bert, tmp_path):
     lowrank.compress(tiny_bert, rank=16)
     save(tiny_bert, tmp_path)
     lowrank.compress(lowrank.decompress(tiny_bert), rank=8)
@@ -127,7 +121,7 @@ def test_a_card_of_an_older_save_is_written_anew(tiny_bert, tmp_path, save):
     assert "rank=16" not in card_of(tmp_path)
 
 
-def test_a_dense_model_has_no_card_and_loses_that_of_an_older_save(tiny_bert, tmp_path, save):
+def test_a_dense_model_has_no_card_and_loses_that_of_an_older_save(tiny_bert, tmp_path):
     save(tiny_bert, tmp_path)
     assert not (tmp_path / "README.md").exists()
     lowrank.compress(tiny_bert, rank=8)
@@ -137,7 +131,7 @@ def test_a_dense_model_has_no_card_and_loses_that_of_an_older_save(tiny_bert, tm
     assert not (tmp_path / "README.md").exists()
 
 
-def test_a_readme_that_is_a_link_is_not_followed(tiny_bert, tmp_path, save):
+def test_a_readme_that_is_a_link_is_not_followed(tiny_bert, tmp_path):
     write_card(tmp_path, "# Elsewhere\n")
     elsewhere = (tmp_path / "README.md").rename(tmp_path / "elsewhere.md")
     folder = tmp_path / "saved"
@@ -159,21 +153,24 @@ def test_a_card_with_one_other_character_is_not_ours(tmp_path):
         file.unlink()
 
 
-def test_the_config_says_how_to_load_the_folder(tiny_bert, tmp_path, save):
+@pytest.mark.parametrize("write", [save, lambda model, folder: model.save_pretrained(folder)])
+def test_the_config_says_how_to_load_the_folder(tiny_bert, tmp_path, write):
     lowrank.compress(tiny_bert, rank=8)
-    save(tiny_bert, tmp_path)
+    write(tiny_bert, tmp_path)
     section = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     assert section["how_to_load"] == "import lowrank before from_pretrained: pip install torch-lowrank"
     assert next(iter(section)) == "how_to_load"  # the first line that is seen of the section
 
 
-def test_only_the_main_process_writes_the_card(tiny_bert, tmp_path):
-    lowrank.compress(tiny_bert, rank=8).save_pretrained(tmp_path, is_main_process=False)
-    assert not (tmp_path / "README.md").exists()
+def test_save_pretrained_stays_transformers_own(tiny_bert, tmp_path):
+    code = transformers.PreTrainedModel.save_pretrained.__code__
+    assert code.co_filename == transformers.modeling_utils.__file__
+    lowrank.compress(tiny_bert, rank=8).save_pretrained(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_the_model_inside_of_a_module_gets_its_own_card(tiny_bert, tmp_path):
     outer = nn.ModuleDict({"encoder": tiny_bert, "head": nn.Linear(64, 2)})
     lowrank.compress(outer, rank=8)
-    outer["encoder"].save_pretrained(tmp_path)
+    save(outer["encoder"], tmp_path)
     assert "BertModel, compressed by lowrank" in card_of(tmp_path)

@@ -8,9 +8,9 @@ Importing this file registers both; `lowrank` imports it as soon as transformers
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,11 @@ from transformers.quantizers import HfQuantizer, auto, register_quantization_con
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowrank.arguments import flag
-from lowrank.cards import HOW_TO_LOAD
+from lowrank.cardfile import write_card
+from lowrank.cards import HOW_TO_LOAD, transformers_card
 from lowrank.coding import PARTS
 from lowrank.errors import BudgetError, CheckpointError, LowRankError, PlanError
 from lowrank.folders import TENSORS
-from lowrank.hf.cards import refresh_card
 from lowrank.hf.checks import (
     CONFIG,
     OWN,
@@ -53,6 +53,9 @@ from lowrank.targets import draft
 from lowrank.tensorfile import read_header, stored_tensors
 
 METHOD = "lowrank"
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+"""``owner/model``."""
 
 
 @register_quantization_config(METHOD)
@@ -388,7 +391,7 @@ def is_pretrained(model: nn.Module) -> bool:
 
 
 def save(model: PreTrainedModel, folder: Path) -> None:
-    """Write ``model`` by its own ``save_pretrained``, its config up to date, and digests into the config.
+    """Write ``model`` by its own ``save_pretrained``, with digests and a card if it is compressed.
 
     A later ``save_pretrained`` into the folder writes tensors and config anew, without digests: they are
     never out of date.
@@ -400,35 +403,20 @@ def save(model: PreTrainedModel, folder: Path) -> None:
         stored_tensors(model)
     record(model)
     model.save_pretrained(folder)
-    if _method(model) == METHOD:
+    plan = recorded(model)
+    if plan is not None:
         files = (*folder.glob(TENSORS), *sorted(folder.glob("model-*.safetensors")))
         tensors = {name: digest_of(tensor) for file in files for name, tensor in read_tensors(file)}
         config = with_digests(read_json(folder / CONFIG), tensors)
-        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        text = json.dumps(config, indent=2) + "\n"  # in the order of transformers
         (folder / CONFIG).write_text(text, encoding="utf-8")
+        write_card(folder, transformers_card(model, plan.budget, _base_model(model)))
 
 
-def _with_card(save_pretrained: Callable[..., None]) -> Callable[..., None]:
-    """Let ``save_pretrained`` write the model card of a compressed model, too."""
-
-    @functools.wraps(save_pretrained)
-    def saved(
-        self: PreTrainedModel,
-        save_directory: str | Path,
-        is_main_process: bool = True,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        save_pretrained(self, save_directory, is_main_process, *args, **kwargs)
-        adapters_only = getattr(self, "_hf_peft_config_loaded", False)
-        if self.should_save_on_this_rank(is_main_process) and not adapters_only:
-            refresh_card(self, Path(save_directory), recorded(self))
-
-    return saved
-
-
-# transformers has no function to register for what is written beside a model; all its models save by this.
-PreTrainedModel.save_pretrained = _with_card(PreTrainedModel.save_pretrained)
+def _base_model(model: PreTrainedModel) -> str | None:
+    """Return the hub's name of what ``model`` was made from; a path of the machine at hand is none."""
+    name = model.config.name_or_path
+    return name if _HUB_NAME.fullmatch(name) and not Path(name).exists() else None
 
 
 def load(folder: str | Path) -> PreTrainedModel:
