@@ -27,8 +27,8 @@ from lowrank.errors import CheckpointError, LowRankError, PlanError, SchemeError
 from lowrank.folders import STRUCTURE, TENSORS, settle, staged
 from lowrank.forms import scheme_of
 from lowrank.integrity import (
-    check_digests,
     check_finite,
+    check_is_text_table,
     check_seal,
     check_values,
     digest_of,
@@ -36,12 +36,20 @@ from lowrank.integrity import (
     read_tensors,
     sealed,
 )
-from lowrank.nn import LowRankEmbedding
+from lowrank.nn import Coded, LowRankEmbedding
 from lowrank.obstacles import check_model, check_not_compiled
 from lowrank.planning import LayerPlan, Plan
 from lowrank.surgery import check_structure, restructure
 from lowrank.targets import draft
-from lowrank.tensorfile import DTYPE_NAMES, METADATA, Stored, read_header, state_of, stored_tensors
+from lowrank.tensorfile import (
+    DTYPE_NAMES,
+    METADATA,
+    Stored,
+    check_disjoint,
+    read_header,
+    state_of,
+    stored_tensors,
+)
 
 FORMAT = 2
 """Version of ``lowrank.json``; a reader refuses anything newer."""
@@ -174,6 +182,7 @@ def _code_dtypes(plan: Plan) -> dict[str, str]:
 
 def _write(model: nn.Module, folder: Path) -> None:
     tensors, aliases = stored_tensors(model)
+    check_disjoint(tensors)
     ready = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     separate = {name: t.clone() if _is_view(t) else t for name, t in ready.items()}
     save_file(separate, folder / TENSORS, metadata=METADATA)
@@ -207,10 +216,11 @@ def _read(folder: Path, model: nn.Module) -> nn.Module:
     _check_architecture(file, model, plan, {name: stored.shape for name, stored in header.items()}, aliases)
     _check_dtypes(file, model, plan, header)
     check_seal(structure, data)  # only now: the checks before this one say what is wrong
-    tensors = dict(read_tensors(file, digests))
+    tensors = dict(read_tensors(file, header, digests))
     buffers = dict(model.named_buffers(remove_duplicate=False))
     for name, tensor in tensors.items():
         check_finite(file, name, tensor, buffer=name in buffers)
+    _check_quantized(file, plan, tensors)
     restructure(model, plan)
     _assign(model, tensors, aliases)
     hf = plugin()
@@ -221,8 +231,9 @@ def _read(folder: Path, model: nn.Module) -> nn.Module:
 
 def _structure_of(file: Path, data: dict[str, Any]) -> tuple[dict[str, str], dict[str, str], Plan]:
     """Return digests, aliases and plan of the ``data`` in ``file``."""
-    for key in ("tensors", "aliases"):
-        check_digests(file, data.get(key), key)
+    if "tensors" not in data:
+        raise CheckpointError(f'{file}: has no "tensors", the digests of what is stored. Copy it again.')
+    check_is_text_table(file, data.get("aliases"), "aliases")
     try:
         return data["tensors"], data["aliases"], Plan.from_dict(data.get("plan"))
     except LowRankError as error:
@@ -285,6 +296,19 @@ def _check_dtypes(file: Path, model: nn.Module, plan: Plan, header: Mapping[str,
         if name not in codes and floating != stored.is_floating_point:
             wanted = "floating-point numbers" if floating else "integers"
             raise CheckpointError(f"{file}: the tensor {name} is {stored.dtype}; the model needs {wanted}.")
+
+
+def _check_quantized(file: Path, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse values of quantized weights that quantizing never gives."""
+    for code in plan.codes:
+        names = {part: f"{code.name}.{part}" for part in Coded.PARTS}
+        parts = {part: tensors[name] for part, name in names.items() if name in tensors}
+        wrong = Coded.check_values(scheme_of(code), parts)
+        if wrong is not None:
+            raise CheckpointError(
+                f"{file}: the tensor {names[wrong]} has values that no coded weight has. The file is "
+                "damaged: copy it again."
+            )
 
 
 def _expected_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lowrank.errors import CheckpointError
 from lowrank.jsonfile import read_json
-from lowrank.tensorfile import DTYPE_NAMES, read_header
+from lowrank.tensorfile import DTYPE_NAMES, Stored, read_header, read_stored
 
 SEAL = "digest"
 """The field of a JSON object that holds the digest of all its other fields."""
@@ -52,7 +51,7 @@ def read_document(file: str | Path, newest: int) -> dict[str, Any]:
             "Install a newer lowrank."
         )
     if "tensors" in document:
-        check_digests(file, document["tensors"])
+        check_is_text_table(file, document["tensors"], "tensors")
     return document
 
 
@@ -78,37 +77,45 @@ def _digest_of_fields(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def check_digests(file: str | Path, table: Any, field: str = "tensors") -> None:
+def check_is_text_table(file: str | Path, table: Any, field: str) -> None:
     """Refuse a ``field`` of ``file`` that is no mapping of names to strings."""
     if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
         raise CheckpointError(f'{file}: "{field}" must map names to strings.')
 
 
-def read_tensors(file: str | Path, digests: Mapping[str, str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and tensor for all in ``file``, aligned, on the CPU; nothing refers to the file after that.
+def read_tensors(
+    file: str | Path, header: Mapping[str, Stored], digests: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and tensor for all in ``file``, one by one, in memory of their own, aligned, on the CPU.
 
     Args:
         file: A safetensors file.
+        header: What `lowrank.tensorfile.read_header` returned for it.
         digests: By name, as `digest_of` gave them; ``None`` if there are none to compare with.
 
     Raises:
-        CheckpointError: If the file is damaged, or a tensor is not the one that was saved.
+        CheckpointError: If the file cannot be read, or a tensor is not the one that was saved.
     """
-    names = sorted(read_header(file))
+    names = sorted(header)
     strange = next((name for name in names if digests is not None and name not in digests), None)
     if strange is not None:
         raise CheckpointError(f"{file}: has the tensor {strange}, without a digest. Copy it again.")
     try:
-        with safe_open(file, framework="pt") as stored:
+        with Path(file).open("rb") as stream:
             for name in names:
-                tensor = stored.get_tensor(name).clone()
+                tensor = read_stored(stream, header[name])
                 if digests is not None and digests[name] != digest_of(tensor):
                     raise CheckpointError(
                         f"{file}: the tensor {name} is not the one that was saved. Copy it again."
                     )
                 yield name, tensor
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error}.") from error
+
+
+def load_tensors(file: str | Path, digests: Mapping[str, str] | None = None) -> dict[str, Tensor]:
+    """Return all tensors in ``file`` by name, after the checks of `read_header` and `read_tensors`."""
+    return dict(read_tensors(file, read_header(file), digests))
 
 
 def check_finite(

@@ -18,7 +18,7 @@ from torch import Tensor
 from lowrank.arguments import number, whole
 from lowrank.errors import CheckpointError
 from lowrank.folders import settle, staged
-from lowrank.integrity import check_seal, digest_of, read_document, read_tensors, sealed
+from lowrank.integrity import check_seal, digest_of, load_tensors, read_document, sealed
 from lowrank.tensorfile import METADATA
 
 SNAPSHOT_FORMAT = 2
@@ -100,7 +100,7 @@ class Snapshot:
             raise CheckpointError(f"{folder}: a snapshot of a run {kind}. Give an empty folder.")
         steps, progress, best = (_NUMBERS[key](f"{file}: {key}", numbers.get(key)) for key in _STATE)
         blocks = _NUMBERS["steps"](f"{file}: blocks", numbers["blocks"]) if blockwise else None
-        tensors = dict(read_tensors(folder / _TENSORS, numbers.get("tensors")))
+        tensors = load_tensors(folder / _TENSORS, numbers.get("tensors"))
         groups = [
             [_fitting(folder, f"{name}.{number}", mine, tensors) for number, mine in enumerate(parameters)]
             for name in (_GROUPS[:2] if blockwise else _GROUPS)

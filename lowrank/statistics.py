@@ -20,7 +20,7 @@ from torch import Tensor
 from lowrank.arguments import accepts, choice, flag, instance, number, path, refused, text, whole
 from lowrank.errors import CheckpointError, LowRankError, StatsError
 from lowrank.folders import settle, staged
-from lowrank.integrity import check_seal, digest_of, read_document, read_tensors, sealed
+from lowrank.integrity import check_seal, digest_of, load_tensors, read_document, sealed
 from lowrank.linalg import Diagonal, Gram, Metric, PulledBack
 from lowrank.linalg.shrinkage import shrunk
 from lowrank.lookups import Lookups
@@ -396,7 +396,7 @@ class Stats:
         try:
             settle(Path(folder))
             structure = read_document(file, STATS_FORMAT)
-            tensors = dict(read_tensors(Path(folder) / _TENSORS, structure.get("tensors")))
+            tensors = load_tensors(Path(folder) / _TENSORS, structure.get("tensors"))
         except (OSError, CheckpointError) as error:
             raise StatsError(f"{folder}: the statistics cannot be read: {error}") from error
         try:

@@ -7,7 +7,7 @@ import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, BinaryIO, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ class Stored(NamedTuple):
 
     dtype: str  # a name of the format, such as "F32"
     shape: tuple[int, ...]
+    start: int  # the tensor's first byte in the file
 
     @property
     def is_floating_point(self) -> bool:
@@ -108,7 +109,24 @@ def read_header(file: str | Path) -> dict[str, Stored]:
             f"{file}: damaged: its tensors need {8 + length + end:,} bytes, the file has {size:,}. "
             "Copy it again."
         )
-    return {name: Stored(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+    return {
+        name: Stored(entry["dtype"], tuple(entry["shape"]), 8 + length + places[name][0])
+        for name, entry in header.items()
+    }
+
+
+def read_stored(stream: BinaryIO, stored: Stored) -> Tensor:
+    """Read one tensor into memory of its own, on the CPU: no part of the file is mapped.
+
+    Raises:
+        OSError: If the file ends before the tensor does.
+    """
+    tensor = torch.empty(stored.shape, dtype=_DTYPES[stored.dtype], device="cpu")  # whatever the default is
+    data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    stream.seek(stored.start)
+    if stream.readinto(data) != len(data):  # type: ignore[attr-defined]
+        raise OSError("it has become shorter while it was read")
+    return tensor
 
 
 def _place(name: str, entry: Any) -> tuple[int, int]:
@@ -155,6 +173,50 @@ def stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
             owner[key] = name
             tensors[name] = tensor
     return tensors, aliases
+
+
+def check_disjoint(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors of which two share elements, such as a transposed view beside its original.
+
+    A file would hold the elements twice, and what is loaded would no longer share them. Tensors that are the
+    same in all respects are one in `stored_tensors`, and tied again when they are loaded.
+
+    Raises:
+        CheckpointError: If there are such tensors.
+    """
+    by_place = sorted(
+        ((t.device.type, t.device.index or 0, t.data_ptr(), name) for name, t in tensors.items() if t.numel())
+    )
+    for position, (*device, _, name) in enumerate(by_place):
+        first = tensors[name]
+        end = first.data_ptr() + _extent(first) * first.element_size()
+        for *other_device, start, other in by_place[position + 1 :]:
+            if other_device != device or start >= end:
+                break
+            if _share_elements(first, tensors[other]):
+                raise CheckpointError(
+                    f"{name} and {other} share memory, but are not the same tensor, so loading would untie "
+                    "them. Give one of them memory of its own (nn.Parameter(weight.detach().clone())), or "
+                    "register one parameter under both names."
+                )
+
+
+def _extent(tensor: Tensor) -> int:
+    """Return how many elements lie between the first and the last of ``tensor``, both included."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _share_elements(first: Tensor, second: Tensor) -> bool:
+    """Tell whether two tensors, of which ``second`` begins within the extent of ``first``, overlap.
+
+    Interleaved views, such as halves of the columns of one matrix, do not.
+    """
+    skipped, rest = divmod(second.data_ptr() - first.data_ptr(), first.element_size())
+    if rest or first.element_size() != second.element_size():
+        return True  # the same bytes, read as numbers of two kinds
+    used = torch.zeros(max(_extent(first), skipped + _extent(second)), dtype=torch.bool)
+    used.as_strided(first.shape, first.stride()).fill_(True)
+    return bool(used.as_strided(second.shape, second.stride(), skipped).any())
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:

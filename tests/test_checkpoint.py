@@ -236,6 +236,51 @@ def test_views_of_one_storage_are_saved_with_their_own_values(tmp_path):
     assert again.rest.tolist() == list(range(10, 20))
 
 
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda w: w.T,
+        lambda w: w[:3],
+        lambda w: w[1:],
+        lambda w: w.reshape(-1),
+    ],
+    ids=["transposed", "rows", "later-rows", "flat"],
+)
+def test_a_parameter_that_is_a_view_of_another_is_refused_with_both_names(view, tmp_path):
+    model = nn.Sequential(OrderedDict(a=nn.Linear(8, 8, bias=False), b=nn.Linear(8, 8, bias=False)))
+    model.b.weight = nn.Parameter(view(model.a.weight.detach()))
+    with pytest.raises(CheckpointError, match=r"a\.weight and b\.weight share memory, but are not the same"):
+        lowrank.save(model, tmp_path / "views")
+    assert not (tmp_path / "views").exists()
+
+
+def test_parts_of_one_memory_that_do_not_overlap_are_saved(tmp_path):
+    whole = torch.randn(8, 16)
+    model = nn.Sequential(OrderedDict(a=nn.Linear(8, 8, bias=False), b=nn.Linear(8, 8, bias=False)))
+    model.a.weight, model.b.weight = (nn.Parameter(part) for part in (whole[:, :8], whole[:, 8:]))
+    lowrank.save(model, tmp_path)
+    fresh = nn.Sequential(OrderedDict(a=nn.Linear(8, 8, bias=False), b=nn.Linear(8, 8, bias=False)))
+    loaded = lowrank.load(tmp_path, fresh)
+    assert torch.equal(torch.cat([loaded.a.weight, loaded.b.weight], 1), whole)
+
+
+@pytest.mark.parametrize(("part", "value"), [("codes", -128), ("scale", 0.0), ("scale", -1.0)])
+def test_values_that_no_quantized_weight_has_are_refused_though_the_digests_fit(part, value, tmp_path):
+    lowrank.save(lowrank.compress(build_mlp(), keep=0.9, quantize="int8"), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in tensors if name.endswith(f".{part}"))
+    tensors[name].view(-1)[0] = value
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    sealed_again(tmp_path)
+    fresh = build_mlp()
+    before = {key: tensor.clone() for key, tensor in fresh.state_dict().items()}
+    with pytest.raises(
+        CheckpointError, match=rf"the tensor {re.escape(name)} has values that no coded weight"
+    ):
+        lowrank.load(tmp_path, fresh)
+    assert all(torch.equal(before[key], tensor) for key, tensor in fresh.state_dict().items())
+
+
 def test_a_parameter_that_is_not_contiguous_comes_back(tmp_path):
     model = compressed(build_mlp)
     model[0].up.weight = nn.Parameter(torch.randn(8, 96).T)

@@ -33,13 +33,13 @@ from lowrank.hf.checks import (
     CONFIG,
     OWN,
     SECTION,
+    check_complete,
     check_config,
-    check_loaded,
+    check_names_and_dtypes,
     check_no_lost_bias,
-    check_numbers,
     check_shapes,
-    check_tensors,
-    check_tensors_saved,
+    check_values,
+    compare_digests,
     with_digests,
 )
 from lowrank.hf.ties import rewrite_ties, with_tied_heads
@@ -50,7 +50,7 @@ from lowrank.pipeline import compress
 from lowrank.planning import Budget, Plan
 from lowrank.surgery import restructure
 from lowrank.targets import draft
-from lowrank.tensorfile import read_header, stored_tensors
+from lowrank.tensorfile import Stored, check_disjoint, read_header, stored_tensors
 
 METHOD = "lowrank"
 
@@ -159,17 +159,17 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
             )
         return Plan.from_dict(self.plan)
 
-    def check(self, files: Sequence[str]) -> None:
-        """Compare a folder's ``files`` with the digests, if there are some.
+    def check(self, headers: Mapping[str, Mapping[str, Stored]]) -> None:
+        """Compare a folder's tensors, of which ``headers`` tell by file, with the digests, if there are some.
 
         Raises:
             CheckpointError: If a tensor, or the config beside them, is not as it was saved.
         """
-        config = Path(files[0]).parent / CONFIG
-        if config.exists():  # the tensors of one folder may be loaded with the config of another
-            check_config(config)
+        folder = Path(next(iter(headers))).parent
+        if (folder / CONFIG).exists():  # the tensors of one folder may be loaded with the config of another
+            check_config(folder / CONFIG)
         if self.tensors is not None or self.digest is not None:
-            check_tensors_saved(files, self.tensors)
+            compare_digests(folder, headers, self.tensors)
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Return ``verify``, for a folder that is factorized: transformers asks this in no other case.
@@ -218,9 +218,8 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         plan = config.carried_out()
         self._headers = {file: read_header(file) for file in files}
         if files and config.verify is not False:
-            config.check(files)
-        for file, header in self._headers.items():
-            check_shapes(file, {name: stored.shape for name, stored in header.items()}, plan)
+            config.check(self._headers)
+        check_shapes(self._headers, plan)
         self._plan = with_tied_heads(model, _localized(plan, model))
         try:
             restructure(model, self._plan)
@@ -236,7 +235,7 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> list[WeightTransform]:
         """Check the files against the model: only here transformers tells which names it will translate."""
         if self.pre_quantized:
-            check_tensors(self._headers, weight_conversions, model)
+            check_names_and_dtypes(self._headers, weight_conversions, model)
         return super().update_weight_conversions(weight_conversions, model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -244,8 +243,8 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         # quantized model. The config alone remembers.
         self.remove_quantization_config(model)
         if self.pre_quantized:
-            check_loaded(model)
-            check_numbers(model)
+            check_complete(model)
+            check_values(model)
             align([*model.parameters(), *model.buffers()])  # transformers maps files into memory
             record(model, self._plan)
         else:
@@ -397,16 +396,21 @@ def save(model: PreTrainedModel, folder: Path) -> None:
     never out of date.
 
     Raises:
-        CheckpointError: If a tensor has no data, unless transformers keeps it on a disk (``device_map``).
+        CheckpointError: If a tensor has no data, unless transformers keeps it on a disk (``device_map``),
+            or if two tensors share a part of their memory.
     """
     if getattr(model, "hf_device_map", None) is None:
-        stored_tensors(model)
+        check_disjoint(stored_tensors(model)[0])
     record(model)
     model.save_pretrained(folder)
     plan = recorded(model)
     if plan is not None:
         files = (*folder.glob(TENSORS), *sorted(folder.glob("model-*.safetensors")))
-        tensors = {name: digest_of(tensor) for file in files for name, tensor in read_tensors(file)}
+        tensors = {
+            name: digest_of(tensor)
+            for file in files
+            for name, tensor in read_tensors(file, read_header(file))
+        }
         config = with_digests(read_json(folder / CONFIG), tensors)
         text = json.dumps(config, indent=2) + "\n"  # in the order of transformers
         (folder / CONFIG).write_text(text, encoding="utf-8")

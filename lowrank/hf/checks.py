@@ -6,7 +6,8 @@ are not always those in the model, so transformers' own rules translate them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from transformers.core_model_loading import (
 )
 from transformers.utils.loading_report import LoadStateDictInfo
 
+from lowrank import integrity
 from lowrank.checkpoint import plan_shapes
 from lowrank.errors import CheckpointError
-from lowrank.integrity import SEAL, check_digests, check_seal, check_values, read_tensors, sealed
+from lowrank.integrity import SEAL, check_is_text_table, check_seal, read_tensors, sealed
 from lowrank.jsonfile import read_json
 from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, TiedLinear
 from lowrank.planning import Plan
@@ -62,60 +64,69 @@ def check_config(file: Path) -> None:
         )
 
 
-def check_tensors_saved(files: Iterable[str], digests: Any) -> None:
-    """Refuse files whose tensors are not those that `lowrank.save` wrote."""
-    paths = [Path(file) for file in files]
-    folder = paths[0].parent
-    check_digests(folder / CONFIG, digests)
+def compare_digests(folder: Path, headers: Mapping[str, Mapping[str, Stored]], digests: Any) -> None:
+    """Refuse files in ``folder`` whose tensors are not those that `lowrank.save` wrote."""
+    check_is_text_table(folder / CONFIG, digests, "tensors")
     missing = set(digests)
-    for file in paths:
-        for name, _ in read_tensors(file, digests):
+    for file, header in headers.items():
+        for name, _ in read_tensors(file, header, digests):
             missing.discard(name)
     for name in sorted(missing):
         raise CheckpointError(f"{folder}: lacks the tensor {name}. A file is damaged or gone; copy it again.")
 
 
-def check_numbers(model: PreTrainedModel) -> None:
+def check_values(model: PreTrainedModel) -> None:
     """Refuse NaN and infinity, and codes that no weight has; what is offloaded stays unread."""
     advice = (
         "Load it in the dtype in which it was saved; if that does not help, the file is damaged: copy it "
         "again."
     )
-    check_values(model, model.config.name_or_path, advice)
+    integrity.check_values(model, model.config.name_or_path, advice)
     for prefix, module in model.named_modules():
         if isinstance(module, Coded) and not module.scale.is_meta:
-            _check_codes(model, prefix, module)
+            state = module.state_dict()
+            parts = {part: state[part] for part in module.PARTS if part in state}
+            wrong = module.check_values(module.scheme, parts)
+            if wrong is not None:
+                raise CheckpointError(
+                    f"{model.config.name_or_path}: the tensor {prefix}.{wrong} has values that no coded "
+                    "weight has. The file is damaged: copy it again."
+                )
 
 
-def check_shapes(file: str, shapes: Mapping[str, tuple[int, ...]], plan: Plan) -> None:
-    """Refuse a file whose tensors have other shapes than the plan says; absent names do not count.
+def check_shapes(headers: Mapping[str, Mapping[str, Stored]], plan: Plan) -> None:
+    """Refuse files whose tensors have other shapes than the plan says; absent names do not count.
 
     A sharded checkpoint has each tensor in one of its files, and some models store other names.
     """
     expected = plan_shapes(plan)
-    coded, tied = {code.name for code in plan.codes}, {layer.name for layer in plan.tied}
-    for layer in plan:
-        marker = f"{layer.name}.weight"  # without elements where the layer is factorized
-        if layer.rank is None and layer.name not in coded | tied and 0 in shapes.get(marker, ()):
-            raise CheckpointError(
-                f"{file}: the tensor {marker} belongs to a factorized layer, but by config.json the layer "
-                "is dense. One of the two files has been changed."
-            )
-        if layer.rank is None or layer.same_as is not None:
-            continue
-        known = {*expected, f"{layer.name}.up.bias"}
-        strange = next((n for n in shapes if n.startswith(f"{layer.name}.") and n not in known), None)
-        if strange is not None:
-            raise CheckpointError(f"{file}: the tensor {strange} is no part of a factorized layer.")
-    for name, shape in expected.items():
-        if shapes.get(name, shape) != shape:
-            raise CheckpointError(
-                f"{file}: the tensor {name} has shape {shapes[name]}, but by config.json it must have "
-                f"{shape}. One of the two files has been changed."
-            )
+    replaced = {code.name for code in plan.codes} | {layer.name for layer in plan.tied}
+    dense = {f"{layer.name}.weight" for layer in plan if layer.rank is None and layer.name not in replaced}
+    factorized = {layer.name for layer in plan if layer.rank is not None and layer.same_as is None}
+    known = expected.keys() | {f"{name}.up.bias" for name in factorized}
+    for file, header in headers.items():
+        for name, stored in header.items():
+            if name in dense and 0 in stored.shape:  # without elements where the layer is factorized
+                raise CheckpointError(
+                    f"{file}: the tensor {name} belongs to a factorized layer, but by config.json the layer "
+                    "is dense. One of the two files has been changed."
+                )
+            if name not in known and not factorized.isdisjoint(_prefixes(name)):
+                raise CheckpointError(f"{file}: the tensor {name} is no part of a factorized layer.")
+            wanted = expected.get(name, stored.shape)
+            if stored.shape != wanted:
+                raise CheckpointError(
+                    f"{file}: the tensor {name} has shape {stored.shape}, but by config.json it must have "
+                    f"{wanted}. One of the two files has been changed."
+                )
 
 
-def check_tensors(
+def _prefixes(name: str) -> Iterator[str]:
+    """Yield the modules in which a tensor may be: of ``a.b.weight`` ``a`` and ``a.b``."""
+    return itertools.accumulate(name.split(".")[:-1], "{}.{}".format)
+
+
+def check_names_and_dtypes(
     headers: Mapping[str, Mapping[str, Stored]], conversions: list[WeightTransform], model: PreTrainedModel
 ) -> None:
     """Refuse integers where the model has floating-point numbers, and tensors that it does not know.
@@ -158,7 +169,7 @@ def check_tensors(
 def _is_code(model: nn.Module, name: str) -> bool:
     """Tell whether the tensor is the codes or the scales of a coded weight."""
     layer, _, part = name.rpartition(".")
-    return part in ("codes", "scale", "smooth", "center") and isinstance(model.get_submodule(layer), Coded)
+    return part in Coded.PARTS and isinstance(model.get_submodule(layer), Coded)
 
 
 def _targets(
@@ -187,7 +198,7 @@ def is_saved_class(model: PreTrainedModel) -> bool:
     return type(model).__name__ in (model.config.architectures or ())
 
 
-def check_loaded(model: PreTrainedModel) -> None:
+def check_complete(model: PreTrainedModel) -> None:
     """Refuse a model whose tensors were not all in the checkpoint: transformers only warns.
 
     A model of another class than the saved one may lack its head, but no factor.
@@ -204,22 +215,6 @@ def check_loaded(model: PreTrainedModel) -> None:
                 f"{model.config.name_or_path}: the checkpoint lacks the tensor {name}. It is damaged, or was "
                 "not saved by lowrank. Save the model again."
             )
-
-
-def _check_codes(model: PreTrainedModel, layer: str, module: Coded) -> None:
-    """Refuse values that coding does not give: they show that codes and scales are not of one weight."""
-    state, int8 = module.state_dict(), module.scheme.name == "int8"
-    wrong = {
-        "scale": not bool(state["scale"].isfinite().all()) or (int8 and not bool((state["scale"] > 0).all())),
-        "codes": int8 and bool((state["codes"] == -128).any()),
-        "smooth": "smooth" in state and not bool((state["smooth"] > 0).all()),
-        "center": "center" in state and not bool(state["center"].isfinite().all()),
-    }
-    for name in (name for name, is_wrong in wrong.items() if is_wrong):
-        raise CheckpointError(
-            f"{model.config.name_or_path}: the tensor {layer}.{name} has values that no coded weight has. "
-            "The file is damaged: copy it again."
-        )
 
 
 def check_no_lost_bias(folder: str | Path, model: nn.Module, unexpected: Iterable[str]) -> None:

@@ -13,7 +13,8 @@ arXiv:2304.09145). Both are stored as float16, and what they are rounded to is w
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +41,10 @@ class Coded(nn.Module):
         shape: Of the weight, ``(rows, columns)``.
         scheme: How it is coded.
         trainable: Whether the weight had gradients before it was coded, as it will have when it is decoded.
+        PARTS: The names of the buffers that a quantized weight may have.
     """
 
+    PARTS: ClassVar[tuple[str, ...]] = ("codes", "scale", "smooth", "center")
     trainable: bool = True
     codes: Tensor
     scale: Tensor
@@ -64,6 +67,21 @@ class Coded(nn.Module):
         ):
             self.register_buffer(name, torch.zeros(shape, device=device, dtype=kind))
         self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
+
+    @staticmethod
+    def check_values(scheme: Scheme, parts: Mapping[str, Tensor]) -> str | None:
+        """Name the first of ``parts``, as they are stored, that has values which quantizing never gives.
+
+        Such values show that the parts are not of one weight, or not of this ``scheme``.
+        """
+        int8 = scheme.name == "int8"
+        possible: dict[str, Callable[[Tensor], bool]] = {
+            "codes": lambda codes: not (int8 and bool((codes == -128).any())),
+            "scale": lambda scale: _all_finite(scale) and not (int8 and bool((scale <= 0).any())),
+            "smooth": lambda smooth: bool((smooth > 0).all()),
+            "center": _all_finite,
+        }
+        return next((name for name, part in parts.items() if not possible[name](part)), None)
 
     @property
     def stored_bytes(self) -> int:
@@ -435,6 +453,10 @@ class QuantizedEmbedding(Coded):
     def extra_repr(self) -> str:
         """Describe the table as `torch.nn.Embedding` does, with its scheme."""
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.scheme.name}"
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
 
 
 def _only_output(input: Tensor, bias: Tensor | None, features: int) -> bool:
