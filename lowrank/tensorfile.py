@@ -122,7 +122,7 @@ def read_stored(stream: BinaryIO, stored: Stored) -> Tensor:
         OSError: If the file ends before the tensor does.
     """
     tensor = torch.empty(stored.shape, dtype=_DTYPES[stored.dtype], device="cpu")  # whatever the default is
-    data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    data = tensor.reshape(-1).view(torch.uint8).numpy().data
     stream.seek(stored.start)
     if stream.readinto(data) != len(data):  # type: ignore[attr-defined]
         raise OSError("it has become shorter while it was read")
