@@ -72,8 +72,8 @@ def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> Pa
 
     Raises:
         CheckpointError: If the folder is not empty, has no name of its own (such as "."), cannot be written
-            or is being written by another process; or if the model holds state that is no tensor, or a
-            parameter that is NaN or infinite.
+            or is being written by another process; or if the model holds state that is no tensor, a parameter
+            that is NaN or infinite, or two that share memory without being one.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64))
