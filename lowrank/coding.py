@@ -34,7 +34,6 @@ from lowrank.nn import (
     kind_named,
     kind_of,
 )
-from lowrank.obstacles import find_all_obstacles
 from lowrank.planning import CodedWeight, LayerPlan, Plan
 from lowrank.statistics import Moments, Stats
 
@@ -66,8 +65,12 @@ def described(name: str, module: Coded) -> CodedWeight:
     return CodedWeight(name, kind, *module.shape, bias, module.scheme.name, module.scheme.group_size, *flags)
 
 
-def check_codes(model: nn.Module, plan: Plan, stats: Stats | None, loading: bool) -> None:
+def check_codes(
+    model: nn.Module, plan: Plan, stats: Stats | None, blocked: Mapping[str, str], loading: bool = False
+) -> None:
     """Check that every coded weight of ``plan`` is a layer, table or factor of that shape.
+
+    ``blocked`` tells what must stay as it is, from `lowrank.obstacles`.
 
     Raises:
         PlanError: If a module is missing, of another kind or shape, coded otherwise, or must stay as it is;
@@ -79,7 +82,6 @@ def check_codes(model: nn.Module, plan: Plan, stats: Stats | None, loading: bool
     for layer in plan:
         if layer.residual:
             base_of(plan, layer)
-    blocked = {} if loading else find_all_obstacles(model, plan.owners, plan.overruled)
     for code in plan.codes:
         module = modules.get(code.name)
         if code.name in plan and plan[code.name].same_as is not None:

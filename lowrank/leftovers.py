@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lowrank.nn import LowRankEmbedding, QuantizedEmbedding, TiedLinear
-from lowrank.obstacles import dense_elements, find_embedding_obstacles, linear_layers, other_parameters
+from lowrank.obstacles import (
+    dense_elements,
+    find_doubts,
+    find_embedding_obstacles,
+    linear_layers,
+    other_parameters,
+)
 from lowrank.planning import Plan
 from lowrank.reach import LISTED, UnplannedWeight
 from lowrank.ties import embeddings, place_of
@@ -26,7 +32,7 @@ def with_reach(model: nn.Module, plan: Plan) -> Plan:
             covered += dense_elements(module)
         else:
             others.append((name, module))
-    weights = [*_tables(model, others), *_others(model)]
+    weights = [*_tables(model, plan, others), *_others(model)]
     total = covered + sum(weight.parameters for weight in weights)
     return replace(plan, model_parameters=total, unplanned=_with_small_ones_together(weights, total))
 
@@ -45,8 +51,8 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _tables(model: nn.Module, others: list[tuple[str, nn.Module]]) -> Iterator[UnplannedWeight]:
-    blocked = find_embedding_obstacles(model)
+def _tables(model: nn.Module, plan: Plan, others: list[tuple[str, nn.Module]]) -> Iterator[UnplannedWeight]:
+    blocked = find_embedding_obstacles(model, find_doubts(model, plan.overruled))
     for name, module in others:
         why = blocked.get(name)
         reason = "embedding that no target spells" if why is None else f"embedding that {why}"

@@ -136,7 +136,7 @@ def other_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Te
 
 
 def find_obstacles(
-    model: nn.Module, same_as: Mapping[str, str] | None = None, overruled: Collection[str] = ()
+    model: nn.Module, same_as: Mapping[str, str] | None = None, doubts: Mapping[str, str] | None = None
 ) -> dict[str, str]:
     """Return ``{layer name: reason}`` for every linear layer that cannot be factorized.
 
@@ -146,9 +146,9 @@ def find_obstacles(
         model: What has the layers.
         same_as: ``{layer name: name of another}`` of layers that are replaced together with another, whose
             weight they use; that they share one is then no obstacle.
-        overruled: Names of layers of which a doubt (`find_doubts`) is no obstacle.
+        doubts: Those that count, from `find_doubts`; by default all.
     """
-    obstacle = _finder(model, overruled)
+    obstacle = _finder(model, doubts)
     groups: dict[str, set[str]] = {}
     for name, owner in (same_as or {}).items():
         groups.setdefault(owner, {f"{owner}.weight"}).add(f"{name}.weight")
@@ -160,15 +160,15 @@ def find_obstacles(
 
 
 def find_equals(
-    model: nn.Module, wanted: Collection[str], apart: Sequence[str] = (), overruled: Collection[str] = ()
+    model: nn.Module, wanted: Collection[str], apart: Sequence[str], doubts: Mapping[str, str]
 ) -> dict[str, str]:
     """Return ``{layer name: name of the first}`` for linear layers whose weight is another's, or equal.
 
     Only layers of ``wanted`` are compared, in its order, and only those returned that can be replaced
-    together; for ``apart`` see `lowrank.ties.equal_layers`.
+    together; for ``apart`` see `lowrank.ties.equal_layers`, for ``doubts`` `find_obstacles`.
     """
     groups = equal_layers(model, wanted, apart)
-    obstacle = _finder(model, overruled) if groups else None
+    obstacle = _finder(model, doubts) if groups else None
     found: dict[str, str] = {}
     for group in groups:
         assert obstacle is not None
@@ -181,18 +181,18 @@ def find_equals(
 
 
 def find_all_obstacles(
-    model: nn.Module, same_as: Mapping[str, str] | None = None, overruled: Collection[str] = ()
+    model: nn.Module, same_as: Mapping[str, str], doubts: Mapping[str, str]
 ) -> dict[str, str]:
     """Return what `find_obstacles` and `find_embedding_obstacles` find."""
-    return find_obstacles(model, same_as, overruled) | find_embedding_obstacles(model)
+    return find_obstacles(model, same_as, doubts) | find_embedding_obstacles(model, doubts)
 
 
-def find_embedding_obstacles(model: nn.Module) -> dict[str, str]:
+def find_embedding_obstacles(model: nn.Module, doubts: Mapping[str, str]) -> dict[str, str]:
     """Return ``{table name: reason}`` for every table that must stay as it is, as `find_obstacles`.
 
     Heads that are tied to a table stand in its way only where they themselves could not be replaced.
     """
-    obstacle = _finder(model)
+    obstacle = _finder(model, doubts)
     heads = tied_heads(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     found = {}
@@ -208,14 +208,15 @@ def find_embedding_obstacles(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def find_doubts(model: nn.Module) -> dict[str, str]:
-    """Return ``{layer name: reason}`` for every linear layer of which reading the code leaves a doubt.
+def find_doubts(model: nn.Module, overruled: Collection[str] = ()) -> dict[str, str]:
+    """Return ``{name: reason}`` for every linear layer and table of which reading the code leaves a doubt.
 
-    The reasons are among those of `find_obstacles`. Layers that are factorized or coded are there, too, where
-    a doubt has been overruled.
+    All code of the model is read for that, once: hand the result on. The reasons are among those of
+    `find_obstacles`. Layers that are factorized or coded are there, too. Those ``overruled`` are left out.
     """
-    doubt = _doubts(model)
-    found = {name: doubt(module) for name, module in linear_layers(model)}
+    readers = find_readers(model)
+    layers = (*linear_layers(model), *embeddings(model))
+    found = {name: _doubt(module, readers) for name, module in layers if name not in overruled}
     return {name: reason for name, reason in found.items() if reason is not None}
 
 
@@ -230,26 +231,19 @@ def find_readers(model: nn.Module) -> dict[int, str]:
     return readers
 
 
-def _doubts(model: nn.Module) -> Callable[[nn.Module], str | None]:
-    """Look the model's code over once, and return the function that tells the doubt it leaves of a layer."""
-    readers = find_readers(model)
-
-    def doubt(layer: nn.Module) -> str | None:
-        if id(layer) in readers:
-            return f"has its weight read by value in {readers[id(layer)]}"
-        own = isinstance(layer, (LowRankLinear, QuantizedLinear, TiedLinear))
-        kind = find_kind(layer.kind) if own else kind_of(layer)  # type: ignore[arg-type]
-        if kind is not None and not kind.certain:
-            return f"is a {kind.module.__name__}, which may compute something else than nn.Linear"
-        return None
-
-    return doubt
+def _doubt(layer: nn.Module, readers: Mapping[int, str]) -> str | None:
+    if id(layer) in readers:
+        return f"has its weight read by value in {readers[id(layer)]}"
+    own = isinstance(layer, (LowRankLinear, QuantizedLinear, TiedLinear))
+    kind = find_kind(layer.kind) if own else kind_of(layer)  # type: ignore[arg-type]
+    if kind is not None and not kind.certain:
+        return f"is a {kind.module.__name__}, which may compute something else than nn.Linear"
+    return None
 
 
-def _finder(model: nn.Module, overruled: Collection[str] = ()) -> Callable[..., str | None]:
+def _finder(model: nn.Module, doubts: Mapping[str, str] | None) -> Callable[..., str | None]:
     """Look the model over once, and return the function that tells what stands in a layer's way.
 
-    Doubts about the layers named ``overruled`` do not.
     Its third argument names the weights that a layer may share, since their modules are replaced with it.
     With ``False`` as its last, the layer's bias stays as it is.
     """
@@ -259,7 +253,7 @@ def _finder(model: nn.Module, overruled: Collection[str] = ()) -> Callable[..., 
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(place_of(parameter), []).append(name)
-    doubt = _doubts(model)
+    doubts = find_doubts(model) if doubts is None else doubts
 
     def obstacle(
         name: str, module: nn.Module, shared: frozenset[str], corrects_bias: bool = True
@@ -275,8 +269,8 @@ def _finder(model: nn.Module, overruled: Collection[str] = ()) -> Callable[..., 
         if len(names[id(module)]) > 1:
             other = next(n for n in names[id(module)] if n != name)
             return f"is used twice, also as {other}"
-        if name not in overruled and (doubtful := doubt(module)) is not None:
-            return doubtful
+        if name in doubts:
+            return doubts[name]
         if kind_of(module) is None and type(module) is not nn.Embedding:
             return f"is a {type(module).__name__}, which may do something else than nn.Embedding"
         weight = module.weight

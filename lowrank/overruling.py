@@ -81,7 +81,7 @@ def check_reads(model: nn.Module, plan: Plan, batch: Batch | None) -> None:
         DataError: If there is a layer to try and no batch.
         TargetError: If the outputs are others without a weight, or the model fails.
     """
-    readers = find_readers(model)
+    readers = find_readers(model) if plan.overruled else {}
     found = {name: readers.get(id(model.get_submodule(name))) for name in sorted(plan.overruled)}
     names = [name for name, reader in found.items() if reader is not None]
     if not names:

@@ -24,6 +24,7 @@ from lowrank.nn.kernels import int4_obstacle
 from lowrank.obstacles import (
     check_holder,
     find_all_obstacles,
+    find_doubts,
     find_equals,
     linear_layers,
 )
@@ -59,8 +60,9 @@ def with_codes(
     check_patterns("targets", targets)
     check_patterns("ignore", ignore)
     in_heads = heads_of(model, heads)
-    plan = plan.with_layers(_equal(model, plan, targets, ignore, in_heads, apart))
-    chosen = list(_chosen(model, plan, scheme, targets, ignore, stats, in_heads))
+    doubts = find_doubts(model, plan.overruled)
+    plan = plan.with_layers(_equal(model, plan, doubts, targets, ignore, in_heads, apart))
+    chosen = list(_chosen(model, plan, doubts, scheme, targets, ignore, stats, in_heads))
     if not chosen and not optional:
         raise LowRankError(
             f"No weight of {type(model).__name__} is left to be coded as {scheme.name}: those that could be "
@@ -77,6 +79,7 @@ def with_codes(
 def _equal(
     model: nn.Module,
     plan: Plan,
+    doubts: Mapping[str, str],
     targets: Sequence[str] | None,
     ignore: Sequence[str] | None,
     heads: Mapping[str, Sequence[str]],
@@ -91,7 +94,7 @@ def _equal(
         and layer.name not in taken
         and not_wanted(layer.name, targets, ignore or (), heads) is None
     ]
-    equal = find_equals(model, wanted, apart, plan.overruled)
+    equal = find_equals(model, wanted, apart, doubts)
     return {
         name: replace(plan[name].following(owner), copied=is_copy(model, name, owner))
         for name, owner in equal.items()
@@ -144,6 +147,7 @@ def check_kernels(model: nn.Module, plan: Plan, slow: str) -> None:
 def _chosen(
     model: nn.Module,
     plan: Plan,
+    doubts: Mapping[str, str],
     scheme: Scheme,
     targets: Sequence[str] | None,
     ignore: Sequence[str] | None,
@@ -157,7 +161,7 @@ def _chosen(
     layers = {layer.name: layer for layer in plan}
     uses = Counter(id(module) for module in modules.values())
     equal = plan.owners
-    blocked = find_all_obstacles(model, equal, plan.overruled)
+    blocked = find_all_obstacles(model, equal, doubts)
     done = {code.name for code in plan.codes}
     tied = tied_heads(model)
     for name, module in modules.items():

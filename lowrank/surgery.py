@@ -46,7 +46,7 @@ from lowrank.nn import (
     kind_of,
     register,
 )
-from lowrank.obstacles import check_holder, check_model, find_all_obstacles
+from lowrank.obstacles import check_holder, check_model, find_all_obstacles, find_doubts
 from lowrank.planning import CodedWeight, LayerPlan, Plan
 from lowrank.statistics import Stats
 from lowrank.ties import equal_layers, followers, tied_heads
@@ -144,10 +144,11 @@ def check_request(model: nn.Module, plan: Plan, stats: Stats | None, seed: int) 
         raise PlanError(f"apply needs a Plan, not {type(plan).__name__}. Make one with plan(model, ...).")
     check_can_train(model)
     check_options(plan.tolerance, seed)
-    todo = _validate(model, plan)
+    blocked = _blocked(model, plan)
+    todo = _validate(model, plan, blocked)
     if todo:
         check_stats(model, plan, stats)
-    check_codes(model, plan, stats, loading=False)
+    check_codes(model, plan, stats, blocked)
     return todo
 
 
@@ -199,7 +200,7 @@ def sketched(model: nn.Module, plan: Plan) -> Iterator[None]:
     """Give ``model`` the structure of ``plan`` for a while, with factors of zeros: to time it."""
     kept: dict[str, nn.Module] = {}
     try:
-        for layer in _validate(model, plan):
+        for layer in _validate(model, plan, _blocked(model, plan)):
             dense = model.get_submodule(layer.name)
             weight: Tensor = dense.weight  # type: ignore[assignment]
             rank = layer.rank or 0
@@ -228,9 +229,8 @@ def restructure(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         PlanError: As `apply`.
     """
-    check_codes(model, plan, None, loading=True)
     shared = plan.shared
-    for layer in itertools.chain.from_iterable(_together(plan, _validate(model, plan, loading=True))):
+    for layer in itertools.chain.from_iterable(_together(plan, check_structure(model, plan))):
         dense = model.get_submodule(layer.name)
         if isinstance(dense, nn.Embedding):
             replace_module(model, layer.name, adopt(_table_without_data(layer, dense), dense))
@@ -297,14 +297,10 @@ def _empty_linear(
     return cls(*sizes, False, scheme, kind=code.kind, **flags, device="meta", dtype=dtype)
 
 
-def check_structure(model: nn.Module, plan: Plan) -> None:
-    """Check that `restructure` would succeed, without changing anything.
-
-    Raises:
-        PlanError: As `apply`.
-    """
-    _validate(model, plan, loading=True)
-    check_codes(model, plan, None, loading=True)
+def check_structure(model: nn.Module, plan: Plan) -> list[LayerPlan]:
+    """Return the layers that `restructure` would factorize; raises as it does, and changes nothing."""
+    check_codes(model, plan, None, {}, loading=True)
+    return _validate(model, plan, _blocked(model, plan), loading=True)
 
 
 @exact()
@@ -352,10 +348,16 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     model.get_submodule(parent)._modules[child] = new
 
 
-def _validate(model: nn.Module, plan: Plan, loading: bool = False) -> list[LayerPlan]:
+def _blocked(model: nn.Module, plan: Plan) -> dict[str, str]:
+    """Return why layers and tables must stay as they are, whatever ``plan`` says."""
+    return find_all_obstacles(model, plan.owners, find_doubts(model, plan.overruled))
+
+
+def _validate(
+    model: nn.Module, plan: Plan, blocked: Mapping[str, str], loading: bool = False
+) -> list[LayerPlan]:
     """Return the layers to factorize, or raise before anything has changed."""
     equal = plan.owners
-    blocked = find_all_obstacles(model, equal, plan.overruled)
     modules = dict(model.named_modules())
     for name in plan.overruled & modules.keys():
         kind = kind_of(modules[name])

@@ -73,20 +73,22 @@ def draft(
     doubts = find_doubts(model)
     overruled = {
         name
-        for name in doubts
+        for name in doubts.keys() & layers.keys()
         if not _is_dense(layers[name]) or any(matches(name, pattern) for pattern in overrule or ())
     }
+    counting = {name: reason for name, reason in doubts.items() if name not in overruled}
     every = tables and targets is None
-    plans = {plan.name: plan for plan in _tables(model, lookups, targets or (), ignore or (), every)}
+    tables_found = _tables(model, lookups, counting, targets or (), ignore or (), every)
+    plans = {plan.name: plan for plan in tables_found}
     targeted = {plan.name for plan in plans.values() if plan.targeted}
     users = followers(model) | {head: x for head, x in tied_heads(model).items() if x in targeted}
     equal: dict[str, str] = {}
     in_heads = heads_of(model, heads)
     if apart is not None:
         wanted = [name for name in layers if not_wanted(name, targets, ignore or (), in_heads) is None]
-        equal = find_equals(model, [name for name in wanted if name not in users], apart, overruled)
+        equal = find_equals(model, [name for name in wanted if name not in users], apart, counting)
     users |= equal
-    blocked = find_obstacles(model, equal, overruled)
+    blocked = find_obstacles(model, equal, counting)
     owners = {id(x.down): n for n, x in layers.items() if isinstance(x, LowRankLinear) and x.owns_down}
     for name, module in layers.items():
         plan = _describe(name, module, owners)
@@ -112,6 +114,7 @@ def draft(
 def _tables(
     model: nn.Module,
     tables: Mapping[str, nn.Embedding | LowRankEmbedding],
+    doubts: Mapping[str, str],
     targets: Sequence[str],
     ignore: Sequence[str],
     every: bool,
@@ -120,7 +123,7 @@ def _tables(
 
     With ``every`` all tables are as if spelled.
     """
-    blocked = find_embedding_obstacles(model)
+    blocked = find_embedding_obstacles(model, doubts)
     heads = tied_heads(model)
     for name, table in tables.items():
         plan = _describe_table(name, table)

@@ -267,3 +267,28 @@ def test_bloom_that_multiplies_slices_of_its_weights_is_refused(tmp_path):
         BloomModel.from_pretrained(
             tmp_path, quantization_config=lowrank.LowRankConfig(rank=4, overrule=["*.self_attention.dense"])
         )
+
+
+class ReadsItsHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(64, 32)
+        self.proj = nn.Linear(32, 32)
+        self.lm_head = nn.Linear(32, 64, bias=False)
+        self.lm_head.weight = self.embed.weight
+
+    def penalty(self):
+        return self.lm_head.weight.pow(2).sum()
+
+    def forward(self, x):
+        return self.lm_head(self.proj(self.embed(x)))
+
+
+def test_a_table_changes_with_a_tied_head_whose_doubt_is_overruled():
+    model, x = seeded(ReadsItsHead), torch.arange(64).reshape(4, 16)
+    with pytest.raises(TargetError, match=r"embed: the table .* tied to lm_head, which has its weight read"):
+        lowrank.compress(model, rank=8, targets=["embed"], inputs=x)
+    lowrank.compress(model, rank=8, targets=["embed"], overrule=["lm_head"], inputs=x)
+    table = model.embed.dense_weight()
+    expected = functional.linear(model.proj(table[x]), table)
+    assert torch.allclose(model(x), expected, atol=1e-5)
