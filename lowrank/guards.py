@@ -123,8 +123,7 @@ def _path(node: ast.expr, name: str) -> list[str]:
 @cache
 def names_set(cls: type[nn.Module]) -> frozenset[str]:
     """Return the attributes that methods of ``cls`` set, of whatever object, those that initialise aside."""
-    codes = (code for name, code in methods_of(cls) if "init" not in name)
-    return frozenset({"training"}.union(*map(_names_stored, codes)))  # which `Module.train` sets
+    return frozenset({"training"}.union(*map(_names_stored, methods_of(cls))))  # which `Module.train` sets
 
 
 def _names_stored(code: CodeType) -> set[str]:
@@ -133,14 +132,22 @@ def _names_stored(code: CodeType) -> set[str]:
     return {step.argval for step in steps if step.opname in ("STORE_ATTR", "DELETE_ATTR")}.union(*inner)
 
 
-def methods_of(cls: type[nn.Module]) -> Iterator[tuple[str, CodeType]]:
-    """Yield name and bytecode of the methods of ``cls``, inherited and overridden ones and properties too."""
+def methods_of(cls: type[nn.Module]) -> Iterator[CodeType]:
+    """Yield the bytecode of the methods of ``cls``, inherited and overridden ones and properties too.
+
+    Those that initialise are left out (``__init__``, ``_init_weights``): they run before the model computes.
+    """
     for base in cls.__mro__:
         if base not in (nn.Module, object):
             for name, member in vars(base).items():
                 code = _code_of(member)
-                if code is not None:
-                    yield name, code
+                if code is not None and not _initialises(name):
+                    yield code
+
+
+def _initialises(name: str) -> bool:
+    stem = name.strip("_")
+    return stem == "init" or stem.startswith(("init_", "initialise", "initialize"))
 
 
 def _code_of(member: object) -> CodeType | None:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lowrank.guards import Guard, is_closed, methods_of, names_set
+from lowrank.guards import Guard, is_closed, methods_of
 
 Chain = tuple[str, ...]
 
@@ -44,21 +44,17 @@ class Read(NamedTuple):
 @cache
 def weights_read(cls: type[nn.Module]) -> frozenset[Read]:
     """Return the reads of a layer's ``.weight`` in the methods of ``cls``, inherited ones too."""
-    codes = (code for name, code in methods_of(cls) if "init" not in name)  # which does not compute with it
-    return frozenset().union(*map(_reads_of, codes))
+    return frozenset().union(*map(_reads_of, methods_of(cls)))
 
 
-def layers_read(module: nn.Module, changing: Collection[str] | None = None) -> Iterator[nn.Module]:
+def layers_read(module: nn.Module, changing: Collection[str]) -> Iterator[nn.Module]:
     """Yield what stands below ``module`` where the reads of its class lead, layer or not.
 
     Args:
         module: Also has the constants that decide which branches are never taken.
-        changing: Attributes that are no constants, from `names_set` of all classes in the model; of the
-            module's own class by default.
+        changing: Attributes that are no constants, from `names_set` of all classes in the model.
     """
-    cls: type = type(module)
-    changing = names_set(cls) if changing is None else changing
-    for read in weights_read(cls):
+    for read in weights_read(type(module)):
         if is_closed(read.guards, module, changing):
             continue
         ends = [module]

@@ -551,3 +551,24 @@ def test_a_transformers_model_that_calls_its_layers_is_not_suspected(family):
 def test_a_transformers_model_that_reads_weights_is_suspected_of_just_these(family):
     sizes, layers = BY_VALUE[family]
     assert read_in(family, sizes) == layers
+
+
+class Initialised(nn.Module):
+    """Has methods whose names only contain what begins the names of those that initialise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(8, 8) for _ in range(3))
+
+    def _init_weights(self):
+        self.first.weight.data.zero_()
+
+    def reinitialized_logits(self, x):
+        return x @ self.second.weight
+
+    def definite_logits(self, x):
+        return x @ self.third.weight
+
+
+def test_only_methods_whose_names_begin_so_are_taken_to_initialise():
+    assert set(find_obstacles(Initialised())) == {"second", "third"}
