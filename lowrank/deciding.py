@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -105,20 +105,22 @@ class Request:
 
 
 def drafted(
-    model: nn.Module, request: Request, stats: Stats | None, tables: bool = False, equal: bool = True
+    model: nn.Module,
+    request: Request,
+    stats: Stats | None,
+    heads: Mapping[str, str],
+    tables: bool = False,
+    equal: bool = True,
 ) -> Plan:
     """List the layers; with statistics, leave alone those that these do not cover.
 
-    Where forms compete, and with ``tables``, embedding tables are targets, too. Without ``equal``, equal
-    weights are not looked for.
+    ``heads`` are those of `known_heads`. Where forms compete, and with ``tables``, embedding tables are
+    targets, too. Without ``equal``, equal weights are not looked for.
     """
-    check_holder(model)
     hf = plugin()
     apart = None if not equal else hf.parts(model) if hf is not None else ()
     every = tables or len(request.forms) > 1
-    heads = known_heads(model)
     plan = draft(model, request.targets, request.ignore, heads, every, apart, request.overrule)
-    plan = with_reach(model, plan)
     if request.residual and request.budget is not None and request.budget.kind == "rank":
         plan = plan.with_layers({x.name: replace(x, residual=True) for x in plan.targeted if x.kind != TABLE})
     metric = request.metric_with(stats)
@@ -141,20 +143,25 @@ def known_heads(model: nn.Module) -> dict[str, str]:
     """Return ``{layer name: head}`` of layers that the model's structure shows to belong to a head.
 
     transformers' models say where their base ends; of others the last layer may be one.
+
+    Raises:
+        LowRankError: If the model is no module that holds layers.
     """
+    check_holder(model)
     hf = plugin()
     if hf is not None and hf.is_pretrained(model):
         return hf.head_layers(model)  # type: ignore[no-any-return]
     return output_layer(model)
 
 
-def check_targeted(model: nn.Module, drafted: Plan, request: Request) -> None:
+def check_targeted(model: nn.Module, drafted: Plan, request: Request, heads: Mapping[str, str]) -> None:
     """Refuse a request that leaves no layer to change, or some that are compressed already.
 
     Args:
         model: The model.
         drafted: Its layers, from `drafted`.
         request: What the user asked for.
+        heads: Those of `known_heads`.
 
     Raises:
         BudgetError: If nothing is left to change; or if it names a layer that is factorized or coded, and
@@ -162,8 +169,8 @@ def check_targeted(model: nn.Module, drafted: Plan, request: Request) -> None:
     """
     assert request.budget is not None
     if not drafted.targeted:
-        raise BudgetError(nothing_changes(drafted, request.budget, {}))
-    heads = heads_of(model, known_heads(model))
+        raise BudgetError(nothing_changes(with_reach(model, drafted), request.budget, {}))
+    in_heads = heads_of(model, heads)
     spelled, ignore = request.targets or (), request.ignore or ()
     done = []
     for layer in drafted:
@@ -174,7 +181,7 @@ def check_targeted(model: nn.Module, drafted: Plan, request: Request) -> None:
         table = isinstance(own, (LowRankEmbedding, QuantizedEmbedding))
         if table and not any(spells(pattern, layer.name) for pattern in spelled):
             continue  # tables are no targets unless they are spelled
-        if not_wanted(layer.name, request.targets, ignore, heads) is None:
+        if not_wanted(layer.name, request.targets, ignore, in_heads) is None:
             done.append(layer.name)
     if done:
         raise BudgetError(

@@ -222,11 +222,12 @@ def compress(
     if sequential and (residual or quantize == "auto"):
         raise BudgetError("sequential=True fits factors that replace weights, not residuals: leave one out.")
     equal = not sequential  # blocks are gone through one by one
-    layers = drafted(model, request, stats, equal=equal)  # a bad request fails before the work of calibrating
+    heads = known_heads(model)  # a bad request fails before the work of calibrating
+    layers = drafted(model, request, stats, heads, equal=equal)
     if sequential and data is None:
         raise DataError("sequential=True goes through data once more: give data=.")
     _check_spill(sequential, spill)
-    check_targeted(model, layers, request)
+    check_targeted(model, layers, request, heads)
     if (sequential or overrule) and isinstance(data, Iterator):
         data = list(data)  # to be gone through twice
     _check_overruled(model, layers, inputs, data, tokenizer)
@@ -241,7 +242,8 @@ def compress(
             seed=seed,
             progress=progress,
         )
-        layers = drafted(model, request, stats, equal=equal)
+        layers = drafted(model, request, stats, heads, equal=equal)
+        check_targeted(model, layers, request, heads)  # statistics may lack what was targeted
     predict = budget.kind != "rank"  # a given rank decides nothing by its error: spare the spectra
     timing = Timing(inputs, latencies)
     decided = with_reach(model, _decided(model, layers, request, stats, predict, progress, timing))
@@ -433,7 +435,7 @@ def calibrate(
         (64, ['0', '2'])
     """
     request = Request(metric="weight", targets=targets, ignore=ignore, overrule=overrule)
-    layers = drafted(model, request, None, tables=True)
+    layers = drafted(model, request, None, known_heads(model), tables=True)
     stream = _stream(model, data, tokenizer, device, batch_size, max_length)
     names = [layer.name for layer in layers.targeted]
     names += [name for name in layers.owners if not isinstance(model.get_submodule(name), TiedLinear)]
@@ -515,8 +517,9 @@ def plan(
         group_size=group_size,
         residual=residual,
     )
-    layers = drafted(model, request, stats)
-    check_targeted(model, layers, request)
+    heads = known_heads(model)
+    layers = drafted(model, request, stats, heads)
+    check_targeted(model, layers, request, heads)
     _check_overruled(model, layers, inputs)
     decided = _decided(model, layers, request, stats, True, progress, Timing(inputs, latencies))
     return with_reach(model, decided)
@@ -663,5 +666,5 @@ def spectra(
         LowRankError: If a pattern matches nothing, or a weight cannot be factorized.
     """
     request = Request(metric=metric, add_bias=add_bias, targets=targets, ignore=ignore)
-    layers = drafted(model, request, stats)
+    layers = drafted(model, request, stats, known_heads(model))
     return spectra_of(model, layers, pooled(stats, layers), progress)

@@ -138,7 +138,7 @@ def test_a_merged_menu_has_no_point_that_another_beats(tiny_bert, stats):
     from lowrank.linalg import Spectrum
     from lowrank.menus import Outlook, menu_of
 
-    layer = drafted(tiny_bert, Request(metric="weight"), None).targeted[0]
+    layer = drafted(tiny_bert, Request(metric="weight"), None, {}).targeted[0]
     spectrum = Spectrum(torch.linspace(1, 0, 65, dtype=torch.float64) ** 2)
     menus = [
         menu_of([layer], [spectrum], [1.0], 8, form, [Outlook(0.01 * number, 0.001 * number)])

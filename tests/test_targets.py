@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lowrank import LowRankLinear, compress, plan
+from lowrank import LowRankLinear, compress, obstacles, plan
 from lowrank.errors import LowRankError, TargetError
 from lowrank.obstacles import find_obstacles
 from lowrank.targets import draft
@@ -359,3 +359,13 @@ def test_drafting_reads_names_only_and_works_on_the_meta_device():
 def test_a_plain_model_has_no_obstacles(mlp, tiny_bert):
     assert find_obstacles(mlp) == {}
     assert find_obstacles(tiny_bert) == {}
+
+
+def test_the_code_of_a_model_is_read_once_for_each_stage(tiny_bert, monkeypatch):
+    scans, find_readers = [], obstacles.find_readers
+    monkeypatch.setattr(obstacles, "find_readers", lambda model: scans.append(model) or find_readers(model))
+    draft(tiny_bert, targets=["*.word_embeddings", "*"], apart=[])
+    assert len(scans) == 1
+    scans.clear()
+    compress(tiny_bert, rank=4, targets=["*"])
+    assert len(scans) == 4  # for the draft, what no plan reaches, what apply checks, and the config

@@ -46,6 +46,7 @@ from lowrank.hf.ties import rewrite_ties, with_tied_heads
 from lowrank.hf.tokenizer import check_tokenizer as check_tokenizer
 from lowrank.integrity import align, digest_of, read_tensors
 from lowrank.jsonfile import read_json
+from lowrank.obstacles import linear_layers
 from lowrank.pipeline import compress
 from lowrank.planning import Budget, Plan
 from lowrank.surgery import restructure
@@ -374,7 +375,7 @@ def head_layers(model: nn.Module) -> dict[str, str]:
     if not isinstance(model, PreTrainedModel) or model.base_model is model:
         return {}
     base = f"{model.base_model_prefix}."
-    names = (layer.name for layer in draft(model))
+    names = (name for name, _ in linear_layers(model))
     return {name: name.split(".")[0] for name in names if not name.startswith(base)}
 
 
