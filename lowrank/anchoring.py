@@ -46,7 +46,7 @@ from lowrank.planning import Plan
 from lowrank.statistics import Stats
 from lowrank.streams import Streams
 from lowrank.sums import Listener
-from lowrank.surgery import apply, check_request
+from lowrank.surgery import apply, check_request, register_overruled
 
 RIDGES = (1e-3, 1e-2, 1e-1, math.inf)
 """Candidates for λ; at infinity the factor stays as it was."""
@@ -109,6 +109,7 @@ def apply_anchored(
             for number, each in enumerate(streams):
                 each.enter(model, list(blocks.values()), to_the_end=number == 0)
             _check_sums(blocks, inside, streams[0])
+        register_overruled(model, plan)
         outside = [layer.name for layer in plan.factorized if layer.name not in inside]
         if outside:
             apply(model, _part(plan, outside), stats, seed=seed)

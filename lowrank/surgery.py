@@ -65,6 +65,7 @@ def apply(
 ) -> nn.Module:
     """Replace layers by their factors; the arguments and errors are those of `lowrank.apply`."""
     todo = check_request(model, plan, stats, seed)
+    register_overruled(model, plan)
     joint = pooled(stats, plan)
     bar = tqdm(total=len(todo), desc="factorizing", unit="layer", disable=None if progress else True)
     with bar, _all_or_none(model, plan, todo):
@@ -152,6 +153,15 @@ def check_request(model: nn.Module, plan: Plan, stats: Stats | None, seed: int) 
     return todo
 
 
+def register_overruled(model: nn.Module, plan: Plan) -> None:
+    """Let the classes of the layers that ``plan`` overrules be found again by their names."""
+    modules = dict(model.named_modules())
+    for name in plan.overruled & modules.keys():
+        kind = kind_of(modules[name])
+        if kind is not None:
+            register(kind)
+
+
 def _factorize(
     model: nn.Module, layers: Sequence[LayerPlan], plan: Plan, stats: Stats | None, seed: int
 ) -> None:
@@ -229,8 +239,9 @@ def restructure(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         PlanError: As `apply`.
     """
-    shared = plan.shared
-    for layer in itertools.chain.from_iterable(_together(plan, check_structure(model, plan))):
+    todo, shared = check_structure(model, plan), plan.shared
+    register_overruled(model, plan)
+    for layer in itertools.chain.from_iterable(_together(plan, todo)):
         dense = model.get_submodule(layer.name)
         if isinstance(dense, nn.Embedding):
             replace_module(model, layer.name, adopt(_table_without_data(layer, dense), dense))
@@ -359,10 +370,6 @@ def _validate(
     """Return the layers to factorize, or raise before anything has changed."""
     equal = plan.owners
     modules = dict(model.named_modules())
-    for name in plan.overruled & modules.keys():
-        kind = kind_of(modules[name])
-        if kind is not None:
-            register(kind)  # so that its class is found again by its name
     shared = plan.shared
     todo = []
     if not loading:

@@ -1,6 +1,7 @@
 """A user overrules the static reading for named layers, after it was tried that nothing changes."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import BertConfig, BertModel, BloomConfig, BloomModel
 
 import lowrank
 from lowrank import DataError, LowRankLinear, Plan, TargetError
+from lowrank.nn import find_kind
 
 
 class Counting(nn.Linear):
@@ -292,3 +294,17 @@ def test_a_table_changes_with_a_tied_head_whose_doubt_is_overruled():
     table = model.embed.dense_weight()
     expected = functional.linear(model.proj(table[x]), table)
     assert torch.allclose(model(x), expected, atol=1e-5)
+
+
+def test_a_class_is_not_known_by_its_name_after_a_refusal():
+    class Refused(Counting):
+        pass
+
+    model = seeded(lambda: nn.Sequential(Refused(32, 32), nn.Linear(32, 32)))
+    plan = lowrank.plan(model, rank=4, overrule=["0"])
+    wrong = plan.with_layers({"1": replace(plan["1"], in_features=16)})
+    with pytest.raises(lowrank.PlanError, match="1: the plan is for a weight"):
+        lowrank.apply(model, wrong)
+    assert find_kind("Refused") is None
+    lowrank.apply(model, plan)
+    assert find_kind("Refused").module is Refused
