@@ -58,7 +58,7 @@ def embed(
                     f"{type(model).__name__} returns no last_hidden_state; embed needs an encoder."
                 )
             part = pooled(outputs["last_hidden_state"].float(), batch.mask)
-            _check_finite(model, part, batch.index)
+            _check_finite_outputs(model, part, batch.index)
             parts.append(part)
     embeddings = torch.cat(parts)
     if len(embeddings) != len(texts):
@@ -162,7 +162,7 @@ def perplexity(
             losses = nn.functional.cross_entropy(
                 logits.flatten(0, 1), chunk[:, 1:].flatten(), reduction="sum"
             )
-            _check_finite(model, losses, index)
+            _check_finite_outputs(model, losses, index)
             total += float(losses)
     mean = total / (len(ids) * (window - 1))
     if mean > math.log(sys.float_info.max):
@@ -196,7 +196,7 @@ def accuracy(
     with evaluating(model):
         for batch in batches(texts, tokenizer, device=device_of(model), batch_size=batch_size):
             logits = _logits(model, batch.call(model))
-            _check_finite(model, logits, batch.index)
+            _check_finite_outputs(model, logits, batch.index)
             found = logits.argmax(-1)
             if start + len(found) > len(labels):
                 raise DataError(f"{len(texts)} texts, but {len(labels)} labels: give a label for each text.")
@@ -237,7 +237,7 @@ def loss_increase(
     with evaluating(model), evaluating(dense):
         for batch in batches(data, tokenizer, device=device_of(model), batch_size=batch_size):
             made = increase(batch.call(model), batch.call(dense), batch)
-            _check_finite(model, made.total, batch.index)
+            _check_finite_outputs(model, made.total, batch.index)
             total, terms = total + float(made.total), terms + made.terms
     return total / max(1, terms)
 
@@ -267,7 +267,7 @@ def _rank_correlation(**vectors: Tensor) -> float:
     return float(torch.corrcoef(torch.stack([_ranks(values) for values in vectors.values()]))[0, 1])
 
 
-def _check_finite(model: nn.Module, values: Tensor, batch: int) -> None:
+def _check_finite_outputs(model: nn.Module, values: Tensor, batch: int) -> None:
     if not bool(values.isfinite().all()):
         raise DataError(
             f"Batch {batch}: {type(model).__name__} returns NaN or infinite values. The model is damaged, or "

@@ -54,10 +54,10 @@ from lowrank.obstacles import check_model
 from lowrank.overruling import check_reads, check_subclasses
 from lowrank.planning import Budget, Plan
 from lowrank.ranks import reasons
-from lowrank.statistics import Stats, check_stats
+from lowrank.statistics import Stats, nonempty_stats
 from lowrank.targets import draft
 
-_STATS = optional(check_stats)
+_STATS = optional(nonempty_stats)
 _REQUEST: dict[str, Check] = {
     "latencies": optional(instance(LatencyTable, "a LatencyTable", BudgetError)),
     "stats": _STATS,

@@ -37,7 +37,7 @@ from lowrank.folders import check_folder
 from lowrank.modes import check_has_data, eval_mode, training_only
 from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedLinear
 from lowrank.obstacles import check_model
-from lowrank.runs import Course, Pace, Run, check_finite
+from lowrank.runs import Course, Pace, Run, check_finite_distance
 
 EVALUATIONS = 8
 """How often the held-out batches are looked at, beside the first time."""
@@ -175,7 +175,7 @@ def _trained_codes(model: nn.Module, wanted: bool) -> Iterator[None]:
 
 def _finish(run: Run | BlockRuns, held: Sequence[Batch]) -> None:
     """Train to the end, and leave the best state also where that is not reached."""
-    check_finite(run.best.value, held)
+    check_finite_distance(run.best.value, held)
     try:
         run.resume()
         run.train()

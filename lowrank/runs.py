@@ -71,7 +71,7 @@ def mean_distance(distance: Distance, held: Sequence[Batch], device: torch.devic
     return total(sum(float(distance(batch)) for batch in own_part(held)), device) / len(held)
 
 
-def check_finite(distance: float, given: Sequence[Batch]) -> None:
+def check_finite_distance(distance: float, given: Sequence[Batch]) -> None:
     """Refuse batches on which student and teacher are NaN or infinitely far apart before any training.
 
     Raises:
@@ -224,7 +224,7 @@ class Run:
         """Tell data that are at fault from training that has diverged: in the best state they are, too."""
         self.best.restore()
         with torch.no_grad():
-            check_finite(float(self._distance(batch)), [batch])
+            check_finite_distance(float(self._distance(batch)), [batch])
 
     def _look(self) -> None:
         start = time.monotonic()

@@ -411,7 +411,7 @@ class Stats:
             ) from error
 
 
-def check_stats(name: str, value: Any) -> Stats:
+def nonempty_stats(name: str, value: Any) -> Stats:
     """Accept statistics that have seen something."""
     wanted = "what calibrate(model, data) returns, or Stats.load(folder)"
     stats: Stats = instance(Stats, wanted, StatsError)(name, value)
