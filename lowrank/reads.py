@@ -54,7 +54,8 @@ def layers_read(module: nn.Module, changing: Collection[str]) -> Iterator[nn.Mod
         module: Also has the constants that decide which branches are never taken.
         changing: Attributes that are no constants, from `names_set` of all classes in the model.
     """
-    for read in weights_read(type(module)):
+    cls: type = type(module)
+    for read in weights_read(cls):
         if is_closed(read.guards, module, changing):
             continue
         ends = [module]
