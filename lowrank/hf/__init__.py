@@ -246,7 +246,8 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.pre_quantized:
             check_complete(model)
             check_values(model)
-            align([*model.parameters(), *model.buffers()])  # transformers maps files into memory
+            # transformers maps files into memory; to copy all of that would double what loading needs.
+            align(tensor for tensor in (*model.parameters(), *model.buffers()) if 1 in tensor.shape)
             record(model, self._plan)
         else:
             compress(model, **self.quantization_config.request())
