@@ -157,8 +157,8 @@ def nothing_changes(plan: Plan, budget: Budget, spectra: Mapping[str, Spectrum])
         advice = "Call decompress(model) first, or start from the dense checkpoint."
     else:
         advice = (
-            "Name other layers with targets=[...], or with overrule=[...] those whose weight only seems to be "
-            "read by value, or which only may compute something else."
+            "Name other layers with targets=[...]; or name with overrule=[...] those whose weight only seems "
+            "to be read by value, or which only may compute something else."
         )
     return "\n".join([*lines, f"  {advice}"])
 
