@@ -87,18 +87,23 @@ def collect(
                 terms += _pass(model, batch, loss, generator)
                 bar.update()
     stats = run.added_to(collector.stats(tokenizer, terms))
-    _warn_of_little_data(stats, seen)
+    _warn_of_few_batches(seen)
+    warn_of_few_tokens(stats)
     return stats
 
 
-def _warn_of_little_data(stats: Stats, batches: int) -> None:
-    """Warn where predictions from these data need not hold on others."""
+def _warn_of_few_batches(batches: int) -> None:
+    """Warn where calibration has held out no batch to try its predictions on."""
     if batches < HELD_OUT:
         warn(
             f"Batches: {batches}. With fewer than {HELD_OUT} calibration holds none out, so nothing tells "
             "how far its predictions hold on other data. Give more data, or smaller batches (batch_size=).",
             FewTokensWarning,
         )
+
+
+def warn_of_few_tokens(stats: Stats) -> None:
+    """Warn where predictions from ``stats`` need not hold on other data, of the layer that read the least."""
     full = {name: moments for name, moments in stats.inputs.items() if moments.products.ndim == 2}
     name = min(full, key=lambda name: full[name].weight / len(full[name].total), default=None)
     if name is None:

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from lowrank.atomicfile import flush, keep_mode, refusals
 from lowrank.cardfile import is_own_card, keep_readme
 from lowrank.errors import CheckpointError
-from lowrank.locks import WORK, BusyError, locked
+from lowrank.locks import LOCK, WORK, BusyError, locked
 
 TENSORS = "model.safetensors"
 STRUCTURE = "lowrank.json"
@@ -73,12 +73,20 @@ def staged(folder: Path, overwrite: bool) -> Iterator[Path]:
         yield new
         keep_readme(folder, new)
         for file in _files(new):
+            _share(new / file, work)
             flush(new / file)
         _move_aside(new, folder, work / "old")
         for place in (new, work / "old", work, folder):
             flush(place)
         new.rename(work / "ready")
         flush(work)
+
+
+def _share(file: Path, work: Path) -> None:
+    """Let those read ``file`` who can read other new files: some writers make theirs the owner's alone."""
+    lock = work / LOCK
+    if lock.exists():
+        file.chmod(lock.stat().st_mode & 0o666)
 
 
 def settle(folder: Path) -> None:

@@ -60,16 +60,16 @@ def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
     return {**document, SEAL: _digest_of_fields(document)}
 
 
-def check_seal(file: str | Path, document: Mapping[str, Any]) -> None:
+def check_seal(file: str | Path, document: Mapping[str, Any], advice: str = "Copy it again.") -> None:
     """Refuse a ``document`` from ``file`` that is not as `sealed` returned it; format 1 had no digest.
 
     Raises:
-        CheckpointError: If a field was changed, added or removed.
+        CheckpointError: If a field was changed, added or removed; the message ends with ``advice``.
     """
     if document.get("format") == UNSEALED and SEAL not in document:
         return
     if document.get(SEAL) != _digest_of_fields(document):
-        raise CheckpointError(f"{file}: is not as it was saved: a field has been changed. Copy it again.")
+        raise CheckpointError(f"{file}: is not as it was saved: a field has been changed. {advice}")
 
 
 def _digest_of_fields(document: Mapping[str, Any]) -> str:

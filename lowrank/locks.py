@@ -18,7 +18,7 @@ except ImportError:  # not a Unix: two processes are not told apart
 WORK = ".lowrank-save"
 """What folders to lock are called, or how their names end; none outlives the next call."""
 
-_LOCK = "lock"
+LOCK = "lock"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 """What file systems without locks answer; there, two processes are not told apart either."""
 
@@ -39,7 +39,7 @@ def locked(work: Path) -> Iterator[Path]:
         stack.callback(_tried, work.rmdir)  # it is not empty where another process has come
         handle = _lock(work)
         stack.callback(os.close, handle)  # which ends the lock, as the end of the process does
-        stack.callback(_tried, (work / _LOCK).unlink)
+        stack.callback(_tried, (work / LOCK).unlink)
         yield work
 
 
@@ -55,7 +55,7 @@ def _lock(work: Path) -> int:
     while True:
         work.mkdir(exist_ok=True)
         try:
-            handle = os.open(work / _LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+            handle = os.open(work / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         except FileNotFoundError:
             continue  # another process has just removed the folder
         try:
@@ -68,7 +68,7 @@ def _lock(work: Path) -> int:
             if error.errno not in _NO_LOCKS:
                 os.close(handle)
                 raise
-        if _is_at(handle, work / _LOCK):
+        if _is_at(handle, work / LOCK):
             return handle
         os.close(handle)  # its last user has removed the file meanwhile
 

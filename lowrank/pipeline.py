@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from lowrank.arguments import (
     whole,
 )
 from lowrank.batches import Batch, batches
-from lowrank.calibration import collect
+from lowrank.calibration import collect, warn_of_few_tokens
 from lowrank.coding import with_common_codes_uncentred
 from lowrank.deciding import Request, Timing, check_targeted, decide, drafted, known_heads, spectra_of
 from lowrank.devices import device_of
@@ -50,6 +49,7 @@ from lowrank.latency import LatencyTable
 from lowrank.leftovers import with_reach
 from lowrank.linalg import Scheme, Spectrum
 from lowrank.nn import TiedLinear
+from lowrank.notices import warn
 from lowrank.obstacles import check_model
 from lowrank.overruling import check_reads, check_subclasses
 from lowrank.planning import Budget, Plan
@@ -233,7 +233,9 @@ def compress(
     _check_overruled(model, layers, inputs, data, tokenizer)
     if data is not None and stats is not None and not sequential:
         raise LowRankError("Give either data or stats, not both. Add statistics of more data with +.")
-    if data is not None and stats is None:
+    if stats is not None:
+        warn_of_few_tokens(stats)
+    elif data is not None:
         stats = calibrate(
             *(model, data, tokenizer, loss),
             targets=targets,
@@ -248,7 +250,7 @@ def compress(
     timing = Timing(inputs, latencies)
     decided = with_reach(model, _decided(model, layers, request, stats, predict, progress, timing))
     if targets is None and ignore is None and decided.reachable_fraction < REACH_TO_WARN_BELOW:
-        warnings.warn(decided.small_reach(), ReachWarning, stacklevel=3)
+        warn(decided.small_reach(), ReachWarning)
     apply(
         model,
         decided,
@@ -519,6 +521,8 @@ def plan(
     )
     heads = known_heads(model)
     layers = drafted(model, request, stats, heads)
+    if stats is not None:
+        warn_of_few_tokens(stats)
     check_targeted(model, layers, request, heads)
     _check_overruled(model, layers, inputs)
     decided = _decided(model, layers, request, stats, True, progress, Timing(inputs, latencies))

@@ -7,7 +7,6 @@ choice is made on a plan, for what the model will be once its layers are factori
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +20,7 @@ from lowrank.heads import heads_of
 from lowrank.linalg import Scheme
 from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, SharedDown
 from lowrank.nn.kernels import int4_obstacle
+from lowrank.notices import warn
 from lowrank.obstacles import (
     check_holder,
     find_all_obstacles,
@@ -141,7 +141,7 @@ def check_kernels(model: nn.Module, plan: Plan, slow: str) -> None:
     )
     if slow == "refuse":
         raise SchemeError(message)
-    warnings.warn(message, SlowKernelWarning, stacklevel=3)
+    warn(message, SlowKernelWarning)
 
 
 def _chosen(

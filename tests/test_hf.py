@@ -1145,3 +1145,21 @@ def test_a_dense_folder_with_biases_that_the_class_lacks_is_refused(tmp_path):
     lowrank.save(lowrank.decompress(model), tmp_path / "dense")
     with pytest.raises(CheckpointError, match=r"has the tensor model\.layers\.0\.\w+\.\w+\.bias, but Llama"):
         lowrank.load(tmp_path / "dense")
+
+
+def test_a_config_with_layers_without_end_is_refused_at_once(tiny_bert, tmp_path):
+    lowrank.compress(tiny_bert, rank=8).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
+    with pytest.raises(CheckpointError, match=r"layers is 1,000,000,000, but the files hold \d+ tensors"):
+        lowrank.load(tmp_path)
+
+
+def test_a_config_that_was_edited_says_how_to_load_it(tiny_bert, tmp_path):
+    lowrank.save(lowrank.compress(tiny_bert, rank=8), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"id2label": {"0": "no", "1": "yes"}}))
+    with pytest.raises(CheckpointError, match=r"=LowRankConfig\(verify=False\)\), and save that\."):
+        AutoModel.from_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path, quantization_config=LowRankConfig(verify=False))
+    assert loaded.config.id2label == {0: "no", 1: "yes"}

@@ -26,13 +26,30 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from lowrank import integrity
 from lowrank.checkpoint import plan_shapes
 from lowrank.errors import CheckpointError
+from lowrank.folders import TENSORS
 from lowrank.integrity import SEAL, check_is_text_table, check_seal, read_tensors, sealed
 from lowrank.jsonfile import read_json
 from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, TiedLinear
 from lowrank.planning import Plan
-from lowrank.tensorfile import DTYPE_NAMES, Stored
+from lowrank.tensorfile import DTYPE_NAMES, Stored, read_header
 
 CONFIG, SECTION = "config.json", "quantization_config"
+
+_IF_EDITED = (
+    "Copy it again. If you have edited it yourself, load it once with "
+    "from_pretrained(folder, quantization_config=LowRankConfig(verify=False)), and save that."
+)
+
+LAYER_COUNTS = frozenset(
+    {
+        *("num_hidden_layers", "num_layers", "n_layer", "n_layers"),
+        *("num_decoder_layers", "encoder_layers", "decoder_layers"),
+    }
+)
+"""What configs of transformers call the number of their blocks."""
+
+MOST_LAYERS = 1000
+"""Blocks that are built without a question, in seconds."""
 
 OWN = LowRankLinear, LowRankEmbedding, TiedLinear, Coded
 """Modules that `lowrank` puts into a model."""
@@ -55,12 +72,27 @@ def check_config(file: Path) -> None:
     section = config.get(SECTION)
     if isinstance(section, dict) and SEAL in section:
         others = {name: value for name, value in section.items() if name != SEAL}
-        check_seal(file, {**config, SECTION: others, SEAL: section[SEAL]})
+        check_seal(file, {**config, SECTION: others, SEAL: section[SEAL]}, _IF_EDITED)
+    _check_layer_counts(file, config)
     kind = config.get("model_type")
     if "auto_map" in config and (not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING):
         raise CheckpointError(
             f"{file}: the model is defined by code in the folder, which lowrank never runs. If you trust it, "
             "load the model with transformers and trust_remote_code=True."
+        )
+
+
+def _check_layer_counts(file: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a config with far more layers than its files can hold: building those would take forever."""
+    counts = {name: value for name, value in config.items() if name in LAYER_COUNTS and type(value) is int}
+    name = max(counts, key=lambda name: counts[name], default=None)
+    if name is None or counts[name] <= MOST_LAYERS:
+        return
+    files = [*file.parent.glob(TENSORS), *file.parent.glob("model-*.safetensors")]
+    tensors = sum(len(read_header(one)) for one in files)
+    if tensors < counts[name]:
+        raise CheckpointError(
+            f"{file}: {name} is {counts[name]:,}, but the files hold {tensors:,} tensors. It was changed."
         )
 
 

@@ -76,7 +76,7 @@ class Coded(nn.Module):
         """
         int8 = scheme.name == "int8"
         possible: dict[str, Callable[[Tensor], bool]] = {
-            "codes": lambda codes: not (int8 and bool((codes == -128).any())),
+            "codes": lambda codes: not (int8 and codes.numel() and int(codes.amin()) == -128),
             "scale": lambda scale: _all_finite(scale) and not (int8 and bool((scale <= 0).any())),
             "smooth": lambda smooth: bool((smooth > 0).all()),
             "center": _all_finite,
