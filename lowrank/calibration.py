@@ -20,7 +20,7 @@ from lowrank.devices import device_of
 from lowrank.errors import DataError, FewTokensWarning, StatsError
 from lowrank.fingerprints import fingerprint_of_layer, fingerprint_of_tokenizer
 from lowrank.linalg.metric import products_of_pairs, squares, wide
-from lowrank.linalg.products import exact
+from lowrank.linalg.products import without_autocast
 from lowrank.lookups import LookupSums
 from lowrank.modes import check_has_data, hooked, training_only
 from lowrank.nn import kind_of
@@ -223,7 +223,7 @@ class _Collector:
         weight = kind.weight(layer).detach()
         rows = self._batch.real(gradient.detach())
         if _is_tall(weight):
-            with exact():
+            with without_autocast():
                 rows = wide(rows) @ wide(weight)  # Wᵀ g
         sums = self._gradients.setdefault(name, _Sums(rows))
         if not sums.add(rows):

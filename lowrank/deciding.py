@@ -25,7 +25,7 @@ from lowrank.heads import heads_of, output_layer
 from lowrank.latency import LatencyTable, latency_costs, seconds_of
 from lowrank.leftovers import with_reach
 from lowrank.linalg import Spectrum, spectrum
-from lowrank.linalg.products import exact
+from lowrank.linalg.products import without_autocast
 from lowrank.linalg.svd import check_options
 from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, QuantizedEmbedding, TiedLinear
 from lowrank.obstacles import check_holder
@@ -340,7 +340,7 @@ def _latencies(model: nn.Module, decided: Plan, batch: Batch) -> tuple[float, fl
     return statistics.median(dense), statistics.median(small)
 
 
-@exact()
+@without_autocast()
 def spectra_of(
     model: nn.Module, drafted: Plan, stats: Stats | None, progress: bool, form: Form = FLOAT
 ) -> dict[str, Spectrum]:

@@ -16,13 +16,13 @@ from lowrank.factoring import error_metric_of, input_moments, matrix_of, metric_
 from lowrank.forms import FLOAT, INT8, TABLE, Form
 from lowrank.linalg import Scheme, Spectrum, factors_noise, lost_by_codes, residual_spectrum, whole_noise
 from lowrank.linalg.noise import rows_noise, table_noise
-from lowrank.linalg.products import exact
+from lowrank.linalg.products import without_autocast
 from lowrank.menus import Outlook
 from lowrank.planning import LayerPlan, Plan
 from lowrank.statistics import Stats
 
 
-@exact()
+@without_autocast()
 def outlooks_of(
     model: nn.Module, drafted: Plan, forms: Sequence[Form], stats: Stats | None, progress: bool
 ) -> dict[Form, dict[str, Outlook]]:

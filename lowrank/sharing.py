@@ -13,7 +13,7 @@ from lowrank.errors import BudgetError, WeightError
 from lowrank.factoring import joint_errors, weight_of
 from lowrank.forms import TABLE
 from lowrank.linalg import Spectrum
-from lowrank.linalg.products import exact
+from lowrank.linalg.products import without_autocast
 from lowrank.menus import Group
 from lowrank.planning import Budget, LayerPlan, Plan
 from lowrank.statistics import Stats
@@ -45,7 +45,7 @@ def check_share(share: str | None, share_size: int | None) -> None:
         raise BudgetError(f"share_size={share_size!r}: give a whole number of blocks, at least 2.")
 
 
-@exact()
+@without_autocast()
 def groups_of(
     model: nn.Module,
     drafted: Plan,

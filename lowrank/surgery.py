@@ -29,7 +29,7 @@ from lowrank.factoring import (
 )
 from lowrank.forms import scheme_of
 from lowrank.inheritance import adopt, check_no_hooks
-from lowrank.linalg.products import exact
+from lowrank.linalg.products import without_autocast
 from lowrank.linalg.svd import check_options, checked_weight
 from lowrank.menus import largest_shared_rank
 from lowrank.modes import check_can_train, uninterrupted
@@ -54,7 +54,7 @@ from lowrank.ties import equal_layers, followers, tied_heads
 _Factorized = LowRankLinear, LowRankEmbedding
 
 
-@exact()
+@without_autocast()
 def apply(
     model: nn.Module,
     plan: Plan,
@@ -105,7 +105,7 @@ def _all_or_none(model: nn.Module, plan: Plan, todo: Sequence[LayerPlan]) -> Ite
         raise
 
 
-@exact()
+@without_autocast()
 def encode(
     model: nn.Module, plan: Plan, stats: Stats | None = None, *, seed: int = 0, progress: bool = False
 ) -> None:
@@ -314,7 +314,7 @@ def check_structure(model: nn.Module, plan: Plan) -> list[LayerPlan]:
     return _validate(model, plan, _blocked(model, plan), loading=True)
 
 
-@exact()
+@without_autocast()
 def decompress(model: nn.Module) -> nn.Module:
     """Replace factorized layers by dense ones; see `lowrank.decompress`."""
     check_holder(model)

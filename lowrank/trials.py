@@ -25,7 +25,7 @@ from lowrank.batches import Batch
 from lowrank.errors import StatsError
 from lowrank.linalg import Metric, spectrum, truncated_svd
 from lowrank.linalg.metric import squares, wide
-from lowrank.linalg.products import exact
+from lowrank.linalg.products import without_autocast
 from lowrank.modes import hooked
 from lowrank.nn import kind_of
 from lowrank.statistics import Held, Stats
@@ -49,7 +49,7 @@ class Trial:
     predicted: float
     table: str | None = None
 
-    @exact()
+    @without_autocast()
     def error(self, inputs: Tensor, outputs: Tensor) -> Tensor:
         """Return ``ΔW x`` of shape ``(…, out)`` from what the dense layer read and returned."""
         inputs = inputs.to(self.right.dtype)  # under autocast it may be another
@@ -59,13 +59,13 @@ class Trial:
 class TableTrial(Trial):
     """One table's trial factorization: it returns rows of ``L R``."""
 
-    @exact()
+    @without_autocast()
     def error(self, inputs: Tensor, outputs: Tensor) -> Tensor:
         """Return what is missing from the rows ``(…, columns)`` that the dense table returned for indices."""
         return outputs - self.left[inputs] @ self.right
 
 
-@exact()
+@without_autocast()
 def make_trials(model: nn.Module, stats: Stats, heads: Mapping[str, str]) -> dict[str, Trial]:
     """Factorize every layer at half of its parameters; layers that are too small are left out.
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import StatsError
-from lowrank.linalg.products import exact, product
+from lowrank.linalg.products import product, without_autocast
 
 
 class Outputs(Protocol):
@@ -250,7 +250,7 @@ def gram(matrix: Tensor, block: int = 192) -> Tensor:
     return result
 
 
-@exact()
+@without_autocast()
 def products_of_pairs(rows: Tensor) -> Tensor:
     """Return ``Σ x xᵀ`` over ``rows (tokens, n)``, at least one, shape ``(n, n)``, float64.
 

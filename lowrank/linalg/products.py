@@ -23,7 +23,7 @@ FEWEST_ROWS = 16
 
 
 @contextlib.contextmanager
-def exact() -> Iterator[None]:
+def without_autocast() -> Iterator[None]:
     """Multiply in the dtypes that tensors have, also where the user's `torch.autocast` would take another.
 
     What a model computes is its user's to decide; weights and statistics are not.

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lowrank.linalg.products import exact
+from lowrank.linalg.products import without_autocast
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Regression:
         make = partial(torch.zeros, dtype=torch.float64, device=device)
         return cls(0.0, make(features), make(out), make(features, features), make(out, features), 0.0)
 
-    @exact()
+    @without_autocast()
     def add(self, z: Tensor, y: Tensor, weight: Tensor) -> None:
         """Add tokens ``z (tokens, features)``, ``y (tokens, out)`` with ``weight (tokens, 1)``."""
         heavy_z, heavy_y = z * weight, y * weight

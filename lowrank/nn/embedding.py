@@ -9,7 +9,7 @@ from lowrank import arguments
 from lowrank.arguments import accepts, flag, optional, whole
 from lowrank.errors import RankError
 from lowrank.linalg import linear
-from lowrank.linalg.products import exact
+from lowrank.linalg.products import without_autocast
 from lowrank.nn.dense import FLOATING_DTYPE, MATRIX, PARAMETER, check_padding
 from lowrank.nn.linear import decoded_weight
 
@@ -116,7 +116,7 @@ class LowRankEmbedding(nn.Module):
         """Map ``x (…, embedding_dim)`` to ``Uᵀ x (…, rank)``: ``E x`` is ``D`` times that, without a bias."""
         return linear(input, decoded_weight(self.up).T.to(input.dtype))
 
-    @exact()
+    @without_autocast()
     def dense_weight(self) -> Tensor:
         """Multiply the factors back into a table ``(num_embeddings, embedding_dim)``."""
         rows = decoded_weight(self.down) @ decoded_weight(self.up).T

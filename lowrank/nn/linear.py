@@ -10,7 +10,7 @@ from lowrank import arguments
 from lowrank.arguments import accepts, flag, instance, optional, text, whole
 from lowrank.errors import LowRankError, RankError, WeightError
 from lowrank.linalg import linear, truncated_svd
-from lowrank.linalg.products import exact, is_compiled
+from lowrank.linalg.products import is_compiled, without_autocast
 from lowrank.nn.dense import FLOATING_DTYPE, MATRIX, PARAMETER, kind_of
 from lowrank.nn.quantized import Coded, QuantizedLinear
 from lowrank.nn.shared import SharedDown
@@ -195,13 +195,13 @@ class LowRankLinear(nn.Module):
         output = _called(self.up, _called(self.down, input))
         return output if self.base is None else output + self.base(input)
 
-    @exact()
+    @without_autocast()
     def dense_weight(self) -> Tensor:
         """Multiply the factors back into a weight ``(out, in)``, and add the one that they correct."""
         product = decoded_weight(self.up) @ decoded_weight(self.down)
         return product if self.base is None else product + self.base.dense_weight()
 
-    @exact()
+    @without_autocast()
     def dense_bias(self) -> nn.Parameter | None:
         """Return the bias that goes with `dense_weight`: ``up``'s own, unless coded factors shift inputs."""
         shifts = [

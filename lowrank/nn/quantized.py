@@ -24,7 +24,7 @@ from lowrank.arguments import accepts, flag, instance, optional, text, whole
 from lowrank.errors import SchemeError, WeightError
 from lowrank.linalg import Scheme, decode, encode, encode_smoothed, linear, recode
 from lowrank.linalg.codes import joined, scaled
-from lowrank.linalg.products import exact, is_compiled, is_transformed
+from lowrank.linalg.products import is_compiled, is_transformed, without_autocast
 from lowrank.nn import kernels
 from lowrank.nn.dense import FLOATING_DTYPE, MATRIX, PARAMETER, TENSOR, check_padding
 
@@ -309,7 +309,7 @@ class QuantizedLinear(Coded):
         weight = self._decoded()
         return (weight if self.smooth is None else weight * self.smooth).to(self.weight.dtype)
 
-    @exact()
+    @without_autocast()
     def shift(self) -> Tensor | None:
         """Return what ``center`` takes from the output, ``(out,)``, so that ``y = Wx − shift + b``."""
         if self.center is None:
