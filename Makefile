@@ -15,10 +15,10 @@ demo: $(VENV)/.demo  ## shrink a real BERT checkpoint, save it, load it in anoth
 	$(PY) -m lowrank demo
 
 test: $(VENV)/.dev lint types docs  ## lint, types, docs and all tests but the long ones
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
 test-all: $(VENV)/.dev lint types docs  ## the long tests, too
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m ""
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m ""
 
 MINUTES ?= 10
 attack: $(VENV)/.dev  ## random calls, damaged files, kills and odd matrices, for MINUTES=10; new seeds in each run
