@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -129,8 +130,8 @@ def check_finite(
     if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
         return
     values = tensor if tensor.element_size() > 1 else tensor.float()  # float8 has no such functions
-    extremes = torch.stack(values.detach().aminmax())  # one pass; NaN goes through
-    if bool(extremes.isnan().any() if buffer else not extremes.isfinite().all()):
+    extremes = [float(value) for value in values.detach().aminmax()]  # one pass; NaN goes through
+    if any(map(math.isnan, extremes)) or not (buffer or all(map(math.isfinite, extremes))):
         what = "NaN" if buffer else "NaN or infinite"
         raise CheckpointError(f"{where}: the tensor {name} has {what} elements in {tensor.dtype}. {advice}")
 

@@ -571,6 +571,7 @@ class Plan:
 
         Raises:
             PlanError: If it is no plan, is from a newer format, or a field has a wrong type.
+            RankError: If a rank is not positive.
         """
         if not isinstance(data, dict) or type(data.get("format")) is not int:
             raise PlanError('This is not a plan: it has no "format" number.')

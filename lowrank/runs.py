@@ -28,6 +28,7 @@ from lowrank.distributed import (
     total,
 )
 from lowrank.errors import CheckpointError, DataError
+from lowrank.linalg.products import without_autocast
 from lowrank.snapshots import Snapshot
 
 Distance = Callable[[Batch], Tensor]
@@ -214,7 +215,8 @@ class Run:
             for parameter, gradient in zip(self._parameters, gradients, strict=True):
                 parameter.grad = gradient
             average_gradients(self._parameters)
-            nn.utils.clip_grad_norm_(self._parameters, 1.0)
+            with without_autocast():
+                nn.utils.clip_grad_norm_(self._parameters, 1.0)
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
             self._pace.steps_done += 1

@@ -171,7 +171,7 @@ def test_a_seed_can_be_given(run, dense, tmp_path):
 
 
 def test_a_tokenizer_is_copied(run, dense, tmp_path):
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "low", "rank"]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "low", "rank", *map(str, range(92))]
     (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
     transformers.BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(dense)
     assert run("compress", dense, tmp_path / "out", "--rank", 8, "-q").code == 0
@@ -187,7 +187,7 @@ def test_a_model_and_its_tokenizer_are_written_as_one_step(run, dense, small, tm
     def refuse(*args, **kwargs):
         raise Exception("No space left on device")  # as the package tokenizers does
 
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "low", "rank"]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "low", "rank", *map(str, range(92))]
     (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
     transformers.BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(dense)
     monkeypatch.setattr(transformers.PreTrainedTokenizerBase, "save_pretrained", refuse)

@@ -55,6 +55,9 @@ from lowrank.tensorfile import Stored, check_disjoint, read_header, stored_tenso
 
 METHOD = "lowrank"
 
+LARGEST_TO_ALIGN = 2**20
+"""Bytes. transformers maps files into memory: to copy larger tensors would double what loading needs."""
+
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 """``owner/model``."""
 
@@ -246,8 +249,8 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.pre_quantized:
             check_complete(model)
             check_values(model)
-            # transformers maps files into memory; to copy all of that would double what loading needs.
-            align(tensor for tensor in (*model.parameters(), *model.buffers()) if 1 in tensor.shape)
+            tensors = (*model.parameters(), *model.buffers())
+            align(tensor for tensor in tensors if tensor.nbytes <= LARGEST_TO_ALIGN)
             record(model, self._plan)
         else:
             compress(model, **self.quantization_config.request())

@@ -22,7 +22,7 @@ def shrunk(matrix: Tensor, samples: float) -> Tensor:
     features = float((scale > 0).sum())  # the trace of the correlation matrix
     squares = float((matrix * inverse[:, None] * inverse).square().sum())
     spread = squares - features**2 / max(1.0, features)
-    if spread <= 0 or samples <= 0:
+    if size < 2 or spread <= 0 or samples <= 0:
         return matrix
     amount = ((1 - 2 / size) * squares + features**2) / ((samples + 1 - 2 / size) * spread)
     amount = min(1.0, max(0.0, amount))

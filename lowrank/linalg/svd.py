@@ -178,7 +178,8 @@ def checked_weight(weight: Tensor, plain: bool = True) -> tuple[Tensor, float]:
     if weight.is_meta:
         raise WeightError("The weight is on the meta device and has no data. Load the weights first.")
     weight = weight.detach()
-    largest = float(torch.stack(torch.aminmax(weight)).abs().max())
+    lowest, highest = torch.aminmax(weight)
+    largest = float(torch.maximum(-lowest, highest))
     if not math.isfinite(largest):
         bad = int((~weight.isfinite()).sum())
         raise WeightError(f"The weight has {bad:,} of {weight.numel():,} values that are NaN or infinite.")

@@ -134,4 +134,6 @@ def _state(weight: Tensor, input: Tensor) -> tuple[object, ...]:
 
 def _mode(input: Tensor) -> tuple[object, ...]:
     device = input.device.type
+    if not torch.amp.is_autocast_available(device):  # such as meta
+        return (torch.is_grad_enabled(),)
     return torch.is_grad_enabled(), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)

@@ -80,7 +80,8 @@ class Draw:
         digits = 4 if dtype == torch.float16 else 30
         sizes = self.of((1, 1), (1, 1), (rows, 1), (1, columns))
         scale = self.of(1.0, self.scales(*sizes, digits=digits))
-        return (made * scale).to(dtype)
+        most = torch.finfo(dtype).max
+        return (made * scale).clamp(-most, most).to(dtype)
 
     def rows(self, features: int) -> Tensor:
         """Return what a metric is made of, ``(tokens, features)``: few or many, uneven, constant, or dead."""

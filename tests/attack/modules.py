@@ -114,8 +114,6 @@ class Tied(nn.Module):
             self.b.bias = self.a.bias
         elif what == "copies":
             self.b.weight.data = self.a.weight.data.clone()
-        elif what == "transposed":
-            self.b.weight = nn.Parameter(self.a.weight.data.T)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c(self.b(self.a(x).relu()).relu())

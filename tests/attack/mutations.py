@@ -29,7 +29,7 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 import lowrank
-from lowrank.errors import CheckpointError, LowRankError, PlanError, StatsError
+from lowrank.errors import CheckpointError, LowRankError, PlanError, RankError, StatsError
 from lowrank.integrity import digest_of, sealed
 from lowrank.latency import LatencyTable
 from lowrank.snapshots import Snapshot
@@ -57,7 +57,7 @@ class Case:
     files: Files
     load: Callable[[Path], bytes]
     truth: bytes
-    error: type[LowRankError]
+    error: type[LowRankError] | tuple[type[LowRankError], ...]
     vouched: bool = True
 
 
@@ -102,7 +102,7 @@ def case(
     name: str,
     write: Callable[[Path], Any],
     load: Callable[[Path], bytes],
-    error: type[LowRankError] = CheckpointError,
+    error: type[LowRankError] | tuple[type[LowRankError], ...] = CheckpointError,
     vouched: bool = True,
 ) -> Case:
     """Write a folder, and read it once without damage."""
@@ -185,7 +185,7 @@ def module_cases() -> tuple[Case, ...]:
             "plan",
             lambda folder: plan.save(folder / "plan.json"),
             lambda folder: told(lowrank.Plan.load(folder / "plan.json").to_json()),
-            PlanError,
+            (PlanError, RankError),
             vouched=False,
         ),
         case(
@@ -262,9 +262,7 @@ def _once(rng: random.Random, folder: Path, chosen: Case, cases: tuple[Case, ...
     except LowRankError as error:
         text = str(error)
         if not isinstance(error, chosen.error):
-            raise Broken(
-                f"{where}\n{type(error).__name__} in place of {chosen.error.__name__}: {text}"
-            ) from error
+            raise Broken(f"{where}\n{type(error).__name__} in place of {chosen.error}: {text}") from error
         named = str(folder) in text or any(name in text for name in chosen.files)
         if not named:
             raise Broken(f"{where}\nThe error names no file: {text}") from error
@@ -437,7 +435,7 @@ def edited_tensors(rng: random.Random, data: bytes, mild: bool = False) -> tuple
     else:
         start, stop = entry["data_offsets"]
         width = {"F32": 4, "F64": 8, "F16": 2, "BF16": 2}.get(entry["dtype"], 1)
-        if stop > start:
+        if isinstance(start, int) and isinstance(stop, int) and stop > start:
             at = rng.randrange(start, stop, width)
             number = {
                 4: struct.pack("<f", rng.choice((float("nan"), float("inf"), 1e30, 0.0))),

@@ -9,6 +9,8 @@ import pytest
 from attacks import ATTACKS
 from harness import Attack, Broken, Tally, once, run
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # of PyTorch, about odd modules and hooks
+
 SEED = int(os.environ.get("ATTACK_SEED", secrets.randbits(32)))
 SECONDS = float(os.environ.get("ATTACK_SECONDS", 8))
 

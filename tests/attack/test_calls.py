@@ -21,6 +21,8 @@ from zoo import ZOO
 
 import lowrank
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # of PyTorch, about odd modules and hooks
+
 SEED = int(os.environ.get("ATTACK_SEED", secrets.randbits(32)))
 RANDOM = st.randoms(use_true_random=False)
 
