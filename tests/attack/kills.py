@@ -323,7 +323,8 @@ class Scene:
         same = found.keys() == wanted.keys() if self.writer.stages else found == wanted
         if not same:
             raise Broken(f"{where}: not what an undisturbed call writes: {_difference(found, (wanted,))}")
-        if self.check_read(where) != "new":
+        # How often a training run writes where it stands depends on the clock: it may have written less.
+        if self.check_read(where) != "new" and not self.writer.stages:
             raise Broken(f"{where}: what is read is not the new.")
 
 
