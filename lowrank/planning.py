@@ -630,6 +630,7 @@ class Plan:
 
         Raises:
             PlanError: If the file cannot be read, or is not a plan.
+            RankError: If a rank in it is not positive.
         """
         try:
             check_regular(path)
@@ -638,8 +639,8 @@ class Plan:
             raise PlanError(f"{path}: the plan cannot be read: {error}.") from error
         try:
             return cls.from_json(text)
-        except PlanError as error:
-            raise PlanError(f"{path}: {error}") from error
+        except (PlanError, RankError) as error:
+            raise type(error)(f"{path}: {error}") from error
 
     def __str__(self) -> str:
         schemes = self._schemes()
