@@ -131,7 +131,10 @@ def check_shapes(headers: Mapping[str, Mapping[str, Stored]], plan: Plan) -> Non
 
     A sharded checkpoint has each tensor in one of its files, and some models store other names.
     """
-    expected = plan_shapes(plan)
+    try:
+        expected = plan_shapes(plan)
+    except CheckpointError as error:
+        raise CheckpointError(f"{CONFIG}: {error}") from error
     replaced = {code.name for code in plan.codes} | {layer.name for layer in plan.tied}
     dense = {f"{layer.name}.weight" for layer in plan if layer.rank is None and layer.name not in replaced}
     factorized = {layer.name for layer in plan if layer.rank is not None and layer.same_as is None}
