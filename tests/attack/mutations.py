@@ -307,7 +307,7 @@ def damage(rng: random.Random, files: Files, chosen: Case, cases: tuple[Case, ..
             edit = edited_tensors if name.endswith(".safetensors") else edited_json
             try:
                 files[name], what = edit(rng, files[name], mild)
-            except (ValueError, RecursionError, struct.error):  # damaged already
+            except (ValueError, LookupError, TypeError, RecursionError, struct.error):  # damaged already
                 files[name], what = damaged_bytes(rng, files[name])
             done.append(f"{name}: {what}")
             edited = True
