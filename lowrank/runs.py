@@ -164,7 +164,8 @@ class Run:
         self._course, self._folder = course, folder
         self._device = parameters[0].device
         self._optimizer = torch.optim.AdamW(parameters, lr=course.learning_rate, weight_decay=0.0)
-        self._looked = 0
+        self._looked = 0  # of `evaluations`
+        self._whole = True  # False while a step changes one parameter after the other
         start = time.monotonic()
         self.best = Best(parameters, mean_distance(distance, course.held, self._device))
         pace.reserved = time.monotonic() - start
@@ -185,6 +186,8 @@ class Run:
         hidden = None if self._course.progress and process_number() == 0 else True  # None: on terminals only
         with tqdm(total=1000, desc=title, disable=hidden, bar_format="{l_bar}{bar}| {postfix}") as bar:
             while (done := agreed(self._pace.progress(), self._device)) < 1:
+                if (due := int(done * self._course.evaluations)) > self._looked:
+                    self._look(due)
                 batch = next(order)
                 loss = self._step(batch, done)
                 if not math.isfinite(loss):
@@ -194,10 +197,7 @@ class Run:
                 bar.set_postfix_str(
                     f"step {self._pace.steps_done}, loss {loss:.4f}, held out {self.best.value:.4f}"
                 )
-                if int(done * self._course.evaluations) > self._looked:
-                    self._looked = int(done * self._course.evaluations)
-                    self._look()
-            self._look()
+            self._look(self._course.evaluations)
 
     def _step(self, batch: Batch, done: float) -> float:
         for group in self._optimizer.param_groups:
@@ -217,9 +217,11 @@ class Run:
             average_gradients(self._parameters)
             with without_autocast():
                 nn.utils.clip_grad_norm_(self._parameters, 1.0)
+            self._whole = False
             self._optimizer.step()
-            self._optimizer.zero_grad(set_to_none=True)
             self._pace.steps_done += 1
+            self._whole = True
+            self._optimizer.zero_grad(set_to_none=True)
         return value
 
     def _check(self, batch: Batch) -> None:
@@ -228,9 +230,10 @@ class Run:
         with torch.no_grad():
             check_finite_distance(float(self._distance(batch)), [batch])
 
-    def _look(self) -> None:
+    def _look(self, due: int) -> None:
         start = time.monotonic()
         self.best.offer(mean_distance(self._distance, self._course.held, self._device))
+        self._looked = due
         self._keep()
         self._pace.reserved = time.monotonic() - start  # what the last look will take, by the latest
 
@@ -241,6 +244,8 @@ class Run:
         """
         if self._folder is None or not self._pace.steps_done or process_number() > 0:
             return
+        if not self._whole:
+            return  # Ctrl-C within a step: the snapshot before is the last from which a run goes on as it was
         if not all(bool(parameter.isfinite().all()) for parameter in self._parameters):
             return  # training has diverged
         Snapshot(
@@ -250,6 +255,7 @@ class Run:
             self._parameters,
             self.best.kept,
             (self._moments("exp_avg"), self._moments("exp_avg_sq")),
+            evaluations=self._looked,
         ).save(self._folder)
 
     def _moments(self, key: str) -> list[Tensor]:
@@ -263,7 +269,7 @@ class Run:
         if found is None:
             return
         self._pace.go_on_from(found.steps, found.progress)
-        self._looked = int(found.progress * self._course.evaluations)
+        self._looked = found.evaluations
         self.best = Best(self._parameters, found.best, found.kept)
         for number, parameter in enumerate(self._parameters):
             parameter.copy_(found.parameters[number])

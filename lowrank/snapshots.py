@@ -21,7 +21,7 @@ from lowrank.folders import settle, staged
 from lowrank.integrity import check_seal, digest_of, load_tensors, read_document, sealed
 from lowrank.tensorfile import METADATA
 
-SNAPSHOT_FORMAT = 2
+SNAPSHOT_FORMAT = 3
 """Version of the folder; a reader refuses anything newer."""
 
 _TENSORS, _STRUCTURE = "snapshot.safetensors", "snapshot.json"
@@ -40,6 +40,8 @@ class Snapshot:
         moments: The optimizer's running means of the gradients, and of their squares; nothing where the
             run goes block by block, since each block begins anew.
         blocks: How many blocks are done, where it goes block by block.
+        evaluations: How many looks at held-out batches are done, of those that a run has on its way; 0
+            where it goes block by block.
     """
 
     steps: int
@@ -49,6 +51,7 @@ class Snapshot:
     kept: Sequence[Tensor]
     moments: tuple[Sequence[Tensor], Sequence[Tensor]] = ((), ())
     blocks: int | None = None
+    evaluations: int = 0
 
     def save(self, folder: Path) -> None:
         """Write the snapshot in place of the one before.
@@ -66,6 +69,7 @@ class Snapshot:
             "format": SNAPSHOT_FORMAT,
             "steps": self.steps,
             "progress": self.progress,
+            "evaluations": self.evaluations,
             "best": self.best,
             "tensors": {name: digest_of(tensor) for name, tensor in tensors.items()},
         }
@@ -98,7 +102,10 @@ class Snapshot:
         if ("blocks" in numbers) != blockwise:
             kind = "as a whole" if blockwise else "block by block"
             raise CheckpointError(f"{folder}: a snapshot of a run {kind}. Give an empty folder.")
-        steps, progress, best = (_NUMBERS[key](f"{file}: {key}", numbers.get(key)) for key in _STATE)
+        numbers.setdefault("evaluations", 0)  # older formats do not say: the run then looks once more
+        steps, progress, best, evaluations = (
+            _NUMBERS[key](f"{file}: {key}", numbers.get(key)) for key in _STATE
+        )
         blocks = _NUMBERS["steps"](f"{file}: blocks", numbers["blocks"]) if blockwise else None
         tensors = load_tensors(folder / _TENSORS, numbers.get("tensors"))
         groups = [
@@ -106,16 +113,17 @@ class Snapshot:
             for name in (_GROUPS[:2] if blockwise else _GROUPS)
         ]
         moments = ((), ()) if blockwise else (groups[2], groups[3])
-        return cls(steps, progress, best, groups[0], groups[1], moments, blocks)
+        return cls(steps, progress, best, groups[0], groups[1], moments, blocks, evaluations)
 
 
 _GROUPS = ("parameters", "kept", "means", "squares")
 
 
-_STATE = ("steps", "progress", "best")
+_STATE = ("steps", "progress", "best", "evaluations")
 _NUMBERS = {
     "steps": whole(error=CheckpointError),
     "progress": number(0, error=CheckpointError),
+    "evaluations": whole(error=CheckpointError),
     "best": number(error=CheckpointError),
 }
 

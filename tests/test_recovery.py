@@ -256,6 +256,43 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_end(mlp, data, tmp_path)
         torch.testing.assert_close(mine, its)
 
 
+@pytest.mark.parametrize("moment", [2, 3, 4, 5, 6, 7, 8, 11, "within a step"])
+def test_a_run_that_goes_on_looks_where_an_undisturbed_one_does(
+    mlp, small, data, tmp_path, moment, monkeypatch
+):
+    """Interrupted after any forward pass of the teacher, and halfway through the optimizer's parameters.
+
+    The learning rate is so high that the best state is not the last.
+    """
+    options = {"steps": 5, "learning_rate": 0.03, "mixed_precision": False}
+    recover(copy.deepcopy(small), mlp, data, snapshots=tmp_path / "whole", **options)
+    calls = []
+
+    def interrupted(*_):
+        calls.append(1)
+        if len(calls) == moment:
+            raise KeyboardInterrupt
+
+    def torn(optimizer, *_):
+        calls.append(1)
+        if len(calls) < 8:
+            return step(optimizer)
+        optimizer.param_groups[0]["params"][0].data.add_(1)
+        raise KeyboardInterrupt
+
+    step = torch.optim.AdamW.step
+    handle = mlp.register_forward_hook(interrupted)
+    with monkeypatch.context() as patch:
+        if moment == "within a step":
+            patch.setattr(torch.optim.AdamW, "step", torn)
+        with pytest.raises(KeyboardInterrupt):
+            recover(copy.deepcopy(small), mlp, data, snapshots=tmp_path / "halves", **options)
+    handle.remove()
+    recover(copy.deepcopy(small), mlp, data, snapshots=tmp_path / "halves", **options)
+    for name in ("snapshot.json", "snapshot.safetensors"):
+        assert (tmp_path / "halves" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 def test_a_finished_run_is_not_trained_again(mlp, small, data, tmp_path):
     recover(small, mlp, data, steps=4, snapshots=tmp_path / "run")
     before = {name: value.clone() for name, value in small.state_dict().items()}
