@@ -277,10 +277,11 @@ def evened(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return left * shift, right / shift[:, None]
 
 
-def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+def balanced(left: Tensor, right: Tensor, together: bool = False) -> tuple[Tensor, Tensor]:
     """Move powers of two between the factors, so that nothing leaves the narrow range of float16.
 
-    Each component's elements become equally large in both. Or ``left`` takes more, so that what is between
+    With ``together`` it is the same power for all components, which keeps their relative sizes. Else each
+    component's elements become equally large in both. Or ``left`` takes more, so that what is between
     the factors, ``z = R x = L⁺ y``, is nowhere larger than all of what the layer reads or returns: by
     Hölder's inequality it is not, once a row of ``R`` or of ``L⁺`` has an absolute sum of 1.
     """
@@ -288,6 +289,8 @@ def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     used = (largest[0] > 0) & (largest[1] > 0)
     sums = torch.minimum(right.abs().sum(1), torch.linalg.pinv(left.double()).to(left).abs().sum(1))
     shift = torch.maximum((largest[1] / largest[0]).sqrt(), sums)
+    if together and bool(used.any()):
+        shift, largest = shift[used].max(), (largest[0].max(), largest[1])
     shift = torch.minimum(shift, MOST_IN_FLOAT16 / largest[0])
     shift = 2 * powers_of_two(torch.where(used & (shift > 0), shift, 0.5))  # rounded up
     return left * shift, right / shift[:, None]

@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import StatsError, WeightError
-from lowrank.linalg import Diagonal, Gram, Metric, PulledBack, shared_basis, spectrum, truncated_svd
+from lowrank.linalg import (
+    Diagonal,
+    Gram,
+    Metric,
+    PulledBack,
+    rotated,
+    shared_basis,
+    spectrum,
+    truncated_svd,
+)
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 SHAPES = {"wide": (12, 20), "tall": (20, 12)}
@@ -182,3 +191,19 @@ def test_subnormal_squares_do_not_stop_the_solver():
         found = truncated_svd(weight, 5)
         error = seen_error(weight, found, torch.eye(124, dtype=torch.float64))
         assert found.relative_error == pytest.approx(error, rel=1e-3, abs=1e-6)
+
+
+def test_rotated_factors_stay_within_float16_and_keep_their_product():
+    """Orthonormal columns would leave all of the size, 1e6 and more, to the other factor."""
+    left, right = (gaussian(64, 8) * 1e3).half(), (gaussian(8, 64, seed=1) * 1e3).half()
+    columns, rows = rotated(left, right, seed=0)
+    expected = left.double() @ right.double()
+    lost = (columns.double() @ rows.double() - expected).norm() / expected.norm()
+    assert lost < 2 * torch.finfo(torch.float16).eps  # each factor is rounded once
+    assert float(columns.double().norm(dim=0).std() / columns.double().norm(dim=0).mean()) < 1e-3
+
+
+def test_rotated_factors_beyond_float16_are_refused():
+    """Each fits, at 6e4, and so does no pair of factors whose components are all of one size."""
+    with pytest.raises(WeightError, match=r"factors have elements beyond what float16 holds"):
+        rotated(torch.full((64, 1), 6e4).half(), torch.full((1, 64), 6e4).half() * 1.05, seed=0)
