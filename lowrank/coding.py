@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lowrank.errors import PlanError, StatsError, WeightError
 from lowrank.factoring import check_layer_of
 from lowrank.forms import scheme_of
-from lowrank.linalg import rotated, smoothing
+from lowrank.linalg import Scheme, rotated, smoothing
 from lowrank.linalg.svd import checked_weight
 from lowrank.nn import (
     Coded,
@@ -93,7 +93,7 @@ def check_codes(
             if not loading and module is not None and not isinstance(module, Coded):
                 checked_weight(module.weight)  # type: ignore[arg-type]
             if not loading:
-                _check_range(modules, code)
+                check_range(modules, code)
         except WeightError as error:
             raise type(error)(f"{code.name}: {error}") from error
         if isinstance(module, Coded):
@@ -137,12 +137,26 @@ LARGEST_INT4, SMALLEST_INT4 = 2e5, 1e-5
 """Largest element of weights whose scales under int4 float16 can hold, with room for what scales inputs."""
 
 
-def _check_range(modules: Mapping[str, nn.Module], code: CodedWeight) -> None:
-    """Refuse int4 for a weight, or for factors of one, whose scales would be lost in float16."""
+def check_range(modules: Mapping[str, nn.Module], code: CodedWeight) -> None:
+    """Refuse int4 for a weight, or for factors of one, whose scales would be lost in float16.
+
+    Raises:
+        WeightError: If they would be.
+    """
     parent, _, part = code.name.rpartition(".")
     layer = modules.get(code.name, modules.get(parent) if part in PARTS else None)
     weight = getattr(layer, "weight", None)
-    if code.scheme != "int4" or isinstance(layer, Coded) or weight is None or not weight.numel():
+    if isinstance(weight, Tensor) and not isinstance(layer, Coded):
+        check_holds(scheme_of(code), weight)
+
+
+def check_holds(scheme: Scheme | None, weight: Tensor) -> None:
+    """Refuse int4 for a weight whose scales would be lost in float16; a weight without data passes.
+
+    Raises:
+        WeightError: If they would be.
+    """
+    if scheme is None or scheme.name != "int4" or weight.is_meta or not weight.numel():
         return
     largest = float(weight.detach().abs().max())
     if largest and not SMALLEST_INT4 < largest < LARGEST_INT4:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from lowrank.coding import check_holds
 from lowrank.errors import WeightError
 from lowrank.factoring import error_metric_of, input_moments, matrix_of, metric_of, weight_of
 from lowrank.forms import FLOAT, INT8, TABLE, Form
@@ -26,7 +27,7 @@ from lowrank.statistics import Stats
 def outlooks_of(
     model: nn.Module, drafted: Plan, forms: Sequence[Form], stats: Stats | None, progress: bool
 ) -> dict[Form, dict[str, Outlook]]:
-    """Return by form what it does to the targeted layers; layers that are not whole groups are left out.
+    """Return by form what it does to the targeted layers; layers that do not fit are left out.
 
     Raises:
         WeightError: If a weight cannot be coded, with the layer's name.
@@ -34,9 +35,12 @@ def outlooks_of(
     found: dict[Form, dict[str, Outlook]] = {form: {} for form in forms}
     bar = tqdm(drafted.targeted, desc="codes", unit="layer", disable=None if progress else True)
     for layer in bar:
-        competing = [form for form in forms if _divides(form, layer)] if len(forms) > 1 else forms
+        weight = weight_of(model.get_submodule(layer.name)).detach()
+        competing = [form for form in forms if _fits(form, layer, weight)] if len(forms) > 1 else forms
         mine = [form for form in competing if form is not FLOAT]
         try:
+            for form in mine:
+                check_holds(form.scheme, weight)
             for form, outlook in _outlooks(model, layer, mine, drafted.metric, stats).items():
                 found[form][layer.name] = outlook
         except WeightError as error:
@@ -54,7 +58,12 @@ def residual_errors(
     return residual_spectrum(weight, lost, error_metric_of(layer, weight, metric, stats))
 
 
-def _divides(form: Form, layer: LayerPlan) -> bool:
+def _fits(form: Form, layer: LayerPlan, weight: Tensor) -> bool:
+    """Tell whether the layer's rows are whole groups, and in the range of the scales."""
+    try:
+        check_holds(form.scheme, weight)
+    except WeightError:
+        return False
     return form.scheme is None or layer.in_features % (form.scheme.group_size or 1) == 0
 
 

@@ -618,8 +618,7 @@ def apply(
             there = Path(spill) if spill is not None else None
             stream = _stream(model, data, tokenizer, batch_size=_enough_batches(data))
             fitted = apply_anchored(model, plan, stats, stream, seed=seed, spill=there, progress=progress)
-            surgery.rotate_factors(model, plan, seed)
-            surgery.encode(model, plan, stats, progress=progress)
+            surgery.encode(model, plan, stats, seed=seed, progress=progress)
             plan = plan.with_layers(
                 {name: replace(plan[name], reason=f"{plan[name].reason}; fitted anew") for name in fitted}
             )

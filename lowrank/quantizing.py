@@ -13,9 +13,9 @@ from dataclasses import replace
 
 from torch import nn
 
-from lowrank.coding import with_common_codes_uncentred
-from lowrank.errors import LowRankError, SchemeError, SlowKernelWarning, TargetError
-from lowrank.forms import Form, scheme_of
+from lowrank.coding import check_range, with_common_codes_uncentred
+from lowrank.errors import LowRankError, SchemeError, SlowKernelWarning, TargetError, WeightError
+from lowrank.forms import Form
 from lowrank.heads import heads_of
 from lowrank.linalg import Scheme
 from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, SharedDown
@@ -54,6 +54,7 @@ def with_codes(
     Raises:
         TargetError: If a pattern matches nothing, or names what cannot be coded.
         SchemeError: If a weight does not divide into groups.
+        WeightError: If a weight is out of the range of int4.
         LowRankError: If nothing is left to code.
     """
     check_holder(model)
@@ -68,11 +69,12 @@ def with_codes(
             f"No weight of {type(model).__name__} is left to be coded as {scheme.name}: those that could be "
             "are coded already, ignored, or part of a head (name it in targets)."
         )
+    modules = dict(model.named_modules())
     for code in chosen:
         try:
-            scheme_of(code)
-        except SchemeError as error:
-            raise SchemeError(f"{code.name}: {error}") from error
+            check_range(modules, code)
+        except (SchemeError, WeightError) as error:
+            raise type(error)(f"{code.name}: {error}") from error
     return with_heads(model, with_common_codes_uncentred(replace(plan, codes=(*plan.codes, *chosen))))
 
 

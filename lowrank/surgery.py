@@ -74,8 +74,7 @@ def apply(
             with uninterrupted():
                 _factorize(model, layers, plan, joint, seed)  # whose dense weights are gone when it returns
             bar.update(len(layers))
-        rotate_factors(model, plan, seed)
-    encode(model, plan, stats, progress=progress)
+    encode(model, plan, stats, seed=seed, progress=progress)
     return model
 
 
@@ -107,37 +106,23 @@ def _all_or_none(model: nn.Module, plan: Plan, todo: Sequence[LayerPlan]) -> Ite
 
 
 @without_autocast()
-def rotate_factors(model: nn.Module, plan: Plan, seed: int = 0) -> None:
-    """Mix the components of the factors that ``plan`` codes, and that are not coded yet.
-
-    Raises:
-        WeightError: If the factors of a layer leave the range of their dtype.
-    """
-    names = {code.name for code in _uncoded(model, plan)}
+def encode(
+    model: nn.Module, plan: Plan, stats: Stats | None = None, *, seed: int = 0, progress: bool = False
+) -> None:
+    """Put integers in place of the weights that ``plan`` codes, which `check_request` has accepted."""
+    stats = pooled(stats, plan, centred=False)
+    todo = [code for code in plan.codes if not isinstance(model.get_submodule(code.name), Coded)]
+    todo.sort(key=lambda code: code.name.endswith(".up"))  # a down needs its up in floating point
+    names = {code.name for code in todo}
     for name, module in model.named_modules():
         if isinstance(module, _Factorized) and {f"{name}.down", f"{name}.up"} <= names:
             readers = readers_of(model, module) if isinstance(module, LowRankLinear) else {name: module}
             if {f"{reader}.up" for reader in readers} <= names:
-                try:
-                    with uninterrupted():
-                        rotate(list(readers.values()), seed)
-                except WeightError as error:
-                    raise WeightError(f"{name}: {error}") from error
-
-
-@without_autocast()
-def encode(model: nn.Module, plan: Plan, stats: Stats | None = None, *, progress: bool = False) -> None:
-    """Put integers in place of the weights that ``plan`` codes, which `check_request` has accepted."""
-    stats = pooled(stats, plan, centred=False)
-    todo = _uncoded(model, plan)
-    todo.sort(key=lambda code: code.name.endswith(".up"))  # a down needs its up in floating point
+                with uninterrupted():
+                    rotate(list(readers.values()), seed)
     for code in tqdm(todo, desc="coding", unit="weight", disable=None if progress else True):
         with uninterrupted():
             _encode(model, code, plan, stats)
-
-
-def _uncoded(model: nn.Module, plan: Plan) -> list[CodedWeight]:
-    return [code for code in plan.codes if not isinstance(model.get_submodule(code.name), Coded)]
 
 
 def _encode(model: nn.Module, code: CodedWeight, plan: Plan, stats: Stats | None) -> None:

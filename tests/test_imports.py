@@ -98,7 +98,8 @@ LAYERS = [
     {"ties", "inheritance"},
     {"obstacles", "runs"},
     {"factoring", "trials", "blockwise", "heads"},
-    {"coding", "outlooks"},
+    {"coding"},
+    {"outlooks"},
     {"targets", "leftovers", "calibration", "ranks", "surgery", "recovery", "evaluation"},  # the stages
     {"anchoring", "quantizing", "sharing", "overruling"},
     {"plot", "costs", "latency"},

@@ -530,3 +530,14 @@ def test_given_ranks_are_rounded_to_whole_groups():
     assert [layer.rank for layer in decided] == [96, 32, 64]
     assert decided["0"].reason == "100 as asked, in whole groups of 32"
     assert decided["2"].reason == "as asked"
+
+
+@pytest.mark.parametrize("size", [1e12, 1e-12])
+def test_int4_beyond_the_range_of_its_scales_is_refused_by_the_plan(size):
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    model[2].weight.data *= size
+    with pytest.raises(WeightError, match=r"^2(\.down)?: its largest element is .* Use int8, or ignore"):
+        lowrank.plan(model, keep=0.9, quantize="int4", group_size=16)
+    decided = lowrank.plan(model, max_bytes=8000, quantize="auto")
+    assert {code.scheme for code in decided.codes if code.name.startswith("2")} <= {"int8"}
+    lowrank.apply(model, decided, slow="allow")

@@ -14,7 +14,7 @@ from torch import Tensor
 from lowrank.linalg.codes import Scheme, decode, decode_smoothed, encode, encode_smoothed, smoothing
 from lowrank.linalg.metric import Metric
 from lowrank.linalg.products import product
-from lowrank.linalg.svd import balanced, check_factors, truncated_svd
+from lowrank.linalg.svd import balanced, truncated_svd
 
 
 def lost_by_codes(weight: Tensor, scheme: Scheme, moments: Tensor | None = None) -> Tensor:
@@ -78,11 +78,9 @@ def rotated(left: Tensor, right: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Bring ``left (out, rank)`` to orthonormal columns, and rotate the inner dimensions at random.
 
     The product stays, and every row of ``right (rank, in)`` becomes a mixture of all: rows of one size,
-    without outliers, which integers hold best. With more columns than rows nothing can be done. In float16,
-    which could not hold all of the product's size in one factor, the columns are as long as they must be.
-
-    Raises:
-        WeightError: If a factor leaves the range of its dtype all the same.
+    without outliers, which integers hold best. In float16, which could not hold all of the product's size in
+    one factor, the columns are as long as they must be. With more columns than rows, and where a factor would
+    leave the range of its dtype all the same, the factors stay as they are.
     """
     rank = left.shape[1]
     if rank > left.shape[0]:
@@ -95,8 +93,8 @@ def rotated(left: Tensor, right: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     if left.dtype == torch.float16:
         columns, rows = balanced(columns, rows, together=True)
     columns, rows = columns.to(left.dtype), rows.to(right.dtype)
-    check_factors(columns, rows)
-    return columns, rows
+    fit = bool(columns.isfinite().all() and rows.isfinite().all())
+    return (columns, rows) if fit else (left, right)
 
 
 def _share(lost: Tensor, whole: Tensor, metric: Metric) -> float:

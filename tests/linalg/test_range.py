@@ -203,7 +203,9 @@ def test_rotated_factors_stay_within_float16_and_keep_their_product():
     assert float(columns.double().norm(dim=0).std() / columns.double().norm(dim=0).mean()) < 1e-3
 
 
-def test_rotated_factors_beyond_float16_are_refused():
-    """Each fits, at 6e4, and so does no pair of factors whose components are all of one size."""
-    with pytest.raises(WeightError, match=r"factors have elements beyond what float16 holds"):
-        rotated(torch.full((64, 1), 6e4).half(), torch.full((1, 64), 6e4).half() * 1.05, seed=0)
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 6.2e4), (torch.bfloat16, 1e30)], ids=str)
+def test_factors_stay_as_they_are_where_a_rotation_would_leave_the_range(dtype, size):
+    """Each factor fits, but their product does not, nor a pair of factors with orthogonal columns."""
+    left, right = torch.full((64, 1), size).to(dtype), torch.full((1, 64), size).to(dtype)
+    columns, rows = rotated(left, right, seed=0)
+    assert torch.equal(columns, left) and torch.equal(rows, right)
