@@ -138,16 +138,19 @@ LARGEST_INT4, SMALLEST_INT4 = 2e5, 1e-5
 
 
 def check_range(modules: Mapping[str, nn.Module], code: CodedWeight) -> None:
-    """Refuse int4 for a weight, or for factors of one, whose scales would be lost in float16.
+    """Refuse weights, or factors of weights, that ``code``'s scheme cannot hold.
 
     Raises:
-        WeightError: If they would be.
+        WeightError: If a weight is not finite, or the scales of int4 would be lost in float16.
+        SchemeError: If the scheme is unknown, or does not divide the weight's rows.
     """
     parent, _, part = code.name.rpartition(".")
     layer = modules.get(code.name, modules.get(parent) if part in PARTS else None)
     weight = getattr(layer, "weight", None)
-    if isinstance(weight, Tensor) and not isinstance(layer, Coded):
-        check_holds(scheme_of(code), weight)
+    scheme = scheme_of(code)
+    if isinstance(weight, Tensor) and not isinstance(layer, Coded) and weight.numel() and not weight.is_meta:
+        checked_weight(weight)
+        check_holds(scheme, weight)
 
 
 def check_holds(scheme: Scheme | None, weight: Tensor) -> None:

@@ -541,3 +541,15 @@ def test_int4_beyond_the_range_of_its_scales_is_refused_by_the_plan(size):
     decided = lowrank.plan(model, max_bytes=8000, quantize="auto")
     assert {code.scheme for code in decided.codes if code.name.startswith("2")} <= {"int8"}
     lowrank.apply(model, decided, slow="allow")
+
+
+def test_a_group_larger_than_any_row_is_refused():
+    with pytest.raises(SchemeError, match="no row has so many elements"):
+        lowrank.plan(nn.Sequential(nn.Linear(64, 64)), keep=0.5, quantize="int4", group_size=10**30)
+
+
+def test_a_plan_is_refused_where_a_weight_to_be_quantized_is_not_finite():
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    model[0].weight.data.fill_(float("nan"))
+    with pytest.raises(WeightError, match=r"^0: The weight has 4,096 of 4,096 values that are NaN"):
+        lowrank.plan(model, max_bytes=20000, quantize="auto", targets=["2"])

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowrank.linalg.eigen import eigh
 from lowrank.linalg.metric import Diagonal, Gram, Identity, Metric, PulledBack
 from lowrank.linalg.spectra import Spectrum
 from lowrank.linalg.svd import (
@@ -232,7 +233,7 @@ def _summed_basis(members: Sequence[_Member]) -> Tensor:
     """
     root = _invertible(Gram(_sum(member.second for member in members)))
     pulled = _sum(member.second.trace() * member.pulled for member in members)
-    values, vectors = torch.linalg.eigh(without_dust(root.T @ pulled @ root))
+    values, vectors = eigh(without_dust(root.T @ pulled @ root))
     kept = int((values > torch.finfo(values.dtype).eps * len(values) * values[-1]).sum())
     return vectors.flip(1)[:, :kept].T @ root.T @ pulled  # (kept, in)
 

@@ -25,6 +25,9 @@ from lowrank.linalg.svd import FLOATING
 GROUP_SIZE = 32
 """Elements of a row that share a scale under ``int4``: 4.5 bits per weight, as in GGUF's Q4_0."""
 
+LARGEST_GROUP = 2**24
+"""Elements; ranks are multiples of a group, and such numbers stay within what arrays are indexed by."""
+
 DAMPING = 0.01
 """What is added to the diagonal of C before it is inverted, over its mean, as in GPTQ."""
 
@@ -53,6 +56,8 @@ class Scheme:
             size = GROUP_SIZE if self.group_size is None else self.group_size
             if not isinstance(size, int) or isinstance(size, bool) or size < 2 or size % 2:
                 raise SchemeError(f"group_size={size!r}: give an even number of elements, such as 32.")
+            if size > LARGEST_GROUP:
+                raise SchemeError(f"group_size={size!r}: no row has so many elements. Give 32, for instance.")
             object.__setattr__(self, "group_size", size)
 
     def check(self, rows: int, columns: int) -> None:

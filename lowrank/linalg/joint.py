@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lowrank.linalg.eigen import eigh
 from lowrank.linalg.metric import Metric, Side, Stacked
 from lowrank.linalg.spectra import Spectrum
 from lowrank.linalg.svd import checked_weight, rounding_of, small_side_gram
@@ -34,7 +35,7 @@ def joint_spectra(weights: Sequence[Tensor], inputs: Side, outputs: Stacked) -> 
         WeightError: If a weight is not a finite floating-point matrix.
     """
     matrix, scale = checked_weight(torch.cat(list(weights)), plain=False)
-    values, vectors = torch.linalg.eigh(small_side_gram(matrix, Metric(inputs, outputs)))
+    values, vectors = eigh(small_side_gram(matrix, Metric(inputs, outputs)))
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
     if matrix.shape[0] <= matrix.shape[1]:
         squares = [values * part.square().sum(0) for part in outputs.split(vectors)]  # σⱼ²‖Uⱼ‖², its rows

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowrank.linalg.codes import Scheme, decode, decode_smoothed, encode, encode_smoothed, smoothing
-from lowrank.linalg.metric import Metric
+from lowrank.linalg.metric import Metric, powers_of_two
 from lowrank.linalg.products import product
 from lowrank.linalg.svd import balanced, truncated_svd
 
@@ -90,11 +90,14 @@ def rotated(left: Tensor, right: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     noise = torch.randn(rank, rank, generator=generator, dtype=torch.float64).to(left.device)
     turn: Tensor = torch.linalg.qr(noise).Q
     columns, rows = basis @ turn, turn.T @ triangle @ right.double()
+    largest = min(torch.finfo(left.dtype).max, torch.finfo(torch.float32).max)  # scales are float32
     if left.dtype == torch.float16:
         columns, rows = balanced(columns, rows, together=True)
-    columns, rows = columns.to(left.dtype), rows.to(right.dtype)
-    fit = bool(columns.isfinite().all() and rows.isfinite().all())
-    return (columns, rows) if fit else (left, right)
+    elif bool(rows.abs().amax() > largest):
+        shift = powers_of_two((rows.abs().amax() / columns.abs().amax()).sqrt())
+        columns, rows = columns * shift, rows / shift
+    fit = bool(torch.stack([columns.abs().amax(), rows.abs().amax()]).amax() <= largest)
+    return (columns.to(left.dtype), rows.to(right.dtype)) if fit else (left, right)
 
 
 def _share(lost: Tensor, whole: Tensor, metric: Metric) -> float:

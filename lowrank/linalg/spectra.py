@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowrank.linalg.eigen import eigvalsh
 from lowrank.linalg.metric import Metric
 from lowrank.linalg.svd import checked_weight, rounding_of, small_side_gram
 
@@ -90,6 +91,6 @@ def spectrum(weight: Tensor, metric: Metric = Metric()) -> Spectrum:
     """
     matrix, scale = checked_weight(weight, metric.plain)
     squares = small_side_gram(matrix.to(torch.float64), metric)
-    values = torch.linalg.eigvalsh(squares).clamp(min=0)  # ascending
+    values = eigvalsh(squares).clamp(min=0)  # ascending
     tail = torch.cat([values.new_zeros(1), values.cumsum(0)]).flip(0)
     return Spectrum(tail.cpu(), scale, rounding_of(weight.dtype))

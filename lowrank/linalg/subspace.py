@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lowrank.linalg.eigen import eigh, eigvalsh
 from lowrank.linalg.products import product
 
 GROWTH = 6.0
@@ -81,7 +82,7 @@ def leading_eigenspace(matrix: Tensor, rank: int, tolerance: float, seed: int) -
             if trace - best.captured <= (1 + tolerance) * (trace - best.bound):
                 break
             goal += MORE_GROWTH
-        ritz = torch.linalg.eigvalsh(product(block.T, image)).tolist()
+        ritz = eigvalsh(product(block.T, image)).tolist()
         if not ritz[0] > 0:
             break  # numerically rank-deficient: work for the exact solver
         degree, gained = _choose_degree(ritz[0], ritz[-rank], ritz[-1], goal - growth, matrix.dtype)
@@ -143,7 +144,7 @@ def _certify(matrix: Tensor, block: Tensor, image: Tensor, rank: int) -> Eigensp
 
     it also yields ``BᵀS⁻¹B``, without ever forming ``B``.
     """
-    values, vectors = torch.linalg.eigh(product(block.T, image))
+    values, vectors = eigh(product(block.T, image))
     block = product(block, vectors)  # (n, width), Ritz vectors, the wanted ones last
     basis = block[:, -rank:].flip(1)
     captured = float(values[-rank:].sum(dtype=torch.float64))
@@ -156,7 +157,7 @@ def _certify(matrix: Tensor, block: Tensor, image: Tensor, rank: int) -> Eigensp
     if failed:
         return Eigenspace(basis, captured, float("inf"))
     bounding = torch.diag(values + large) - torch.cholesky_inverse(triangle)  # H + BᵀS⁻¹B
-    bound = torch.linalg.eigvalsh(bounding)[-rank:].clamp(min=shift)
+    bound = eigvalsh(bounding)[-rank:].clamp(min=shift)
     return Eigenspace(basis, captured, float(bound.sum(dtype=torch.float64)))
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import LowRankError, RankError, WeightError
+from lowrank.linalg.eigen import eigh
 from lowrank.linalg.metric import Metric, PulledBack, gram, powers_of_two
 from lowrank.linalg.products import product
 from lowrank.linalg.subspace import leading_eigenspace
@@ -216,7 +217,7 @@ _Found = tuple[Tensor, Tensor, float | None]  # left, right, and the relative er
 
 def _exact(matrix: Tensor, rank: int, metric: Metric) -> _Found:
     """Factor by a full eigendecomposition, in float64 where float32 does not resolve the error."""
-    values, vectors = torch.linalg.eigh(small_side_gram(matrix, metric))
+    values, vectors = eigh(small_side_gram(matrix, metric))
     values = values.clamp(min=0).to(torch.float64)
     total, tail = float(values.sum()), float(values[:-rank].sum())
     if tail > _RESOLVED[matrix.dtype] * total or total == 0 or not metric.plain:

@@ -21,11 +21,14 @@ from promises import (
     OWN,
     Outputs,
     bits,
+    called,
     check_errors,
     demand,
     dense_weights,
     distance,
+    evaluating,
     finite,
+    floating,
     outputs_of,
 )
 from session import SURROUNDINGS, Session
@@ -225,18 +228,30 @@ def quantize(session: Session, random: Random) -> None:
     if done:
         if arguments["scheme"] == "int8" and before is not None and finite(before):
             apart = distance(_outputs(session) or [], before)
-            demand(apart < 0.1, f"int8 moves the outputs by {apart:.3g} of their size.")
+            few = "stats" in arguments and session.stats is not None and session.stats.tokens < FEWEST_TOKENS
+            demand(few or apart < 0.1, f"int8 moves the outputs by {apart:.3g} of their size.")
         session.check(random)
 
 
-def _outputs(session: Session) -> Outputs | None:
+FEWEST_TOKENS = 200
+"""Of fewer the scales of inputs fit these tokens and no others, of which `FewTokensWarning` tells."""
+
+
+def _outputs(session: Session, exact: bool = False) -> Outputs | None:
+    """Return the outputs, with ``exact`` as they are with gradients: inputs are not rounded then."""
     runs = session.specimen.runs and list(session.model.children())
-    return outputs_of(session.model, session.specimen.batch(7)) if runs else None
+    if not runs:
+        return None
+    if not exact:
+        return outputs_of(session.model, session.specimen.batch(7))
+    with evaluating(session.model), torch.enable_grad():
+        return [output.detach() for output in floating(called(session.model, session.specimen.batch(7)))]
 
 
 def decompress(session: Session, random: Random) -> None:
-    """Undo; only rounding may be left."""
-    before = _outputs(session)
+    """Undo; only rounding may be left, and not that of what layers of integers read."""
+    exact = not any(parameter.is_inference() for parameter in session.model.parameters())
+    before = _outputs(session, exact)
     done, _ = session.call(lowrank.decompress, session.model)
     if done:
         demand(not _compressed(session.model), "decompress leaves layers.")
