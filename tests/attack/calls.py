@@ -242,7 +242,7 @@ def _outputs(session: Session, exact: bool = False) -> Outputs | None:
     runs = session.specimen.runs and list(session.model.children())
     if not runs:
         return None
-    if not exact:
+    if not exact or any(parameter.is_inference() for parameter in session.model.parameters()):
         return outputs_of(session.model, session.specimen.batch(7))
     with evaluating(session.model), torch.enable_grad():
         return [output.detach() for output in floating(called(session.model, session.specimen.batch(7)))]
@@ -250,8 +250,7 @@ def _outputs(session: Session, exact: bool = False) -> Outputs | None:
 
 def decompress(session: Session, random: Random) -> None:
     """Undo; only rounding may be left, and not that of what layers of integers read."""
-    exact = not any(parameter.is_inference() for parameter in session.model.parameters())
-    before = _outputs(session, exact)
+    before = _outputs(session, exact=True)
     done, _ = session.call(lowrank.decompress, session.model)
     if done:
         demand(not _compressed(session.model), "decompress leaves layers.")
