@@ -52,7 +52,9 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(input, weight)
-        return _by_onednn(input, weight, bias)
+        output = _by_onednn(input, weight, bias)
+        # Not as a view of what oneDNN returned: autograd lets nobody change such an output in place.
+        return torch.ops.aten._unsafe_view(output, output.shape)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -149,3 +149,15 @@ def test_other_weights_than_plain_ones_are_pytorchs_business(calls):
     with pytest.raises(RuntimeError, match="shapes"):
         linear(x[:, :8].contiguous(), w, b)
     assert not calls
+
+
+def test_an_output_that_is_trained_may_be_changed_in_place():
+    """As Falcon does: ``mlp_output += attention_output``."""
+    weight = torch.nn.Parameter(torch.randn(24, 32))
+    inputs = torch.randn(4, 16, 32)
+    output = linear(inputs, weight)
+    output += 1
+    output.square().sum().backward()
+    expected = torch.nn.Parameter(weight.detach().clone())
+    (torch.nn.functional.linear(inputs, expected) + 1).square().sum().backward()
+    torch.testing.assert_close(weight.grad, expected.grad, rtol=1e-4, atol=1e-3)  # sums of 64 terms near 100
