@@ -89,6 +89,11 @@ def _looked_at(outputs: Any, batch: Batch) -> tuple[str, list[Tensor]]:
             f"Batch {batch.index}: the model returns one number, of which no objective can be made: outputs "
             "have a dimension of samples. Pass loss=function(outputs, batch), or loss=None."
         )
+    if not tensor.numel():
+        raise DataError(
+            f"Batch {batch.index}: the model returns a tensor of shape {tuple(tensor.shape)}, without elements. "
+            "Leave the batch out."
+        )
     return "output", [tensor.reshape(len(tensor), -1)]
 
 

@@ -261,3 +261,17 @@ def test_the_prediction_from_as_many_tokens_as_do_not_warn_holds_within_a_factor
     with torch.no_grad():
         true = (small(others) - model(others)).norm() / (model(others) - model[0].bias).norm()
     assert true / 2**0.5 < decided["0"].relative_error < true * 2**0.5
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0)], ids=str)
+def test_a_model_that_returns_nothing_is_refused_with_the_batch_s_number(shape):
+    class Empty(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.linear(x)[: shape[0], : shape[1]]
+
+    with pytest.raises(DataError, match=r"Batch 0: the model returns a tensor of shape .* without elements"):
+        lowrank.calibrate(Empty(), [torch.randn(3, 8)] * 4)
