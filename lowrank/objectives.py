@@ -91,8 +91,8 @@ def _looked_at(outputs: Any, batch: Batch) -> tuple[str, list[Tensor]]:
         )
     if not tensor.numel():
         raise DataError(
-            f"Batch {batch.index}: the model returns a tensor of shape {tuple(tensor.shape)}, without elements. "
-            "Leave the batch out."
+            f"Batch {batch.index}: the model returns a tensor of shape {tuple(tensor.shape)}, without "
+            "elements. Leave the batch out."
         )
     return "output", [tensor.reshape(len(tensor), -1)]
 
