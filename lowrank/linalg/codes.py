@@ -90,10 +90,13 @@ def encode(weight: Tensor, scheme: Scheme, moments: Tensor | None = None) -> tup
             rank; without it every element is rounded on its own.
 
     Raises:
-        WeightError: If the weight is not floating point, not finite, or (`SchemeError`) not whole groups.
+        WeightError: If the weight is not floating point, has no data, is not finite, or (`SchemeError`) not
+            whole groups.
     """
     if weight.dtype not in FLOATING:
         raise WeightError(f"the weight is {weight.dtype}, not floating point. Is it quantized already?")
+    if weight.is_meta:
+        raise WeightError("the weight is on the meta device and has no data. Load the weights first.")
     weight = weight.detach().to(torch.float32).contiguous()  # kernels read codes as they lie
     if not torch.isfinite(weight).all():
         raise WeightError("the weight has NaN or infinite elements.")
