@@ -37,7 +37,7 @@ GENERATOR = torch.Generator().manual_seed(0)
 DATA = [torch.randn(8, 32, generator=GENERATOR) for _ in range(5)]
 WRONG = {
     "none": None, "true": True, "word": "junk", "nan": float("nan"), "inf": float("inf"), "negative": -1,
-    "zero": 0, "half": 2.5, "list": [], "dict": {}, "path": Path("/nonexistent/x"), "one": [1],
+    "zero": 0, "half": 2.5, "list": [], "dict": {}, "path": Path("/dev/null/x"), "one": [1],
     "float32": np.float32(0.5), "int64": np.int64(3), "object": object(), "scalar": torch.tensor(1.0),
     "bytes": b"x", "null": "a\0b", "huge": 10**30, "module": nn.ReLU(),
     "array": np.array([1, 2]), "vector": torch.ones(2), "complex": 1j, "strange-list": [[], None],
@@ -241,8 +241,8 @@ SAID_OTHERWISE = {
     "teacher": "model",
     "data": r"Batch \d|data|plan",
     "text": "text|tokens|JSON",
-    "folder": "junk|nonexistent",
-    "path": "junk|nonexistent",
+    "folder": "junk|/dev/null",
+    "path": "junk|/dev/null",
     "texts": "data|texts",
     "small": "second model",
     "dense": "Batch|refuses|dense",
