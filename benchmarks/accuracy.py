@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from lowrank import compress
 from lowrank.demo import minilm_folder
-from lowrank.evaluation import embed, spearman
+from lowrank.reports.evaluation import embed, spearman
 
 
 @torch.no_grad()

@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 import lowrank
-from lowrank.batches import batches, windows
+from lowrank.calibration.data import batches, windows
+from lowrank.calibration.objectives import self_supervised
+from lowrank.calibration.text_files import read_labelled, read_pairs, read_text
 from lowrank.demo import minilm_folder
-from lowrank.evaluation import accuracy, embed, perplexity, spearman
 from lowrank.linalg import Diagonal, Metric, truncated_svd
-from lowrank.objectives import self_supervised
-from lowrank.textfiles import read_labelled, read_pairs, read_text
+from lowrank.reports.evaluation import accuracy, embed, perplexity, spearman
 
 Figures = list[dict[str, Any]]
 

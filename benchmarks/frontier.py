@@ -48,10 +48,10 @@ from transformers.exporters import (
 )
 
 import lowrank
-from lowrank.batches import windows
+from lowrank.calibration.data import windows
+from lowrank.calibration.text_files import read_pairs, read_text
 from lowrank.demo import minilm_folder
-from lowrank.evaluation import embed, loss_increase, perplexity, spearman
-from lowrank.textfiles import read_pairs, read_text
+from lowrank.reports.evaluation import embed, loss_increase, perplexity, spearman
 
 COMPILED = (
     "dense",

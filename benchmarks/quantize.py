@@ -28,12 +28,12 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
 import lowrank
-from lowrank.batches import windows
+from lowrank.calibration.data import windows
+from lowrank.calibration.text_files import read_pairs, read_text
 from lowrank.demo import minilm_folder
-from lowrank.evaluation import embed, perplexity, spearman
 from lowrank.linalg import Scheme
-from lowrank.nn import kernels
-from lowrank.textfiles import read_pairs, read_text
+from lowrank.nn import integer_matmul
+from lowrank.reports.evaluation import embed, perplexity, spearman
 
 SMALLEST = (11_400_000, 9_500_000, 7_900_000, 6_000_000)
 """Bytes of parameters and buffers within which the allocator chooses how each layer is stored."""
@@ -183,7 +183,7 @@ def int4(device: str, repeats: int) -> list[dict[str, Any]]:
     """Time layers by the number of tokens, which decides what multiplies."""
     rows = []
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    most = kernels.MOST_ROWS[device]
+    most = integer_matmul.MOST_ROWS[device]
     for size in SIZES[device]:
         dense = nn.Linear(*size).eval()
         layers = [
@@ -195,7 +195,7 @@ def int4(device: str, repeats: int) -> list[dict[str, Any]]:
             inputs = torch.randn(tokens, size[0], device=device, dtype=dtype)
 
             def run(layer: nn.Module, limit: int, inputs: torch.Tensor = inputs) -> None:
-                kernels.MOST_ROWS[device] = limit
+                integer_matmul.MOST_ROWS[device] = limit
                 for _ in range(10):
                     layer(inputs)
                 if device == "cuda":
@@ -212,7 +212,7 @@ def int4(device: str, repeats: int) -> list[dict[str, Any]]:
             figures = {name: round(1e5 * value, 1) for name, value in seconds.items()}
             rows.append({"in, out": size, "tokens": tokens, "microseconds": figures})
             print(rows[-1], flush=True)
-    kernels.MOST_ROWS[device] = most
+    integer_matmul.MOST_ROWS[device] = most
     return rows
 
 

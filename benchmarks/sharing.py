@@ -22,10 +22,10 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
 import lowrank
-from lowrank.batches import windows
+from lowrank.calibration.data import windows
+from lowrank.calibration.text_files import read_pairs, read_text
 from lowrank.demo import minilm_folder
-from lowrank.evaluation import embed, perplexity
-from lowrank.textfiles import read_pairs, read_text
+from lowrank.reports.evaluation import embed, perplexity
 
 SHARES = (None, "inputs", "layers")
 

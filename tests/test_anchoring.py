@@ -69,7 +69,7 @@ def distance(model, other, data):
 
 @pytest.mark.parametrize("how", ["add", "dropout", "in place", "none"])
 def test_the_factor_is_the_ridge_regression_of_all_tokens(how, monkeypatch):
-    monkeypatch.setattr("lowrank.anchoring.RIDGES", (0.05, 0.05))
+    monkeypatch.setattr("lowrank.surgery.sequential.RIDGES", (0.05, 0.05))
     dense, data = Model(how, blocks=2), rows()
     stats = calibrate(dense, data)
     decided = plan(dense, rank=4, stats=stats, targets=["blocks.1.second", "blocks.0.first"])
@@ -226,7 +226,7 @@ def test_an_interrupt_leaves_a_model_that_works(monkeypatch):
             raise KeyboardInterrupt
         return []
 
-    monkeypatch.setattr("lowrank.anchoring._refit", interrupt)
+    monkeypatch.setattr("lowrank.surgery.sequential._refit", interrupt)
     with pytest.raises(KeyboardInterrupt):
         compress(model, keep=0.5, data=ids(), sequential=True)
     assert hidden(model).isfinite().all()

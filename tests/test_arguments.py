@@ -25,11 +25,11 @@ from lowrank import (
     QuantizedLinear,
     Stats,
     arguments,
-    evaluation,
-    objectives,
 )
-from lowrank.batches import as_batch
+from lowrank.calibration import objectives
+from lowrank.calibration.data import as_batch
 from lowrank.linalg import Scheme
+from lowrank.reports import evaluation
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of PyTorch about strange devices and dtypes
 

@@ -11,8 +11,8 @@ from torch import nn
 
 import lowrank
 from lowrank import DataError, LowRankError, LowRankLinear
-from lowrank import benchmarking as bench
-from lowrank.benchmarking import peak_bytes
+from lowrank.reports import benchmark as bench
+from lowrank.reports.benchmark import peak_bytes
 
 FAST = {"repeats": 3, "warmup": 1}
 

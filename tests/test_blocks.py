@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from lowrank.blocks import find_blocks, outputs_of
+from lowrank.inspection.blocks import find_blocks, outputs_of
 
 
 def test_the_layers_of_bert_are_its_blocks(tiny_bert):

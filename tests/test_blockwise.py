@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-import lowrank.runs
+import lowrank.distillation.trainer
 from lowrank import CheckpointError, DataError, LowRankError, compress, recover
-from lowrank.batches import as_batch
-from lowrank.blocks import find_blocks, output_of, outputs_of
-from lowrank.distillation import Lesson
-from lowrank.recovery import trainable
-from lowrank.runs import mean_distance
+from lowrank.calibration.data import as_batch
+from lowrank.distillation.losses import Lesson
+from lowrank.distillation.recovery import trainable
+from lowrank.distillation.trainer import mean_distance
+from lowrank.inspection.blocks import find_blocks, output_of, outputs_of
 
 LAYERS = 3
 OPTIONS = {"learning_rate": 3e-3, "mixed_precision": False, "blockwise": True}
@@ -139,7 +139,7 @@ def test_only_one_block_at_a_time_has_gradients(kind, monkeypatch):
         named = small.named_parameters()
         seen.append({name for name, p in named if p.requires_grad or p.grad is not None})
 
-    monkeypatch.setattr(lowrank.runs, "average_gradients", looked)
+    monkeypatch.setattr(lowrank.distillation.trainer, "average_gradients", looked)
     recover(small, teacher, data, steps=LAYERS, **OPTIONS)
     names = list(find_blocks(teacher))
     for name, found in zip(names, seen, strict=True):

@@ -17,7 +17,7 @@ from lowrank import (
     compress,
     decompress,
 )
-from lowrank.batches import batches
+from lowrank.calibration.data import batches
 from lowrank.linalg import Gram, Metric, spectrum
 
 

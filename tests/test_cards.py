@@ -10,7 +10,7 @@ import yaml
 from torch import nn
 
 import lowrank
-from lowrank.cardfile import is_own_card, write_card
+from lowrank.files.readme import is_own_card, write_card
 
 
 def header_of(text: str) -> dict:

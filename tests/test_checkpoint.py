@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import lowrank
 from lowrank import CheckpointError, LowRankError, LowRankLinear
-from lowrank.integrity import digest_of, sealed
+from lowrank.files.integrity import digest_of, sealed
 
 METADATA = {"format": "pt"}
 
@@ -748,7 +748,7 @@ def test_a_full_disk_is_an_error_with_the_folders_name(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lowrank.checkpoint.save_file", refuse)
+    monkeypatch.setattr("lowrank.checkpoint.checkpoint.save_file", refuse)
     with pytest.raises(CheckpointError, match=r"small: cannot be written: .*No space left"):
         lowrank.save(build_mlp(), tmp_path / "small")
 
@@ -761,7 +761,7 @@ def test_an_interrupt_while_tensors_are_written_leaves_the_old_folder_whole(save
         Path(file).write_bytes(b"half a file")
         raise failure
 
-    monkeypatch.setattr("lowrank.checkpoint.save_file", interrupted)
+    monkeypatch.setattr("lowrank.checkpoint.checkpoint.save_file", interrupted)
     with pytest.raises(failure):
         lowrank.save(compressed(Mixed), saved, overwrite=True)
     assert contents(saved) == before
@@ -794,7 +794,7 @@ def test_an_interrupt_while_a_new_folder_is_written_leaves_nothing(tmp_path, mon
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lowrank.checkpoint.save_file", interrupted)
+    monkeypatch.setattr("lowrank.checkpoint.checkpoint.save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         lowrank.save(build_mlp(), tmp_path / "small")
     assert not list(tmp_path.iterdir())

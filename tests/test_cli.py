@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import lowrank
 from lowrank import Plan, cli
+from lowrank.cli import commands
 
 transformers = pytest.importorskip("transformers")
 
@@ -346,7 +347,7 @@ def test_a_name_that_is_not_on_this_machine_is_one_line(run):
 def test_an_output_folder_with_files_is_refused_before_any_work(run, dense, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
-    monkeypatch.setattr(cli, "_load", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(commands, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
     result = run("compress", dense, tmp_path / "out", "--rank", 8)
     assert result.code == 1
     assert "not empty" in one_line(result) and "--overwrite" in result.err
@@ -382,7 +383,7 @@ def test_a_missing_plan_is_one_line(run, dense, tmp_path):
 
 @pytest.mark.parametrize("option", ["--out", "--plot"])
 def test_a_plan_that_cannot_be_written_is_one_line_before_any_work(run, dense, tmp_path, monkeypatch, option):
-    monkeypatch.setattr(cli, "_load", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(commands, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
     result = run("plan", dense, "--rank", 8, option, tmp_path / "missing" / "plan.png")
     assert result.code == 1
     assert "plan.png: cannot be written" in one_line(result)
@@ -392,7 +393,7 @@ def test_a_plan_that_cannot_be_written_is_one_line_before_any_work(run, dense, t
 def test_a_folder_that_cannot_be_written_is_one_line_before_any_work(
     run, dense, tmp_path, monkeypatch, command
 ):
-    monkeypatch.setattr(cli, "_load", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(commands, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
     (tmp_path / "file").write_text("")
     result = run(command, dense, tmp_path / "file" / "out", "--data", tmp_path / "file")
     assert result.code == 1
@@ -414,7 +415,7 @@ def test_an_interrupt_is_one_line(run, dense, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_load", interrupted)
+    monkeypatch.setattr(commands, "load_model", interrupted)
     result = run("inspect", dense)
     assert result.code in (1, 130)
     assert one_line(result) == "lowrank: interrupted"
@@ -424,7 +425,7 @@ def test_an_interrupt_is_one_line(run, dense, monkeypatch):
 
 
 def test_help_lists_the_commands():
-    result = CliRunner().invoke(cli.app, ["--help"])
+    result = CliRunner().invoke(commands.app, ["--help"])
     assert result.exit_code == 0
     assert all(command in result.output for command in ("plan", "compress", "inspect", "bench", "demo"))
 

@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-import lowrank.runs
+import lowrank.distillation.trainer
 from lowrank import compress, recover
-from lowrank.batches import as_batch
-from lowrank.distillation import Lesson
-from lowrank.recovery import trainable
-from lowrank.runs import mean_distance, schedule, shuffled
-from lowrank.snapshots import Snapshot
+from lowrank.calibration.data import as_batch
+from lowrank.distillation.losses import Lesson
+from lowrank.distillation.recovery import trainable
+from lowrank.distillation.snapshots import Snapshot
+from lowrank.distillation.trainer import mean_distance, schedule, shuffled
 
 STEPS, HELD = 6, 3
 OPTIONS = {"steps": STEPS, "learning_rate": 3e-3, "mixed_precision": False, "held_out": HELD}
@@ -55,13 +55,16 @@ def recovered(teacher: nn.Module, small: nn.Module, folder: Path) -> dict:
             for parameter in trainable(small):
                 parameter.add_(1)
     written, bars = [], []
-    save, bar = Snapshot.save, lowrank.runs.tqdm
+    save, bar = Snapshot.save, lowrank.distillation.trainer.tqdm
     Snapshot.save = lambda self, *args: (written.append(1), save(self, *args))
-    lowrank.runs.tqdm = lambda *args, **kwargs: (bars.append(kwargs["disable"]), bar(*args, **kwargs))[1]
+    lowrank.distillation.trainer.tqdm = lambda *args, **kwargs: (
+        bars.append(kwargs["disable"]),
+        bar(*args, **kwargs),
+    )[1]
     try:
         recover(small, teacher, DATA, snapshots=folder / "plain", progress=True, **OPTIONS)
     finally:
-        Snapshot.save, lowrank.runs.tqdm = save, bar
+        Snapshot.save, lowrank.distillation.trainer.tqdm = save, bar
     return {"state": state(small), "written": len(written), "hidden bar": bars[0]}
 
 
@@ -317,11 +320,11 @@ def test_what_cannot_be_shared_is_refused_in_both(seen, scenario):
 
 def test_a_gradient_that_one_process_lacks_counts_as_zero_and_dtypes_do_not_mix(monkeypatch):
     sent = []
-    monkeypatch.setattr(lowrank.distributed, "processes", lambda: 2)
+    monkeypatch.setattr(lowrank.distillation.distributed, "processes", lambda: 2)
     monkeypatch.setattr(dist, "all_reduce", lambda flat: sent.append(flat.dtype))
     used, unused = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
     used.grad = torch.full((2, 2), 4.0)
-    lowrank.distributed.average_gradients([used, unused])
+    lowrank.distillation.distributed.average_gradients([used, unused])
     assert torch.equal(used.grad, torch.full((2, 2), 2.0))
     assert torch.equal(unused.grad, torch.zeros(3, dtype=torch.bfloat16))
     assert sent == [torch.bfloat16, torch.float32]

@@ -27,7 +27,7 @@ PAGES = [
 ]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MODULES = sorted(m.name for m in pkgutil.walk_packages(lowrank.__path__, "lowrank."))
-UNTESTED = {"lowrank.hf", "lowrank.cli", "lowrank.__main__"}
+UNTESTED = {"lowrank.hf", "lowrank.__main__"}
 
 
 def python_blocks(text: str) -> list[tuple[int, str]]:

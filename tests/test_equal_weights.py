@@ -11,8 +11,8 @@ from torch import nn
 import lowrank
 from lowrank import LowRankLinear, Plan, QuantizedLinear, compress, quantize, report
 from lowrank.errors import LowRankError, PlanError, TargetError
+from lowrank.inspection.tied_weights import equal_layers
 from lowrank.nn import TiedLinear
-from lowrank.ties import equal_layers
 
 SIZE = 64
 IDS = torch.arange(96).reshape(4, 24) % 99

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from lowrank import DataError, LowRankError, apply, calibrate, compress, plan, report
-from lowrank.batches import windows
-from lowrank.evaluation import (
+from lowrank.calibration.data import windows
+from lowrank.calibration.text_files import read_labelled, read_pairs
+from lowrank.reports.evaluation import (
     accuracy,
     embed,
     embedding_cosine,
@@ -19,7 +20,6 @@ from lowrank.evaluation import (
     spearman,
     sts_spearman,
 )
-from lowrank.textfiles import read_labelled, read_pairs
 
 
 class Words:

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import lowrank
-from lowrank.linalg import products
-from lowrank.nn import Coded, kernels
+from lowrank.linalg import matmul
+from lowrank.nn import Coded, integer_matmul
 from lowrank.nn.shared import SharedDown
 
 transformers = pytest.importorskip("transformers")
@@ -31,11 +31,11 @@ SETTINGS = {
 }
 """Factors, some of them shared; the same and embeddings as integers; integers that factors correct."""
 
-LINEAR = torch.ops.lowrank.linear, torch.ops.lowrank.linear.default, products._unseen
+LINEAR = torch.ops.lowrank.linear, torch.ops.lowrank.linear.default, matmul._unseen
 INT4 = (
     torch.ops.lowrank.int4_product,
     torch.ops.lowrank.int4_product.default,
-    kernels.int4_product_unseen,
+    integer_matmul.int4_product_unseen,
 )
 """How graphs may name the operators."""
 
@@ -258,7 +258,7 @@ def test_a_compiled_graph_with_gradients_has_no_kernels(dense, setting):
 
 
 @only_bert
-@pytest.mark.skipif(not products._AVAILABLE, reason="PyTorch's own product is as fast here")
+@pytest.mark.skipif(not matmul._AVAILABLE, reason="PyTorch's own product is as fast here")
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_factors_have_the_faster_product(dense):
     model, given = made(dense, "shared"), inputs(4, 7)

@@ -9,8 +9,8 @@ import transformers
 from torch import nn
 
 import lowrank
-from lowrank.nn import kind_of, subclasses
-from lowrank.targets import draft
+from lowrank.inspection.targets import draft
+from lowrank.nn import kind_of, linear_subclasses
 
 
 class Documented(nn.Linear):
@@ -172,9 +172,9 @@ def test_a_subclass_that_may_compute_something_else_or_would_lose_something_stay
 
 def test_a_subclass_is_tried_without_touching_random_state_or_default_device():
     before = torch.random.get_rng_state()
-    subclasses.computes_the_same.cache_clear()
+    linear_subclasses.computes_the_same.cache_clear()
     with torch.device("meta"):
-        assert subclasses.computes_the_same(Transposed)
+        assert linear_subclasses.computes_the_same(Transposed)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 

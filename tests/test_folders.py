@@ -17,11 +17,12 @@ import torch
 from torch import nn
 
 import lowrank
-from lowrank import CheckpointError, LowRankError, Plan, calibrate, compress, locks, recover
-from lowrank.atomicfile import check_file, replaced
+from lowrank import CheckpointError, LowRankError, Plan, calibrate, compress, recover
+from lowrank.allocation.latency import LatencyTable
 from lowrank.demo import write_texts
-from lowrank.folders import check_folder, settle, staged
-from lowrank.latency import LatencyTable
+from lowrank.files import locks
+from lowrank.files.atomic_file import check_file, replaced
+from lowrank.files.folders import check_folder, settle, staged
 
 WORK = ".lowrank-save"
 WRITTEN = ["README.md", "lowrank.json", "model.safetensors"]

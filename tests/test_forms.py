@@ -7,12 +7,12 @@ import torch
 
 import lowrank
 from lowrank import BudgetError, SchemeError, compress
-from lowrank.evaluation import loss_increase
-from lowrank.forms import FLOAT, INT8, Form, coded_bytes, forms_of, stored_bytes
+from lowrank.allocation.candidates import merged
 from lowrank.linalg import Scheme
-from lowrank.menus import merged
 from lowrank.nn import Coded, LowRankLinear
-from lowrank.planning import LayerPlan
+from lowrank.plans.plan import LayerPlan
+from lowrank.plans.storage_formats import FLOAT, INT8, Form, coded_bytes, forms_of, stored_bytes
+from lowrank.reports.evaluation import loss_increase
 
 INT4 = Scheme("int4", 32)
 SOME = [FLOAT, Form(INT8), Form(INT4), Form(INT4, residual=True)]
@@ -134,9 +134,9 @@ def test_unknown_forms_are_refused():
 
 
 def test_a_merged_menu_has_no_point_that_another_beats(tiny_bert, stats):
-    from lowrank.deciding import Request, drafted
+    from lowrank.allocation.candidates import Outlook, menu_of
+    from lowrank.allocation.planner import Request, drafted
     from lowrank.linalg import Spectrum
-    from lowrank.menus import Outlook, menu_of
 
     layer = drafted(tiny_bert, Request(metric="weight"), None, {}).targeted[0]
     spectrum = Spectrum(torch.linspace(1, 0, 65, dtype=torch.float64) ** 2)

@@ -8,7 +8,7 @@ from torch import nn
 
 import lowrank
 from lowrank import BudgetError, TargetError
-from lowrank.heads import heads_of, output_layer
+from lowrank.inspection.heads import heads_of, output_layer
 
 
 class Residual(nn.Module):

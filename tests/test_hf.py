@@ -666,9 +666,9 @@ def test_a_real_bert_survives_the_round_trip(minilm, tmp_path):
 
 
 def test_an_interrupted_apply_leaves_a_model_that_can_be_saved_and_loaded(tiny_bert, tmp_path, monkeypatch):
-    from lowrank import factoring
+    from lowrank.surgery import factorization
 
-    real, calls = factoring.truncated_svd, []
+    real, calls = factorization.truncated_svd, []
 
     def interrupted(*args, **kwargs):
         calls.append(args)
@@ -676,7 +676,7 @@ def test_an_interrupted_apply_leaves_a_model_that_can_be_saved_and_loaded(tiny_b
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(factoring, "truncated_svd", interrupted)
+    monkeypatch.setattr(factorization, "truncated_svd", interrupted)
     with pytest.raises(KeyboardInterrupt):
         lowrank.compress(tiny_bert, rank=8)
     tiny_bert.save_pretrained(tmp_path)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank import BudgetError, LatencyTable, LowRankError, LowRankLinear, apply, deciding, plan
-from lowrank import latency as latency_module
+from lowrank import BudgetError, LatencyTable, LowRankError, LowRankLinear, apply, plan
+from lowrank.allocation import latency as latency_module
+from lowrank.allocation import planner
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_a_speedup_out_of_reach_names_the_best(wide, clock):
 
 
 def test_a_goal_missed_by_the_whole_model_is_refused_with_what_was_measured(wide, clock, monkeypatch):
-    monkeypatch.setattr(deciding, "_latencies", lambda *_: (1.0, 0.9))
+    monkeypatch.setattr(planner, "_latencies", lambda *_: (1.0, 0.9))
     with pytest.raises(BudgetError, match=r"the best measured is 1\.11"):
         plan(wide, speedup=1.5, inputs=torch.zeros(8, 256))
 

@@ -13,9 +13,9 @@ from torch import nn
 
 import lowrank
 from lowrank import DataError, FewTokensWarning, StatsError, apply, calibrate, compress, plan, recover
-from lowrank.calibration import WIDEST
-from lowrank.evaluation import loss_increase
-from lowrank.text import to_json
+from lowrank.calibration.collector import WIDEST
+from lowrank.plans.formatting import to_json
+from lowrank.reports.evaluation import loss_increase
 
 
 def made(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowrank import planning
 from lowrank.errors import BudgetError, CheckpointError, LowRankError, PlanError, RankError, TargetError
-from lowrank.planning import PLAN_FORMAT, Budget, LayerPlan, Plan
+from lowrank.plans import plan as plan_module
+from lowrank.plans.plan import PLAN_FORMAT, Budget, LayerPlan, Plan
 
 LAYERS = (
     LayerPlan("encoder.0.query", "linear", 64, 64, True, 16, 0.25, "as asked"),
@@ -298,7 +298,7 @@ def test_a_plan_answers_by_name_and_names_what_it_lacks():
 
 def test_planning_imports_only_the_standard_library_and_six_leaves():
     imported = set()
-    for node in ast.walk(ast.parse(Path(planning.__file__).read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(Path(plan_module.__file__).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -20,7 +20,7 @@ from lowrank.errors import (
     WeightError,
 )
 from lowrank.nn import Coded
-from lowrank.nn.kernels import int4_obstacle
+from lowrank.nn.integer_matmul import int4_obstacle
 
 IDS = torch.arange(96).reshape(4, 24) % 99
 
@@ -378,9 +378,9 @@ def test_a_plan_without_its_statistics_is_refused_before_anything_changes(tiny_b
 
 
 def test_an_interrupt_leaves_a_model_that_can_be_saved(tiny_bert, stats, tmp_path, monkeypatch):
-    from lowrank import surgery
+    from lowrank.surgery import replacement
 
-    dense, calls, real = copy.deepcopy(tiny_bert), [], surgery.coded
+    dense, calls, real = copy.deepcopy(tiny_bert), [], replacement.coded
 
     def interrupted(*arguments):
         calls.append(1)
@@ -388,7 +388,7 @@ def test_an_interrupt_leaves_a_model_that_can_be_saved(tiny_bert, stats, tmp_pat
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(surgery, "coded", interrupted)
+    monkeypatch.setattr(replacement, "coded", interrupted)
     with pytest.raises(KeyboardInterrupt):
         quantize(tiny_bert, stats=stats)
     assert len(coded(tiny_bert)) == 4
@@ -443,7 +443,7 @@ def test_a_missing_bias_is_not_made_up(tiny_bert, tmp_path):
 
 @pytest.mark.parametrize(("part", "dtype"), [("codes", torch.float32), ("scale", torch.int64)])
 def test_codes_of_another_dtype_are_refused_whatever_the_digests_say(tmp_path, part, dtype):
-    from lowrank.integrity import digest_of
+    from lowrank.files.integrity import digest_of
 
     model = nn.Sequential(nn.Linear(64, 64))
     skeleton = copy.deepcopy(model)

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lowrank import compress, plan, quantize
-from lowrank.allocator import Curve, allocate
+from lowrank.allocation.selection import select
+from lowrank.allocation.solver import Curve, allocate
 from lowrank.errors import BudgetError, LowRankError, RankError, TargetError
 from lowrank.linalg import spectrum
-from lowrank.planning import Budget, LayerPlan, Plan
-from lowrank.ranks import select
+from lowrank.plans.plan import Budget, LayerPlan, Plan
 
 
 def weight(rows: int, columns: int, decay: float = 0.5, seed: int = 0) -> torch.Tensor:

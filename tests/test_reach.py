@@ -11,8 +11,8 @@ from torch import nn
 
 import lowrank
 from lowrank import Plan, PlanError, ReachWarning
-from lowrank.planning import LayerPlan
-from lowrank.reach import UnplannedWeight
+from lowrank.plans.plan import LayerPlan
+from lowrank.plans.reach import UnplannedWeight
 
 SIZES = {"vocab_size": 99, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 4}

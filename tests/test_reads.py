@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from lowrank import compress
 from lowrank.errors import TargetError
-from lowrank.obstacles import find_obstacles
-from lowrank.targets import draft
+from lowrank.inspection.eligibility import find_obstacles
+from lowrank.inspection.targets import draft
 
 
 class Block(nn.Module):

@@ -8,10 +8,10 @@ from torch import nn
 
 import lowrank
 from lowrank import CheckpointError, DataError, LowRankError, compress, recover
-from lowrank.batches import as_batch
-from lowrank.distillation import Lesson
-from lowrank.recovery import trainable
-from lowrank.runs import schedule
+from lowrank.calibration.data import as_batch
+from lowrank.distillation.losses import Lesson
+from lowrank.distillation.recovery import trainable
+from lowrank.distillation.trainer import schedule
 
 
 def made(*shape, seed=0):
@@ -331,7 +331,7 @@ def test_a_snapshot_that_does_not_fit_is_refused_and_the_model_is_as_it_was(
 def test_a_trainer_recovers_a_model_within_its_own_loop(tiny_bert, tmp_path):
     from transformers import TrainingArguments
 
-    from lowrank.hf.training import RecoveryTrainer
+    from lowrank.hf.trainer import RecoveryTrainer
 
     small = compress(copy.deepcopy(tiny_bert), rank=8)
     rows = [

@@ -219,7 +219,7 @@ def test_an_interrupted_recovery_leaves_codes(tiny_bert, stats, monkeypatch):
     def interrupt(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lowrank.recovery.Run, "train", interrupt)
+    monkeypatch.setattr(lowrank.distillation.recovery.Run, "train", interrupt)
     with pytest.raises(KeyboardInterrupt):
         lowrank.recover(small, dense, batches_for_training(), steps=4)
     assert set(small.state_dict()) == keys
@@ -285,7 +285,7 @@ def test_ctrl_c_waits_for_a_whole_step_and_the_same_plan_finishes(tiny_bert, sta
     planned = lowrank.plan(tiny_bert, rank=8, stats=stats, quantize="int8", share="inputs")
     dense = copy.deepcopy(tiny_bert)
     whole = lowrank.apply(copy.deepcopy(tiny_bert), planned, stats=stats)
-    swaps, original = [], lowrank.surgery.replace_module
+    swaps, original = [], lowrank.surgery.replacement.replace_module
 
     def interrupted(model, name, new):
         if len(swaps) == at:
@@ -293,7 +293,7 @@ def test_ctrl_c_waits_for_a_whole_step_and_the_same_plan_finishes(tiny_bert, sta
         swaps.append(name)
         original(model, name, new)
 
-    monkeypatch.setattr(lowrank.surgery, "replace_module", interrupted)
+    monkeypatch.setattr(lowrank.surgery.replacement, "replace_module", interrupted)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         lowrank.apply(tiny_bert, planned, stats=stats)

@@ -17,7 +17,7 @@ from transformers import (
 import lowrank
 from lowrank import BudgetError, LowRankError, PlanError, StatsError, apply, calibrate, compress, plan, report
 from lowrank.nn import LowRankLinear
-from lowrank.planning import Plan
+from lowrank.plans.plan import Plan
 
 
 def bert(cls=BertModel):

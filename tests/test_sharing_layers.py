@@ -31,7 +31,7 @@ from lowrank import (
 from lowrank.linalg import spectrum
 from lowrank.nn import LowRankLinear
 from lowrank.nn.shared import _results
-from lowrank.planning import Plan
+from lowrank.plans.plan import Plan
 
 QUERY = "encoder.layer.{}.attention.self.query"
 

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowrank import CheckpointError
-from lowrank.integrity import digest_of, sealed
-from lowrank.snapshots import Snapshot
+from lowrank.distillation.snapshots import Snapshot
+from lowrank.files.integrity import digest_of, sealed
 
 PARAMETERS = [torch.arange(6.0).reshape(2, 3), torch.ones(4)]
 

@@ -228,9 +228,9 @@ def test_plans_with_loss_survive_json(mlp, stats):
 
 @pytest.mark.parametrize("widest", [80, 40], ids=["inputs-of-one-layer", "everything"])
 def test_very_wide_layers_keep_diagonals_only_and_the_plan_says_so(mlp, monkeypatch, widest):
-    from lowrank import calibration
+    from lowrank.calibration import collector
 
-    monkeypatch.setattr(calibration, "WIDEST", widest)
+    monkeypatch.setattr(collector, "WIDEST", widest)
     data = [made(60, 64, seed=i) * torch.logspace(0, -2, 64) for i in range(8)]
     stats = calibrate(mlp, data)
     assert stats.moments("2").products.shape == (96,)
@@ -253,10 +253,11 @@ def test_a_budget_that_nothing_meets_names_the_nearest_that_works(mlp, stats, bu
 
 
 def test_an_interrupted_apply_can_be_finished_with_the_same_statistics(mlp, stats, monkeypatch):
-    from lowrank import LowRankLinear, factoring
+    from lowrank import LowRankLinear
+    from lowrank.surgery import factorization
 
     decided = plan(mlp, keep=0.5, stats=stats)
-    real, calls = factoring.truncated_svd, []
+    real, calls = factorization.truncated_svd, []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
@@ -264,7 +265,7 @@ def test_an_interrupted_apply_can_be_finished_with_the_same_statistics(mlp, stat
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(factoring, "truncated_svd", interrupted)
+    monkeypatch.setattr(factorization, "truncated_svd", interrupted)
     with pytest.raises(KeyboardInterrupt):
         apply(mlp, decided, stats)
     apply(mlp, decided, stats)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from lowrank import LowRankLinear, apply, compress, decompress, plan, quantize
 from lowrank.errors import BudgetError, LowRankError, PlanError, RankError, TargetError, WeightError
-from lowrank.inheritance import HOOKS as PLACES_OF_HOOKS
 from lowrank.linalg import choose_solver
 from lowrank.nn import kind_of
-from lowrank.planning import LayerPlan, Plan
+from lowrank.plans.plan import LayerPlan, Plan
+from lowrank.surgery.inheritance import HOOKS as PLACES_OF_HOOKS
 
 LAST = "encoder.layer.1.output.dense"  # the last layer that is swapped; the damage is done here
 FIRST = "encoder.layer.0.attention.self.query"
@@ -250,16 +250,16 @@ def test_dense_weights_are_freed(tiny_bert):
 
 
 def test_a_dense_weight_is_gone_before_the_next_layer_is_decomposed(mlp, monkeypatch):
-    from lowrank import factoring
+    from lowrank.surgery import factorization
 
     first, alive = weakref.ref(mlp[0].weight), []
-    real = factoring.truncated_svd
+    real = factorization.truncated_svd
 
     def watched(*args: object, **kwargs: object) -> object:
         alive.append(first() is not None)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(factoring, "truncated_svd", watched)
+    monkeypatch.setattr(factorization, "truncated_svd", watched)
     compress(mlp, rank=8)
     assert alive == [True, False]
 

@@ -20,14 +20,14 @@ from lowrank import (
     quantize,
     report,
 )
+from lowrank.allocation.quantization_error import outlooks_of
+from lowrank.calibration.embeddings import Lookups, nearest_product
 from lowrank.errors import BudgetError, PlanError, TargetError
-from lowrank.evaluation import loss_increase
-from lowrank.forms import FLOAT, forms_of
+from lowrank.inspection.targets import draft
 from lowrank.linalg import truncated_svd
-from lowrank.lookups import Lookups, nearest_product
 from lowrank.nn import TiedLinear
-from lowrank.outlooks import outlooks_of
-from lowrank.targets import draft
+from lowrank.plans.storage_formats import FLOAT, forms_of
+from lowrank.reports.evaluation import loss_increase
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 ROWS = 99

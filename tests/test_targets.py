@@ -7,10 +7,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lowrank import LowRankLinear, compress, obstacles, plan
+from lowrank import LowRankLinear, compress, plan
 from lowrank.errors import LowRankError, TargetError
-from lowrank.obstacles import find_obstacles
-from lowrank.targets import draft
+from lowrank.inspection import eligibility
+from lowrank.inspection.eligibility import find_obstacles
+from lowrank.inspection.targets import draft
 
 
 def targeted(model: nn.Module, **patterns: list[str]) -> set[str]:
@@ -362,8 +363,8 @@ def test_a_plain_model_has_no_obstacles(mlp, tiny_bert):
 
 
 def test_the_code_of_a_model_is_read_once_for_each_stage(tiny_bert, monkeypatch):
-    scans, find_readers = [], obstacles.find_readers
-    monkeypatch.setattr(obstacles, "find_readers", lambda model: scans.append(model) or find_readers(model))
+    scans, find_readers = [], eligibility.find_readers
+    monkeypatch.setattr(eligibility, "find_readers", lambda model: scans.append(model) or find_readers(model))
     draft(tiny_bert, targets=["*.word_embeddings", "*"], apart=[])
     assert len(scans) == 1
     scans.clear()

@@ -12,7 +12,14 @@ from torch import nn
 
 import lowrank
 from lowrank import DataError, calibrate, cli, compress, recover
-from lowrank.evaluation import accuracy, embed, embedding_cosine, loss_increase, perplexity, sts_spearman
+from lowrank.reports.evaluation import (
+    accuracy,
+    embed,
+    embedding_cosine,
+    loss_increase,
+    perplexity,
+    sts_spearman,
+)
 
 transformers = pytest.importorskip("transformers")
 

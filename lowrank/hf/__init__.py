@@ -24,11 +24,12 @@ from transformers.quantizers import HfQuantizer, auto, register_quantization_con
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowrank.arguments import flag
-from lowrank.cardfile import write_card
-from lowrank.cards import HOW_TO_LOAD, transformers_card
-from lowrank.coding import PARTS
 from lowrank.errors import BudgetError, CheckpointError, LowRankError, PlanError
-from lowrank.folders import TENSORS
+from lowrank.files.folders import TENSORS
+from lowrank.files.integrity import align, digest_of, read_tensors
+from lowrank.files.json_file import read_json
+from lowrank.files.readme import write_card
+from lowrank.files.safetensors_header import Stored, check_disjoint, read_header, stored_tensors
 from lowrank.hf.checks import (
     CONFIG,
     OWN,
@@ -44,14 +45,13 @@ from lowrank.hf.checks import (
 )
 from lowrank.hf.ties import rewrite_ties, with_tied_heads
 from lowrank.hf.tokenizer import check_tokenizer as check_tokenizer
-from lowrank.integrity import align, digest_of, read_tensors
-from lowrank.jsonfile import read_json
-from lowrank.obstacles import linear_layers
-from lowrank.pipeline import compress
-from lowrank.planning import Budget, Plan
-from lowrank.surgery import restructure
-from lowrank.targets import draft
-from lowrank.tensorfile import Stored, check_disjoint, read_header, stored_tensors
+from lowrank.inspection.eligibility import linear_layers
+from lowrank.inspection.targets import draft
+from lowrank.pipeline.verbs import compress
+from lowrank.plans.plan import Budget, Plan
+from lowrank.reports.model_card import HOW_TO_LOAD, transformers_card
+from lowrank.surgery.quantization import PARTS
+from lowrank.surgery.replacement import restructure
 
 METHOD = "lowrank"
 

@@ -23,15 +23,15 @@ from transformers.core_model_loading import (
 )
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from lowrank import integrity
-from lowrank.checkpoint import plan_shapes
+from lowrank.checkpoint.checkpoint import plan_shapes
 from lowrank.errors import CheckpointError
-from lowrank.folders import TENSORS
-from lowrank.integrity import SEAL, check_is_text_table, check_seal, read_tensors, sealed
-from lowrank.jsonfile import read_json
+from lowrank.files import integrity
+from lowrank.files.folders import TENSORS
+from lowrank.files.integrity import SEAL, check_is_text_table, check_seal, read_tensors, sealed
+from lowrank.files.json_file import read_json
+from lowrank.files.safetensors_header import DTYPE_NAMES, Stored, read_header
 from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, TiedLinear
-from lowrank.planning import Plan
-from lowrank.tensorfile import DTYPE_NAMES, Stored, read_header
+from lowrank.plans.plan import Plan
 
 CONFIG, SECTION = "config.json", "quantization_config"
 

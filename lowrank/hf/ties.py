@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from lowrank.errors import CheckpointError, LowRankError
 from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, QuantizedEmbedding, TiedLinear
-from lowrank.planning import LayerPlan, Plan
+from lowrank.plans.plan import LayerPlan, Plan
 
 _KEYS, _RESIZE = "_tied_weights_keys", "resize_token_embeddings"
 """What an instance gets in place of what its class has."""

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import StatsError
-from lowrank.linalg.products import product, without_autocast
+from lowrank.linalg.matmul import product, without_autocast
 
 
 class Outputs(Protocol):

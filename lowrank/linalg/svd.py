@@ -3,7 +3,7 @@
 Both solvers work on the Gram matrix of the smaller side of ``B = Hᵀ W S``, with ``G = H Hᵀ`` and
 ``C = S Sᵀ``; its eigenvectors are the singular vectors. *exact* takes all of them from LAPACK or
 cuSOLVER. *randomized* takes the leading ones and proves that no rank-k factorization is better by
-more than the tolerance (`lowrank.linalg.subspace`); where it cannot, the exact solver runs instead.
+more than the tolerance (`lowrank.linalg.randomized`); where it cannot, the exact solver runs instead.
 
 The best approximation of ``B`` leads back to ``W`` without inverting ``C`` or ``G``. With the right
 singular vectors ``V`` (tall weights) or the left ones ``U`` (wide weights)
@@ -24,9 +24,9 @@ from torch import Tensor
 
 from lowrank.errors import LowRankError, RankError, WeightError
 from lowrank.linalg.eigen import eigh
+from lowrank.linalg.matmul import product
 from lowrank.linalg.metric import Metric, PulledBack, gram, powers_of_two
-from lowrank.linalg.products import product
-from lowrank.linalg.subspace import leading_eigenspace
+from lowrank.linalg.randomized import leading_eigenspace
 
 SOLVERS = ("auto", "exact", "randomized")
 

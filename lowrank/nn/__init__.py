@@ -1,7 +1,7 @@
 """Modules that run at inference. They know tensors, not plans."""
 
-from lowrank.nn.dense import DenseKind, find_kind, kind_named, kind_of, register
 from lowrank.nn.embedding import LowRankEmbedding
+from lowrank.nn.layer_types import DenseKind, find_kind, kind_named, kind_of, register
 from lowrank.nn.linear import LowRankLinear
 from lowrank.nn.quantized import Coded, QuantizedEmbedding, QuantizedLinear
 from lowrank.nn.shared import SharedCodes, SharedDown

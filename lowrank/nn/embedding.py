@@ -9,8 +9,8 @@ from lowrank import arguments
 from lowrank.arguments import accepts, flag, optional, whole
 from lowrank.errors import RankError
 from lowrank.linalg import linear
-from lowrank.linalg.products import without_autocast
-from lowrank.nn.dense import FLOATING_DTYPE, MATRIX, PARAMETER, check_padding
+from lowrank.linalg.matmul import without_autocast
+from lowrank.nn.layer_types import FLOATING_DTYPE, MATRIX, PARAMETER, check_padding
 from lowrank.nn.linear import decoded_weight
 
 

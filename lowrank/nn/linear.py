@@ -10,8 +10,8 @@ from lowrank import arguments
 from lowrank.arguments import accepts, flag, instance, optional, text, whole
 from lowrank.errors import LowRankError, RankError, WeightError
 from lowrank.linalg import linear, truncated_svd
-from lowrank.linalg.products import is_compiled, without_autocast
-from lowrank.nn.dense import FLOATING_DTYPE, MATRIX, PARAMETER, kind_of
+from lowrank.linalg.matmul import is_compiled, without_autocast
+from lowrank.nn.layer_types import FLOATING_DTYPE, MATRIX, PARAMETER, kind_of
 from lowrank.nn.quantized import Coded, QuantizedLinear
 from lowrank.nn.shared import SharedDown
 
@@ -30,7 +30,7 @@ class LowRankLinear(nn.Module):
         in_features, out_features: Sizes of the input and output vectors.
         rank: Inner size.
         bias: Whether to add a bias ``(out,)``.
-        kind: Name of the dense layer that it stands for (`lowrank.nn.dense`).
+        kind: Name of the dense layer that it stands for (`lowrank.nn.layer_types`).
         shared: Whether ``down`` is to serve other layers too (`use_down_of`). The rank may then exceed
             ``out_features``, up to ``in_features``.
         device, dtype: As for `torch.nn.Linear`.

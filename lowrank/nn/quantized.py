@@ -1,8 +1,8 @@
 """`QuantizedLinear` and `QuantizedEmbedding`: layers whose weight is integers, in memory and in the file.
 
 ``int8`` linear layers multiply integers by integers (``torch._int_mm``): the input is quantized anew at each
-call, with one scale per row. ``int4`` layers have a kernel for few rows (`lowrank.nn.kernels`). Everything
-else (gradients, export, processors without the instructions) multiplies by ``scale · codes``.
+call, with one scale per row. ``int4`` layers have a kernel for few rows (`lowrank.nn.integer_matmul`).
+Everything else (gradients, export, processors without the instructions) multiplies by ``scale · codes``.
 `QuantizedLinear.runs_on` tells.
 
 Where the inputs' statistics are known, a layer codes ``W diag(s)⁻¹`` and reads ``s·x − c``: features of
@@ -23,10 +23,10 @@ from lowrank import arguments
 from lowrank.arguments import accepts, flag, instance, optional, text, whole
 from lowrank.errors import SchemeError, WeightError
 from lowrank.linalg import Scheme, decode, encode, encode_smoothed, linear, recode
-from lowrank.linalg.codes import joined, scaled
-from lowrank.linalg.products import is_compiled, is_transformed, without_autocast
-from lowrank.nn import kernels
-from lowrank.nn.dense import FLOATING_DTYPE, MATRIX, PARAMETER, TENSOR, check_padding
+from lowrank.linalg.matmul import is_compiled, is_transformed, without_autocast
+from lowrank.linalg.quantization import joined, scaled
+from lowrank.nn import integer_matmul
+from lowrank.nn.layer_types import FLOATING_DTYPE, MATRIX, PARAMETER, TENSOR, check_padding
 
 _SCHEME = instance(Scheme, 'a Scheme, such as Scheme("int8")', SchemeError)
 
@@ -98,18 +98,18 @@ class Coded(nn.Module):
         """Return ``W (s·x − c) + b`` for ``x (…, columns)`` by integer products, ``(…, rows)``, if they can.
 
         ``None`` where they cannot: gradients, tracing (`torch.compile` can), int4, few rows of ``x``, or a
-        device or processor without the instructions. Arguments as for `lowrank.nn.kernels`.
+        device or processor without the instructions. Arguments as for `lowrank.nn.integer_matmul`.
         """
         plain = not is_transformed() or is_compiled()
         if not (plain and self.scheme.group_size is None and _only_output(input, bias, self.shape[1])):
             return None
         rows = input.reshape(-1, self.shape[1])
-        fewest = kernels.fewest_integer_rows(*self.shape, rows.device)
+        fewest = integer_matmul.fewest_integer_rows(*self.shape, rows.device)
         if fewest is None or len(rows) < fewest:
             return None
-        given, step = kernels.quantized(rows, smooth, center)
+        given, step = integer_matmul.quantized(rows, smooth, center)
         added = bias.detach().to(torch.float32) if bias is not None else None
-        output = kernels.integer_product(given, step, self.codes, self.scale, added)
+        output = integer_matmul.integer_product(given, step, self.codes, self.scale, added)
         return output.to(input.dtype).reshape(*input.shape[:-1], self.shape[0])
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -134,7 +134,7 @@ class QuantizedLinear(Coded):
         in_features, out_features: Sizes of the input and output vectors.
         bias: Whether to add a bias ``(out,)``.
         scheme: How the weight is coded.
-        kind: Name of the dense layer that it stands for (`lowrank.nn.dense`).
+        kind: Name of the dense layer that it stands for (`lowrank.nn.layer_types`).
         smooth, centred: Whether inputs are scaled, and shifted, before they meet the codes.
         device, dtype: Of the bias, and of what the layer computes in.
     """
@@ -252,9 +252,9 @@ class QuantizedLinear(Coded):
         """
         device, size = self.scale.device, self.scheme.group_size
         if size is not None:
-            none = kernels.int4_obstacle(*self.shape, size, device) is not None
-            return "decoded" if none else f"int4 (up to {kernels.MOST_ROWS[device.type]} tokens)"
-        fewest = kernels.fewest_integer_rows(*self.shape, device)
+            none = integer_matmul.int4_obstacle(*self.shape, size, device) is not None
+            return "decoded" if none else f"int4 (up to {integer_matmul.MOST_ROWS[device.type]} tokens)"
+        fewest = integer_matmul.fewest_integer_rows(*self.shape, device)
         if fewest is None:
             return "decoded"
         return "int8" if fewest == 1 else f"int8 (from {fewest:,} tokens)"
@@ -270,7 +270,7 @@ class QuantizedLinear(Coded):
             output = self._by_int4(input, bias) if output is None else output
             if output is not None:
                 return output
-        given = kernels.prepared(input, self.smooth, self.center)
+        given = integer_matmul.prepared(input, self.smooth, self.center)
         added = bias.to(input.dtype) if bias is not None else None
         return linear(given, self._decoded().to(input.dtype), added)
 
@@ -281,7 +281,7 @@ class QuantizedLinear(Coded):
         codes = self.codes
         if _as_stored(codes):
             return decode(codes, self.scale, self.scheme)
-        return scaled(kernels.unpacked(codes, *self.shape), self.scale)
+        return scaled(integer_matmul.unpacked(codes, *self.shape), self.scale)
 
     def loosen(self) -> None:
         """Let the codes be trained: from now on they are a floating-point weight, ``latent``, rounded.
@@ -335,13 +335,13 @@ class QuantizedLinear(Coded):
         if is_transformed():
             known = is_compiled() and not _as_stored(self.codes)
         else:
-            known = kernels.int4_obstacle(*self.shape, size, device) is None
+            known = integer_matmul.int4_obstacle(*self.shape, size, device) is None
         rows = input.reshape(-1, self.in_features)
-        if not known or len(rows) > kernels.MOST_ROWS[device.type]:
+        if not known or len(rows) > integer_matmul.MOST_ROWS[device.type]:
             return None
         codes, scales = self._for_kernel()
-        product = kernels.int4_product_unseen if is_compiled() else kernels.int4_product
-        output = product(kernels.prepared(rows, self.smooth, self.center), codes, scales, size)
+        product = integer_matmul.int4_product_unseen if is_compiled() else integer_matmul.int4_product
+        output = product(integer_matmul.prepared(rows, self.smooth, self.center), codes, scales, size)
         output = output.to(rows.dtype) + (bias.to(rows.dtype) if bias is not None else 0)
         return output.reshape(*input.shape[:-1], self.out_features)
 
@@ -354,10 +354,10 @@ class QuantizedLinear(Coded):
         codes, scale, kept = self.codes, self.scale, self._kernel_scales
         if _as_stored(codes):
             with torch.inference_mode(False):
-                codes = kernels.packed(codes)
+                codes = integer_matmul.packed(codes)
             self.codes = codes
         if kept is None or kept[0] is not scale:
-            kept = scale, kernels.scales_and_zeros(scale)
+            kept = scale, integer_matmul.scales_and_zeros(scale)
             self._kernel_scales = kept
         return codes, kept[1]
 
@@ -365,7 +365,7 @@ class QuantizedLinear(Coded):
         """Bring int4 codes back into the order in which they are stored, if a kernel has them in its own."""
         self._kernel_scales = None
         if not _as_stored(self.codes):
-            self.codes = joined(kernels.unpacked(self.codes, *self.shape))
+            self.codes = joined(integer_matmul.unpacked(self.codes, *self.shape))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.restore()  # the order is that of one device
@@ -374,7 +374,7 @@ class QuantizedLinear(Coded):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not _as_stored(self.codes):
-            destination[f"{prefix}codes"] = joined(kernels.unpacked(self.codes, *self.shape))
+            destination[f"{prefix}codes"] = joined(integer_matmul.unpacked(self.codes, *self.shape))
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.restore()
@@ -384,7 +384,7 @@ class QuantizedLinear(Coded):
         """Return what copies and pickles hold: the codes as they are stored."""
         state = self.__dict__ | {"_buffers": dict(self._buffers), "_kernel_scales": None}
         if not _as_stored(self.codes):
-            state["_buffers"]["codes"] = joined(kernels.unpacked(self.codes, *self.shape))
+            state["_buffers"]["codes"] = joined(integer_matmul.unpacked(self.codes, *self.shape))
         return state
 
     def extra_repr(self) -> str:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.linalg import linear
-from lowrank.linalg.products import is_compiled
+from lowrank.linalg.matmul import is_compiled
 from lowrank.nn.quantized import QuantizedLinear
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.linalg import linear
-from lowrank.linalg.products import is_transformed
+from lowrank.linalg.matmul import is_transformed
 from lowrank.nn.embedding import LowRankEmbedding
 from lowrank.nn.linear import LowRankLinear, decoded_weight
 from lowrank.nn.quantized import QuantizedEmbedding, QuantizedLinear
@@ -26,7 +26,7 @@ class TiedLinear(nn.Module):
     Args:
         owner: The embedding or linear layer.
         bias: The layer's own, ``(out,)``, or ``None``.
-        kind: Name of the dense layer that it stands for (`lowrank.nn.dense`).
+        kind: Name of the dense layer that it stands for (`lowrank.nn.layer_types`).
         copied: Whether that layer had a weight of its own, equal to the owner's; if not, they were tied.
 
     Attributes:

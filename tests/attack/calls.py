@@ -39,7 +39,7 @@ from zoo import ZOO
 import lowrank
 from lowrank import Plan, Stats, WeightError
 from lowrank.nn import LowRankLinear
-from lowrank.reporting import Report
+from lowrank.reports.report import Report
 
 CALLS = 12
 """How many calls one attempt makes."""

@@ -33,11 +33,11 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 import lowrank
 from lowrank import CheckpointError, LowRankError
-from lowrank.cli import app
-from lowrank.folders import MANIFESTS
-from lowrank.latency import LatencyTable
-from lowrank.recovery import trainable
-from lowrank.snapshots import Snapshot
+from lowrank.allocation.latency import LatencyTable
+from lowrank.cli.commands import app
+from lowrank.distillation.recovery import trainable
+from lowrank.distillation.snapshots import Snapshot
+from lowrank.files.folders import MANIFESTS
 
 OLD, NEW = 0, 1
 Files = dict[str, tuple[int, bytes | str]]

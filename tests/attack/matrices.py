@@ -36,7 +36,7 @@ from lowrank.linalg import (
     spectrum,
     truncated_svd,
 )
-from lowrank.nn import QuantizedLinear, kernels
+from lowrank.nn import QuantizedLinear, integer_matmul
 
 DTYPES = torch.float32, torch.float64, torch.bfloat16, torch.float16
 RESOLVED = math.sqrt(torch.finfo(torch.float64).eps)
@@ -213,7 +213,7 @@ def multiplied(draw: Draw) -> str:
     decoded = decode(layer.codes, layer.scale, scheme).double()
     exact = inputs.double() @ decoded.T + (layer.bias.double() if layer.bias is not None else 0.0)
     rounded = inputs.double().abs() @ decoded.abs().T + bias.double().abs()
-    step = kernels.SMALLEST_STEP + inputs.double().abs().amax(1, keepdim=True) / 127
+    step = integer_matmul.SMALLEST_STEP + inputs.double().abs().amax(1, keepdim=True) / 127
     by_integers = 0.51 * step * decoded.abs().sum(1)
     with torch.no_grad():
         without = layer(inputs).double()

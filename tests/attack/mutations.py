@@ -29,10 +29,10 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 import lowrank
+from lowrank.allocation.latency import LatencyTable
+from lowrank.distillation.snapshots import Snapshot
 from lowrank.errors import CheckpointError, LowRankError, PlanError, RankError, StatsError
-from lowrank.integrity import digest_of, sealed
-from lowrank.latency import LatencyTable
-from lowrank.snapshots import Snapshot
+from lowrank.files.integrity import digest_of, sealed
 
 BATCH = 20
 """Copies that one attempt damages and loads."""

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 
 import lowrank
 from lowrank import LowRankError, Stats
-from lowrank import evaluation as measures
+from lowrank.reports import evaluation as measures
 
 VOCABULARY, LONGEST, WIDTH = 40, 24, 16
 

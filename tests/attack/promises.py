@@ -21,7 +21,7 @@ from zoo import Batch, Specimen
 
 import lowrank
 from lowrank.linalg import decode
-from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear, kernels
+from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear, integer_matmul
 
 OWN = LowRankLinear, LowRankEmbedding, Coded, TiedLinear
 Outputs = list[Tensor]
@@ -153,7 +153,7 @@ def check_integer_products(case: Case) -> None:
         if layer.bias is not None:
             exact, sizes = exact + layer.bias.detach().double(), sizes + layer.bias.detach().double().abs()
         # rows are rounded to 255 steps by int8, to the 8 bits of bfloat16 by the kernels of int4
-        step = kernels.SMALLEST_STEP + rows.abs().amax(-1, keepdim=True) / 127
+        step = integer_matmul.SMALLEST_STEP + rows.abs().amax(-1, keepdim=True) / 127
         allowed = 0.51 * step * weight.abs().sum(1) if layer.scheme.name == "int8" else 2**-7 * sizes
         allowed = allowed + 4 * torch.finfo(found.dtype).eps * sizes
         if not found.numel():

@@ -16,7 +16,7 @@ from lowrank.linalg import (
     spectrum,
     truncated_svd,
 )
-from lowrank.linalg.basis import KNOTS
+from lowrank.linalg.shared_basis import KNOTS
 
 SHAPES = {
     "wide": [(8, 20), (8, 20)],

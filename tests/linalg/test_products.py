@@ -7,16 +7,16 @@ from hypothesis import strategies as st
 from torch.autograd import forward_ad
 from torch.nn import functional as F  # noqa: N812
 
-from lowrank.linalg import linear, product, products
+from lowrank.linalg import linear, matmul, product
 
-onednn = pytest.mark.skipif(not products._AVAILABLE, reason="oneDNN is not the faster library here")
+onednn = pytest.mark.skipif(not matmul._AVAILABLE, reason="oneDNN is not the faster library here")
 
 
 @pytest.fixture
 def calls(monkeypatch):
     """Count how often oneDNN is called."""
-    counted, real = [], products._by_onednn
-    monkeypatch.setattr(products, "_by_onednn", lambda *a: counted.append(1) or real(*a))
+    counted, real = [], matmul._by_onednn
+    monkeypatch.setattr(matmul, "_by_onednn", lambda *a: counted.append(1) or real(*a))
     return counted
 
 

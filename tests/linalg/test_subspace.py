@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowrank.linalg.subspace import leading_eigenspace, oversampled
+from lowrank.linalg.randomized import leading_eigenspace, oversampled
 
 KINDS = ["power-law", "exponential", "step", "outlier", "flat"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from lowrank.errors import LowRankError, RankError, WeightError
 from lowrank.linalg import choose_solver, truncated_svd
 from lowrank.linalg import svd as svd_module
-from lowrank.linalg.subspace import Eigenspace
+from lowrank.linalg.randomized import Eigenspace
 
 TOLERANCE = 1e-3  # what `truncated_svd` promises by default, relative to the optimal error
 SHAPES = {"wide": (40, 90), "tall": (90, 40), "square": (64, 64)}
@@ -314,7 +314,7 @@ def test_a_bound_beyond_the_tolerance_is_not_good_enough(monkeypatch):
 def test_a_certificate_that_never_succeeds_ends_in_the_exact_solution(monkeypatch):
     weight = gaussian(100, 80)
     monkeypatch.setattr(
-        "lowrank.linalg.subspace._certify",
+        "lowrank.linalg.randomized._certify",
         lambda matrix, block, image, rank: Eigenspace(block[:, :rank], 0.0, math.inf),
     )
     left, right, _, used = truncated_svd(weight, 10, solver="randomized")

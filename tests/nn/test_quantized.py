@@ -13,7 +13,7 @@ from torch import nn
 
 from lowrank.linalg import Scheme
 from lowrank.nn import LowRankLinear, QuantizedEmbedding, QuantizedLinear, TiedLinear
-from lowrank.nn import kernels as module
+from lowrank.nn import integer_matmul as module
 
 SCHEMES = [Scheme("int8"), Scheme("int4")]
 INT4 = module.int4_obstacle(64, 64, 32, torch.device("cpu")) is None
@@ -370,7 +370,8 @@ def test_the_int4_kernel_does_not_hide_nan_and_infinity(value):
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_processors_whose_order_of_codes_is_unknown_decode(capability):
     script = (
-        "import torch; from lowrank.nn.kernels import *; from lowrank.linalg.codes import split\n"
+        "import torch; from lowrank.nn.integer_matmul import *\n"
+        "from lowrank.linalg.quantization import split\n"
         "codes = torch.randint(256, (112, 64), dtype=torch.uint8)\n"
         "print(torch.backends.cpu.get_cpu_capability(), int4_obstacle(112, 128, 32, codes.device) is None,"
         " torch.equal(unpacked(packed(codes), 112, 128), split(codes)))"

@@ -1,0 +1,217 @@
+"""What the allocator picks from: for each layer, or for layers that may share ``down``, a menu of ranks.
+
+Where weights may be coded, a menu has the ranks of each form (`lowrank.plans.storage_formats`), and the
+coded whole weight.
+
+Of layers that may share ``down``, some may share ``down`` while others have factors of their own. Each
+way to divide them is a partition, with one menu per part; which partition is best depends on the budget.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lowrank.allocation.solver import Curve, allocate, hull_segments
+from lowrank.linalg import Spectrum
+from lowrank.plans.plan import CodedWeight, LayerPlan, largest_shared_rank, parameters_per_shared_rank
+from lowrank.plans.storage_formats import FLOAT, TABLE, Form
+
+
+class Group(NamedTuple):
+    """Layers that may share ``down``: of one input, or of one role in adjacent blocks.
+
+    Args:
+        names: All of them, in the model's order.
+        joint: By the names of those that share ``down``, the whole group among them, the error of each;
+            nothing where errors decide nothing.
+    """
+
+    names: tuple[str, ...]
+    joint: Mapping[tuple[str, ...], tuple[Spectrum, ...]]
+
+
+@dataclass(frozen=True)
+class Menu(Curve):
+    """What one layer, or several with one ``down``, can become; the last point leaves the weights whole.
+
+    Args:
+        layers: The layers.
+        ranks: Of each point; 0 leaves the weights whole.
+        forms: Of each point, how what is there is stored.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    ranks: np.ndarray[Any, Any]
+    forms: tuple[Form, ...]
+
+    def layers_at(self, point: int) -> list[LayerPlan]:
+        """Return the layers as they are at ``point``."""
+        rank, form = int(self.ranks[point]), self.forms[point]
+        if rank:
+            layers = sharing(self.layers, rank, "chosen by the allocator")
+            return [replace(x, residual=form.residual and x.kind != TABLE) for x in layers]
+        reason = "worth its parameters" if len(self.ranks) > 1 else "too small: no rank saves parameters"
+        if form.scheme is not None:
+            reason = "chosen whole by the allocator"
+        return [layer.dense(reason) for layer in self.layers]
+
+    def codes_at(self, point: int, calibrated: Container[str]) -> list[CodedWeight]:
+        """Return what is coded at ``point``; ``calibrated`` are the layers with statistics."""
+        layers, form = self.layers_at(point), self.forms[point]
+        return [
+            code
+            for layer in layers
+            for code in form.codes(layer, shared=len(layers) > 1, calibrated=layer.name in calibrated)
+        ]
+
+    def priced(self, costs: np.ndarray[Any, Any]) -> Menu:
+        """Return the menu with other costs, less what another point beats."""
+        return merged([replace(self, costs=costs)])
+
+
+def merged(menus: Sequence[Menu]) -> Menu:
+    """Return one menu of the same layers with the points of all, but for those that another one beats."""
+    costs, losses, ranks = (
+        np.concatenate([getattr(menu, part) for menu in menus]) for part in ("costs", "losses", "ranks")
+    )
+    forms = [form for menu in menus for form in menu.forms]
+    order = np.lexsort((losses, costs))
+    best = np.minimum.accumulate(np.append(np.inf, losses[order]))[:-1]
+    kept = order[losses[order] < best]
+    return replace(
+        menus[0],
+        costs=costs[kept],
+        losses=losses[kept],
+        ranks=ranks[kept],
+        forms=tuple(forms[i] for i in kept),
+    )
+
+
+def sharing(layers: Sequence[LayerPlan], rank: int, reason: str) -> list[LayerPlan]:
+    """Give ``layers`` a rank and, if they are several, one ``down``, which the first of them owns."""
+    owner = layers[0].name
+    return [
+        replace(layer, rank=rank, reason=reason, down_of=owner if number else None)
+        for number, layer in enumerate(layers)
+    ]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What layers cost in a unit other than parameters.
+
+    Args:
+        limit: What the whole model may cost.
+        fixed: What everything but the targeted weights costs.
+        price: Returns a menu with its costs in this unit.
+        say: Puts a cost into words.
+    """
+
+    limit: float
+    fixed: float
+    price: Callable[[Menu], Menu]
+    say: Callable[[float], str]
+
+
+class Outlook(NamedTuple):
+    """What a form does to one layer, as shares of squared norms; nothing where it is floating point.
+
+    Args:
+        whole: What the coded weight loses.
+        factors: What coded factors lose of what they capture.
+        corrected: The errors of factors that correct the coded weight, for a residual form.
+    """
+
+    whole: float = 0.0
+    factors: float = 0.0
+    corrected: Spectrum | None = None
+
+
+def menu_of(
+    layers: Sequence[LayerPlan],
+    spectra: Sequence[Spectrum],
+    scales: Sequence[float],
+    round_to: int,
+    form: Form = FLOAT,
+    outlooks: Sequence[Outlook] = (),
+) -> Menu:
+    """List the ranks that save parameters, for one layer or for several with one ``down``.
+
+    Args:
+        layers: The layers.
+        spectra: The error of each, at every rank of their factorization.
+        scales: Factor from the squared error of each to the loss.
+        round_to: Ranks are multiples of this, and of what the form needs.
+        form: How all of them are stored.
+        outlooks: What that does to each.
+    """
+    step = math.lcm(round_to, form.rank_step)
+    ranks = np.arange(step, largest_shared_rank(layers) + 1, step)
+    losses = np.zeros(len(ranks) + 1)
+    for each, scale, outlook in zip(spectra, scales, outlooks or [Outlook()] * len(layers), strict=True):
+        errors = outlook.corrected or each
+        tail = errors.tail.numpy()[ranks]
+        captured = errors.tail.numpy()[0] - tail
+        losses[:-1] += (tail + outlook.factors * captured) * errors.scale**2 * scale
+        losses[-1] += outlook.whole * each.squared_norm * scale
+    dense = sum(layer.dense_parameters for layer in layers)
+    return Menu(
+        costs=np.append(ranks * parameters_per_shared_rank(layers), dense),
+        losses=losses,
+        layers=tuple(layers),
+        ranks=np.append(ranks, 0),
+        forms=(form,) * len(losses),
+    )
+
+
+def partitions(names: tuple[str, ...], menus: Mapping[tuple[str, ...], Menu]) -> Iterator[tuple[Menu, ...]]:
+    """Yield every way to divide layers into those that share ``down`` and those that do not.
+
+    Args:
+        names: The layers.
+        menus: The menu of each layer, and of those that may share, by the names of its layers.
+    """
+    if not names:
+        yield ()
+    for part, menu in menus.items():
+        if part[:1] == names[:1] and set(part) <= set(names):
+            rest = tuple(name for name in names if name not in part)
+            yield from ((menu, *others) for others in partitions(rest, menus))
+
+
+def best_partitions(groups: Sequence[Sequence[tuple[Menu, ...]]], limit: float) -> list[Menu]:
+    """Choose for each group, given all its partitions, the one that loses least within ``limit``.
+
+    A Lagrangian sees only the lower convex hull of a partition's combinations. So it is the hulls that
+    compete here; which ranks it will be within the chosen partition is left to a second allocation.
+    """
+    curves, origins = [], []
+    for choices in groups:
+        points = [(*point, parts) for parts in choices for point in _hull_of_sums(parts)]
+        points.sort(key=lambda point: point[:2])
+        kept = points[:1]
+        for point in points[1:]:
+            if point[1] < kept[-1][1]:
+                kept.append(point)
+        curves.append(Curve(np.array([point[0] for point in kept]), np.array([point[1] for point in kept])))
+        origins.append([point[2] for point in kept])
+    chosen = allocate(curves, limit)
+    return [menu for parts, number in zip(origins, chosen, strict=True) for menu in parts[number]]
+
+
+def _hull_of_sums(menus: Sequence[Menu]) -> Iterator[tuple[float, float]]:
+    """Yield cost and loss along the lower convex hull of all combinations."""
+    at = [0] * len(menus)
+    steps = [(slope, i, stop) for i, menu in enumerate(menus) for slope, _, stop in hull_segments(menu)]
+    for _, number, stop in [(0.0, 0, 0), *sorted(steps, key=lambda step: -step[0])]:
+        at[number] = stop
+        chosen = list(zip(menus, at, strict=True))
+        yield (
+            sum(float(menu.costs[i]) for menu, i in chosen),
+            sum(float(menu.losses[i]) for menu, i in chosen),
+        )

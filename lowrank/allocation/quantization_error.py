@@ -1,0 +1,108 @@
+"""Predict what each form of storing does to each layer, from the weights and the statistics.
+
+The allocator compares these with what factorizing loses (`lowrank.allocation.candidates`); a plan that
+corrects codes gets its errors from here. Nothing here changes a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lowrank.allocation.candidates import Outlook
+from lowrank.calibration.statistics import Stats
+from lowrank.errors import WeightError
+from lowrank.linalg import Scheme, Spectrum, factors_noise, lost_by_codes, residual_spectrum, whole_noise
+from lowrank.linalg.matmul import without_autocast
+from lowrank.linalg.quantization_error import rows_noise, table_noise
+from lowrank.plans.plan import LayerPlan, Plan
+from lowrank.plans.storage_formats import FLOAT, INT8, TABLE, Form
+from lowrank.surgery.factorization import error_metric_of, input_moments, matrix_of, metric_of, weight_of
+from lowrank.surgery.quantization import check_holds
+
+
+@without_autocast()
+def outlooks_of(
+    model: nn.Module, drafted: Plan, forms: Sequence[Form], stats: Stats | None, progress: bool
+) -> dict[Form, dict[str, Outlook]]:
+    """Return by form what it does to the targeted layers; layers that do not fit are left out.
+
+    Raises:
+        WeightError: If a weight cannot be coded, with the layer's name.
+    """
+    found: dict[Form, dict[str, Outlook]] = {form: {} for form in forms}
+    bar = tqdm(drafted.targeted, desc="codes", unit="layer", disable=None if progress else True)
+    for layer in bar:
+        weight = weight_of(model.get_submodule(layer.name)).detach()
+        competing = [form for form in forms if _fits(form, layer, weight)] if len(forms) > 1 else forms
+        mine = [form for form in competing if form is not FLOAT]
+        try:
+            for form in mine:
+                check_holds(form.scheme, weight)
+            for form, outlook in _outlooks(model, layer, mine, drafted.metric, stats).items():
+                found[form][layer.name] = outlook
+        except WeightError as error:
+            raise type(error)(f"{layer.name}: {error}") from error
+    return found
+
+
+def residual_errors(
+    model: nn.Module, layer: LayerPlan, scheme: Scheme, metric: str, stats: Stats | None
+) -> Spectrum:
+    """Return the errors of one layer whose factors correct its coded weight."""
+    weight = weight_of(model.get_submodule(layer.name)).detach()
+    moments = input_moments(stats, layer) if metric != "weight" else None
+    lost = lost_by_codes(weight, scheme, moments)
+    return residual_spectrum(weight, lost, error_metric_of(layer, weight, metric, stats))
+
+
+def _fits(form: Form, layer: LayerPlan, weight: Tensor) -> bool:
+    """Tell whether the layer's rows are whole groups, and in the range of the scales."""
+    try:
+        check_holds(form.scheme, weight)
+    except WeightError:
+        return False
+    return form.scheme is None or layer.in_features % (form.scheme.group_size or 1) == 0
+
+
+def _outlooks(
+    model: nn.Module, layer: LayerPlan, forms: Sequence[Form], metric: str, stats: Stats | None
+) -> dict[Form, Outlook]:
+    """Return what each of ``forms`` does to one layer; each scheme codes its weight once."""
+    if layer.kind == TABLE:
+        return _outlooks_of_table(model.get_submodule(layer.name), layer, forms, metric, stats)
+    weight = weight_of(model.get_submodule(layer.name)).detach()
+    how = error_metric_of(layer, weight, metric, stats)
+    moments = input_moments(stats, layer) if metric != "weight" else None
+    schemes = dict.fromkeys(form.scheme for form in forms if form.scheme is not None)
+    lost = {scheme: lost_by_codes(weight, scheme, moments) for scheme in schemes}
+    found = {}
+    for form in forms:
+        assert form.scheme is not None
+        whole = whole_noise(weight, lost[form.scheme], form.scheme, how)
+        if form.residual:
+            found[form] = Outlook(whole, 0.0, residual_spectrum(weight, lost[form.scheme], how))
+            continue
+        rank = layer.largest_paying_rank // 2 // form.rank_step * form.rank_step
+        noise = factors_noise(weight, rank, form.scheme, how, moments) if rank else 0.0
+        found[form] = Outlook(whole, noise)
+    return found
+
+
+def _outlooks_of_table(
+    table: nn.Module, layer: LayerPlan, forms: Sequence[Form], metric: str, stats: Stats | None
+) -> dict[Form, Outlook]:
+    """Return what each of ``forms`` does to a table, whose factors no form lets correct its codes."""
+    how = metric_of(layer, metric, stats)
+    matrix, weight = matrix_of(table, layer, how), weight_of(table).detach()
+    found = {}
+    for form in forms:
+        assert form.scheme is not None
+        factors = INT8 if form.residual else form.scheme
+        step = factors.group_size or 1
+        rank = layer.largest_paying_rank // 2 // step * step
+        noise = table_noise(matrix, rank, factors, how) if rank else 0.0
+        found[form] = Outlook(rows_noise(matrix, lost_by_codes(weight, form.scheme), how), noise)
+    return found

@@ -1,0 +1,213 @@
+"""Choose which weights become integers: those of dense layers, of factors and of embeddings alike.
+
+Codes come after factorizing, never before: factors of a coded weight would carry its rounding along. So the
+choice is made on a plan, for what the model will be once its layers are factorized.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from lowrank.calibration.statistics import Stats
+from lowrank.errors import LowRankError, SchemeError, SlowKernelWarning, TargetError, WeightError, warn
+from lowrank.inspection.eligibility import (
+    check_holder,
+    find_all_obstacles,
+    find_doubts,
+    find_equals,
+    linear_layers,
+)
+from lowrank.inspection.heads import heads_of
+from lowrank.inspection.targets import check_patterns, left_alone, not_wanted, spells
+from lowrank.inspection.tied_weights import embeddings, is_copy, tied_heads
+from lowrank.linalg import Scheme
+from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, SharedDown
+from lowrank.nn.integer_matmul import int4_obstacle
+from lowrank.plans.patterns import matches, no_match
+from lowrank.plans.plan import CodedWeight, LayerPlan, Plan
+from lowrank.plans.storage_formats import Form
+from lowrank.surgery.quantization import check_range, with_common_codes_uncentred
+
+
+def with_codes(
+    model: nn.Module,
+    plan: Plan,
+    scheme: Scheme,
+    *,
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] | None = None,
+    stats: Stats | None = None,
+    heads: Mapping[str, str] | None = None,
+    apart: Sequence[str] = (),
+    optional: bool = False,
+) -> Plan:
+    """Return ``plan`` with what `lowrank.quantize` codes in ``model`` when the plan has been carried out.
+
+    With ``optional`` there may be nothing left to code. For ``apart`` see `lowrank.inspection.targets.draft`.
+
+    Raises:
+        TargetError: If a pattern matches nothing, or names what cannot be coded.
+        SchemeError: If a weight does not divide into groups.
+        WeightError: If a weight is out of the range of int4.
+        LowRankError: If nothing is left to code.
+    """
+    check_holder(model)
+    check_patterns("targets", targets)
+    check_patterns("ignore", ignore)
+    in_heads = heads_of(model, heads)
+    doubts = find_doubts(model, plan.overruled)
+    plan = plan.with_layers(_equal(model, plan, doubts, targets, ignore, in_heads, apart))
+    chosen = list(_chosen(model, plan, doubts, scheme, targets, ignore, stats, in_heads))
+    if not chosen and not optional:
+        raise LowRankError(
+            f"No weight of {type(model).__name__} is left to be coded as {scheme.name}: those that could be "
+            "are coded already, ignored, or part of a head (name it in targets)."
+        )
+    modules = dict(model.named_modules())
+    for code in chosen:
+        try:
+            check_range(modules, code)
+        except (SchemeError, WeightError) as error:
+            raise type(error)(f"{code.name}: {error}") from error
+    return with_heads(model, with_common_codes_uncentred(replace(plan, codes=(*plan.codes, *chosen))))
+
+
+def _equal(
+    model: nn.Module,
+    plan: Plan,
+    doubts: Mapping[str, str],
+    targets: Sequence[str] | None,
+    ignore: Sequence[str] | None,
+    heads: Mapping[str, Sequence[str]],
+    apart: Sequence[str],
+) -> dict[str, LayerPlan]:
+    """Return those layers of ``plan`` that stay whole and are going to use the codes of an equal one."""
+    taken = plan.equal.keys()
+    wanted = [
+        layer.name
+        for layer in plan
+        if (layer.rank, layer.same_as) == (None, None)
+        and layer.name not in taken
+        and not_wanted(layer.name, targets, ignore or (), heads) is None
+    ]
+    equal = find_equals(model, wanted, apart, doubts)
+    return {
+        name: replace(plan[name].following(owner), copied=is_copy(model, name, owner))
+        for name, owner in equal.items()
+    }
+
+
+def with_heads(model: nn.Module, plan: Plan) -> Plan:
+    """Return ``plan`` with the heads that are tied to tables which it codes: they use the codes."""
+    tables = {code.name for code in plan.codes if code.kind == "embedding"}
+    using = {
+        head: plan[head].following(table)
+        for head, table in tied_heads(model).items()
+        if table in tables and head in plan
+    }
+    return plan.with_layers(using)
+
+
+def check_kernels(model: nn.Module, plan: Plan, slow: str) -> None:
+    """Look for int4 weights of linear layers that ``plan`` is going to code, and no kernel multiplies by.
+
+    Raises:
+        SchemeError: If there are any and ``slow`` is ``"refuse"``, or if it is none of the three choices.
+            ``"warn"`` gives one `SlowKernelWarning` for all, ``"allow"`` nothing.
+    """
+    if slow not in ("warn", "refuse", "allow"):
+        raise SchemeError(f"slow={slow!r}: choose 'warn', 'refuse' or 'allow'.")
+    modules = dict(model.named_modules())
+    found: dict[str, list[str]] = {}
+    for code in plan.codes:
+        module = modules.get(code.name, modules.get(code.name.rpartition(".")[0]))
+        if code.group_size is None or code.kind == "embedding" or module is None or isinstance(module, Coded):
+            continue
+        device = next(itertools.chain(module.parameters(), module.buffers())).device
+        reason = int4_obstacle(code.rows, code.columns, code.group_size, device)
+        if reason is not None:
+            found.setdefault(reason, []).append(code.name)
+    if not found or slow == "allow":
+        return
+    reasons = ", ".join(f"{len(names)} since {why} (the first: {names[0]})" for why, names in found.items())
+    message = (
+        f"{sum(map(len, found.values()))} int4 weights of linear layers have to be decoded at every call, "
+        f"which is slower than floating point: {reasons}. Use int8, or ranks and a group_size that fit; or "
+        "accept it with slow='allow'."
+    )
+    if slow == "refuse":
+        raise SchemeError(message)
+    warn(message, SlowKernelWarning)
+
+
+def _chosen(
+    model: nn.Module,
+    plan: Plan,
+    doubts: Mapping[str, str],
+    scheme: Scheme,
+    targets: Sequence[str] | None,
+    ignore: Sequence[str] | None,
+    stats: Stats | None,
+    heads: Mapping[str, Sequence[str]],
+) -> Iterator[CodedWeight]:
+    modules = dict([*linear_layers(model), *embeddings(model)])
+    for pattern in [*check_patterns("targets", targets), *check_patterns("ignore", ignore)]:
+        if not any(matches(name, pattern) for name in modules):
+            raise no_match(pattern, list(modules), f"linear layers and embeddings of {type(model).__name__}")
+    layers = {layer.name: layer for layer in plan}
+    uses = Counter(id(module) for module in modules.values())
+    equal = plan.owners
+    blocked = find_all_obstacles(model, equal, doubts)
+    done = {code.name for code in plan.codes}
+    tied = tied_heads(model)
+    for name, module in modules.items():
+        group = [head for head, table in tied.items() if table == name]
+        named = any(spells(pattern, head) for head in group for pattern in targets or ())
+        if name in tied and tied[name] not in blocked:
+            continue  # its table decides
+        if name in equal and name not in blocked:
+            continue  # the layer whose weight it uses decides
+        if (not_wanted(name, targets, ignore or (), heads) and not named) or left_alone(
+            name, group, ignore or ()
+        ):
+            continue
+        layer = layers.get(name)
+        known = stats is not None and name in stats
+        if isinstance(module, (LowRankLinear, LowRankEmbedding)):
+            own = isinstance(module, LowRankEmbedding) or module.owns_down
+            parts = (module.down, module.up) if own else (module.up,)
+            plain = all(type(part) in _PLAIN and not part.weight.is_meta for part in parts)
+            if layer is not None and plain and uses[id(module)] == 1:
+                yield from _linear(layer, plan, scheme, known, done)
+        elif name not in blocked and layer is not None:
+            yield from _linear(layer, plan, scheme, known, done)
+        elif name not in blocked and isinstance(module, nn.Embedding):
+            if name not in done:
+                yield _table(name, module, scheme)
+        elif name in (targets or ()):
+            raise TargetError(
+                f"{name}: this weight cannot be coded: it {blocked[name]}. Take it out of targets."
+            )
+
+
+_PLAIN = (nn.Linear, SharedDown, nn.Embedding)
+
+
+def _linear(
+    layer: LayerPlan, plan: Plan, scheme: Scheme, calibrated: bool, done: Container[str]
+) -> Iterator[CodedWeight]:
+    """Yield what of a layer, or of its factors, is not coded by the plan already."""
+    form = Form(scheme, layer.residual)
+    for code in form.codes(layer, shared=layer.name in plan.shared, calibrated=calibrated):
+        if code.name not in done:
+            yield code
+
+
+def _table(name: str, table: nn.Embedding, scheme: Scheme) -> CodedWeight:
+    sizes = table.num_embeddings, table.embedding_dim
+    return CodedWeight(name, "embedding", *sizes, False, scheme.name, scheme.group_size)

@@ -1,0 +1,384 @@
+"""Select ranks: spectra and a budget become a plan.
+
+``keep``, ``max_bytes`` and ``speedup`` are one constrained problem over all layers: minimise the sum of
+the layers' errors subject to what may remain (`lowrank.allocation.solver`), with the dense weight (no error,
+all of the cost) always among the choices (`lowrank.allocation.candidates`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Collection, Container, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+
+from lowrank.allocation.candidates import (
+    Costs,
+    Group,
+    Menu,
+    Outlook,
+    best_partitions,
+    menu_of,
+    merged,
+    partitions,
+    sharing,
+)
+from lowrank.allocation.solver import allocate, uniform
+from lowrank.errors import BudgetError, RankError, TargetError
+from lowrank.linalg import Spectrum
+from lowrank.plans.patterns import is_wildcard, matches, no_match
+from lowrank.plans.plan import Budget, CodedWeight, LayerPlan, Plan
+from lowrank.plans.reach import shares
+from lowrank.plans.storage_formats import FLOAT, Form
+from lowrank.surgery.factorization import importance
+
+ALLOCATIONS = ("global", "uniform")
+
+
+def select(
+    draft: Plan,
+    budget: Budget,
+    spectra: Mapping[str, Spectrum],
+    *,
+    allocation: str = "global",
+    round_to: int = 8,
+    given_in: int = 1,
+    named: Collection[str] = (),
+    tolerance: float = 1e-3,
+    loss_per_square: Mapping[str, float] | None = None,
+    held_out_ratio: Mapping[str, float] | None = None,
+    costs: Costs | None = None,
+    groups: Sequence[Group] = (),
+    outlooks: Mapping[Form, Mapping[str, Outlook]] = MappingProxyType({FLOAT: {}}),
+    calibrated: Container[str] = (),
+    rest: Sequence[CodedWeight] = (),
+) -> Plan:
+    """Give every targeted layer of ``draft`` a rank, or the reason why it stays dense.
+
+    Args:
+        draft: The layers, from `lowrank.inspection.targets.draft`.
+        budget: What may remain. An explicit rank is taken exactly; others are rounded.
+        spectra: The error at every rank, by layer name. With a ``rank`` budget nothing is decided by
+            them, so they may be missing; the predicted errors are then missing too.
+        allocation: For ``keep``: ``"global"`` minimises the sum over layers of the squared relative
+            error times the layer's parameters; ``"uniform"`` keeps the same fraction of every layer.
+        round_to: Chosen ranks are multiples of this, as matrix kernels like them.
+        given_in: What explicit ranks are rounded to multiples of, where codes have groups.
+        named: Layers that the user named without wildcards: a rank that is too large for one of
+            them is an error, for others a reason to stay dense.
+        tolerance: Relative excess over the optimal error that `apply` may have; the ranks for an
+            ``error`` or ``energy`` leave room for it, so that the bound holds in the end.
+        loss_per_square: Factor from each layer's squared error to the loss, where the metric is in
+            units of the loss: errors of different layers are then compared as they are.
+        held_out_ratio: By layer, squared errors on held-out tokens over the predicted ones.
+        costs: The unit of a ``max_bytes`` or ``speedup`` budget.
+        groups: Layers that may share their ``down``. A given rank makes them share it; other budgets
+            make them share where that is better than factors of their own.
+        outlooks: The forms that layers may be stored in, and what each does to each; for ``max_bytes``.
+        calibrated: The layers with statistics of their inputs, by which coded layers scale these.
+        rest: What the plan codes beside the targeted layers.
+
+    Raises:
+        BudgetError: If no layer would change, or ``keep`` is below what the smallest ranks need.
+        RankError: If a rank exceeds ``min(out, in)`` of a named layer.
+        TargetError: If a pattern of a rank mapping matches no targeted layer.
+    """
+    if allocation not in ALLOCATIONS:
+        raise BudgetError(f"allocation={allocation!r}: choose one of {', '.join(ALLOCATIONS)}.")
+    if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1:
+        raise BudgetError(f"round_to={round_to!r}: ranks are rounded to a positive whole number.")
+    codes: list[CodedWeight] = []
+    coded: dict[str, Outlook] = {}
+    if budget.kind == "rank":
+        layers = _sharing_at_rank(_by_rank(draft, budget.value, named, given_in), groups)
+    elif budget.kind in ("energy", "error"):
+        layers = _by_error(draft, budget, spectra, round_to, tolerance)
+        layers = _sharing_within_error(draft, layers, budget, groups, round_to, tolerance)
+    else:
+        menus = _menus(draft, spectra, round_to, loss_per_square, costs, groups, outlooks)
+        if costs is None:
+            chosen_points = _by_keep(draft, budget.value, menus, allocation, round_to)
+        else:
+            chosen_points = _by_cost(draft, budget, menus, costs, allocation)
+        layers = [layer for menu, point in chosen_points for layer in menu.layers_at(point)]
+        codes = [code for menu, point in chosen_points for code in menu.codes_at(point, calibrated)]
+        forms = {layer.name: menu.forms[point] for menu, point in chosen_points for layer in menu.layers}
+        coded = {name: outlooks[form][name] for name, form in forms.items() if form is not FLOAT}
+    known = {**spectra, **_joint_spectra(layers, groups)}
+    chosen = {
+        x.name: _with_error(x, known, loss_per_square, held_out_ratio, coded.get(x.name, Outlook()))
+        for x in layers
+    }
+    plan = replace(draft, budget=str(budget), allocation=allocation, round_to=round_to, tolerance=tolerance)
+    plan = replace(plan.with_layers(chosen), codes=(*plan.codes, *codes, *rest))
+    if not plan.codes and not any(layer.rank for layer in chosen.values()):
+        raise BudgetError(nothing_changes(plan, budget, spectra))
+    return plan
+
+
+def _with_error(
+    layer: LayerPlan,
+    spectra: Mapping[str, Spectrum],
+    loss_per_square: Mapping[str, float] | None,
+    held_out_ratio: Mapping[str, float] | None,
+    outlook: Outlook,
+) -> LayerPlan:
+    """Return ``layer`` with its errors; those of coding count for the loss only."""
+    if layer.name not in spectra or (layer.rank is None and not outlook.whole):
+        return layer
+    own = outlook.corrected if layer.residual else None
+    spectrum, rank = own or spectra[layer.name], layer.rank
+    if rank is None:
+        lost = outlook.whole * spectrum.squared_norm
+        return replace(layer, loss_increase=loss_per_square[layer.name] * lost) if loss_per_square else layer
+    error = spectrum.relative_error(rank)
+    held = held_out_ratio.get(layer.name) if held_out_ratio is not None else None
+    squared = spectrum.squared_error(rank)
+    lost = squared + outlook.factors * (spectrum.squared_error(0) - squared)
+    return replace(
+        layer,
+        relative_error=error,
+        held_out_error=None if held is None else error * math.sqrt(held),
+        loss_increase=loss_per_square[layer.name] * lost if loss_per_square else None,
+    )
+
+
+def nothing_changes(plan: Plan, budget: Budget, spectra: Mapping[str, Spectrum]) -> str:
+    """Say why no layer of ``plan`` has a rank, and what to do."""
+    lines = [f"With {budget}, no layer of {plan.model} would change.", *reasons(plan)]
+    if not plan.targeted and plan.model_parameters:
+        lines += ["Its parameters are:", *shares(plan.model_parameters, 0, plan.unplanned)]
+    if not plan.layers:
+        advice = "It has no linear layer."
+    elif plan.targeted:
+        advice = _LESS[budget.kind] + _nearest(plan, budget, spectra)
+    elif plan.factorized or plan.codes:
+        advice = "Call decompress(model) first, or start from the dense checkpoint."
+    else:
+        advice = (
+            "Name other layers with targets=[...]; or name with overrule=[...] those whose weight only seems "
+            "to be read by value, or which only may compute something else."
+        )
+    return "\n".join([*lines, f"  {advice}"])
+
+
+def reasons(plan: Plan) -> list[str]:
+    """Return lines that say why layers stay as they are, with an example of each reason."""
+    examples: dict[tuple[str, bool], str] = {}
+    for layer in plan:
+        examples.setdefault((layer.reason, layer.targeted), layer.name)
+    return [f"  {name}: {reason}" for (reason, _), name in list(examples.items())[:4]]
+
+
+def _nearest(plan: Plan, budget: Budget, spectra: Mapping[str, Spectrum]) -> str:
+    """Name the first budget at which a layer would change."""
+    ranks = {
+        layer.name: layer.largest_paying_rank // plan.round_to * plan.round_to for layer in plan.targeted
+    }
+    if budget.kind == "rank":
+        largest = max(layer.largest_paying_rank for layer in plan.targeted)
+        return f" The largest that saves parameters is {largest}." if largest else ""
+    if budget.kind not in ("error", "energy"):
+        return ""
+    errors = {name: spectra[name].relative_error(rank) for name, rank in ranks.items() if rank}
+    if not errors:
+        return ""
+    name = min(errors, key=errors.__getitem__)
+    error = errors[name] * (1 + plan.tolerance)
+    if budget.kind == "error":
+        return f" From error={math.ceil(1000 * error) / 1000} on, {name} would change."
+    return f" From energy={math.floor(1000 * (1 - error**2)) / 1000} down, {name} would change."
+
+
+_LESS = {
+    "rank": "Use a smaller rank.",
+    "keep": "Keep less.",
+    "energy": "Retain less energy.",
+    "error": "Allow a larger error.",
+    "max_bytes": "Allow fewer bytes.",
+    "speedup": "Ask for more.",
+}
+
+
+def _by_rank(
+    draft: Plan, ranks: int | Mapping[str, int], named: Collection[str], step: int
+) -> list[LayerPlan]:
+    patterns = ranks if isinstance(ranks, Mapping) else {"*": ranks}
+    named = {*named, *(p for p in patterns if not is_wildcard(p))}
+    for pattern in patterns if isinstance(ranks, Mapping) else ():
+        if not any(matches(layer.name, pattern) for layer in draft.targeted):
+            untouched = next((x for x in draft if matches(x.name, pattern)), None)
+            if untouched is not None:
+                raise TargetError(f'"{pattern}": {untouched.name} is not a target: {untouched.reason}.')
+            raise no_match(pattern, [x.name for x in draft.targeted], "targeted layers")
+    layers = []
+    for layer in draft.targeted:
+        given = [rank for pattern, rank in patterns.items() if matches(layer.name, pattern)]
+        layers.append(_at_rank(layer, given[-1] if given else None, layer.name in named, step))
+    return layers
+
+
+def _at_rank(layer: LayerPlan, rank: int | None, named: bool, step: int) -> LayerPlan:
+    if rank is None:
+        return layer.dense("no pattern of the rank mapping names it")
+    largest = min(layer.in_features, layer.out_features)
+    if rank > largest and named:
+        raise RankError(
+            f"{layer.name}: rank {rank} is above min(out, in) = {largest} of the weight "
+            f"(out={layer.out_features}, in={layer.in_features}). Ranks that save parameters go up "
+            f"to {layer.largest_paying_rank}."
+        )
+    asked, rank = rank, max(rank // step, 1) * step
+    if rank > layer.largest_paying_rank:
+        what = "would not save parameters"
+        if layer.residual:
+            what = "takes no less than the weight, and pays for no correction"
+        return layer.dense(f"rank {rank} {what} (the largest that does: {layer.largest_paying_rank})")
+    reason = "as asked" if rank == asked else f"{asked} as asked, in whole groups of {step}"
+    return replace(layer, rank=rank, reason=reason)
+
+
+def _by_error(
+    draft: Plan, budget: Budget, spectra: Mapping[str, Spectrum], round_to: int, tolerance: float
+) -> list[LayerPlan]:
+    bound = _error_bound(budget)
+    layers = []
+    for layer in draft.targeted:
+        needed = spectra[layer.name].smallest_rank(bound / (1 + tolerance))
+        rank = -(-needed // round_to) * round_to
+        if rank > layer.largest_paying_rank:
+            rounded = f", rounded to {rank}" if rank != needed else ""
+            layers.append(
+                layer.dense(f"{budget} needs rank {needed}{rounded}, which would not save parameters")
+            )
+        else:
+            layers.append(replace(layer, rank=rank, reason=f"{budget} needs rank {needed}"))
+    return layers
+
+
+def _sharing_at_rank(layers: list[LayerPlan], groups: Sequence[Group]) -> list[LayerPlan]:
+    """Let the layers of a group share ``down`` where all of them were given the same rank."""
+    found = {layer.name: layer for layer in layers}
+    for group in groups:
+        members = [found[name] for name in group.names]
+        rank = members[0].rank
+        if rank is not None and all(layer.rank == rank for layer in members):
+            found.update({layer.name: layer for layer in sharing(members, rank, "as asked")})
+    return list(found.values())
+
+
+def _sharing_within_error(
+    draft: Plan,
+    layers: list[LayerPlan],
+    budget: Budget,
+    groups: Sequence[Group],
+    round_to: int,
+    tolerance: float,
+) -> list[LayerPlan]:
+    """Let the layers of a group share ``down`` where keeping the bound then takes fewer parameters."""
+    found = {layer.name: layer for layer in layers}
+    bound = _error_bound(budget) / (1 + tolerance)
+    for group in groups:
+        taken: set[str] = set()
+        for names, joint in sorted(group.joint.items(), key=lambda item: -len(item[0])):
+            needed = max(spectrum.smallest_rank(bound) for spectrum in joint)
+            rank = -(-needed // round_to) * round_to
+            small = sharing([draft[name] for name in names], rank, f"{budget} needs rank {needed}")
+            fewer = sum(x.parameters for x in small) < sum(found[name].parameters for name in names)
+            if fewer and taken.isdisjoint(names):
+                found.update({layer.name: layer for layer in small})
+                taken.update(names)
+    return list(found.values())
+
+
+def _joint_spectra(layers: Sequence[LayerPlan], groups: Sequence[Group]) -> dict[str, Spectrum]:
+    """Return the errors of the layers that share ``down``, with those that they share it with."""
+    users: dict[str, list[str]] = {}
+    for layer in layers:
+        if layer.down_of is not None:
+            users.setdefault(layer.down_of, [layer.down_of]).append(layer.name)
+    found = {}
+    for names in map(tuple, users.values()):
+        joint = next(group.joint[names] for group in groups if names in group.joint)
+        found.update(dict(zip(names, joint, strict=bool(joint))))  # not known where no error was asked for
+    return found
+
+
+def _error_bound(budget: Budget) -> float:
+    """Return the largest relative error that an ``error`` or ``energy`` budget allows."""
+    return float(budget.value if budget.kind == "error" else (1 - budget.value) ** 0.5)
+
+
+def _menus(
+    draft: Plan,
+    spectra: Mapping[str, Spectrum],
+    round_to: int,
+    loss_per_square: Mapping[str, float] | None,
+    costs: Costs | None,
+    groups: Sequence[Group],
+    outlooks: Mapping[Form, Mapping[str, Outlook]],
+) -> list[list[tuple[Menu, ...]]]:
+    """List what layers can become, priced: for each layer or group the ways to divide it, as menus."""
+    weighs = loss_per_square or {}
+    scales = {x.name: importance(x, spectra[x.name].squared_norm, weighs.get(x.name)) for x in draft.targeted}
+    known = {(x.name,): (spectra[x.name],) for x in draft.targeted}
+    menus: dict[tuple[str, ...], Menu] = {}
+    for names, errors in itertools.chain(known.items(), *(group.joint.items() for group in groups)):
+        layers, sizes = [draft[name] for name in names], [scales[name] for name in names]
+        offers = []
+        for form, outlook in outlooks.items():
+            if form.residual and len(names) > 1:
+                continue  # factors that correct codes are each layer's own
+            if form is not FLOAT and not all(name in outlook for name in names):
+                continue  # its rows are not whole groups
+            each = [outlook.get(name, Outlook()) for name in names]
+            menu = menu_of(layers, errors, sizes, round_to, form, each)
+            offers.append(menu if costs is None else costs.price(menu))
+        menus[names] = merged(offers) if len(offers) > 1 else offers[0]
+    grouped = {name for group in groups for name in group.names}
+    alone = [(x.name,) for x in draft.targeted if x.name not in grouped]
+    return [list(partitions(names, menus)) for names in [*alone, *(group.names for group in groups)]]
+
+
+def _by_keep(
+    draft: Plan, keep: float, menus: Sequence[Sequence[tuple[Menu, ...]]], allocation: str, round_to: int
+) -> list[tuple[Menu, int]]:
+    total = sum(layer.dense_parameters for layer in draft.targeted)
+    least = int(_least(menus))
+    if least > keep * total:
+        nearest = math.floor(1000 * least / total + 1) / 1000
+        advice = f"Use keep={nearest} or more, or a" if nearest < 1 else "Use a"
+        raise BudgetError(
+            f"keep={keep!r} leaves {keep * total:,.0f} of {total:,} parameters, but the smallest ranks "
+            f"(multiples of {round_to}) need {least:,}. {advice} smaller round_to."
+        )
+    return _within(menus, keep * total, allocation)
+
+
+def _by_cost(
+    draft: Plan, budget: Budget, menus: Sequence[Sequence[tuple[Menu, ...]]], costs: Costs, allocation: str
+) -> list[tuple[Menu, int]]:
+    """Allocate under a cost other than parameters."""
+    limit = costs.limit - costs.fixed
+    least = _least(menus)
+    if least > limit:
+        nearest = costs.say(least + costs.fixed)
+        raise BudgetError(
+            f"{budget} cannot be met: with the smallest ranks on offer {draft.model} still needs "
+            f"{nearest}. That is the least possible with these targets and this round_to."
+        )
+    return _within(menus, limit, allocation)
+
+
+def _least(menus: Sequence[Sequence[tuple[Menu, ...]]]) -> float:
+    """Return the cost of the cheapest choices."""
+    return sum(min(sum(float(menu.costs[0]) for menu in parts) for parts in choices) for choices in menus)
+
+
+def _within(
+    menus: Sequence[Sequence[tuple[Menu, ...]]], limit: float, allocation: str
+) -> list[tuple[Menu, int]]:
+    parts = best_partitions(menus, limit)
+    points = uniform(parts, limit) if allocation == "uniform" else allocate(parts, limit)
+    return list(zip(parts, points, strict=True))

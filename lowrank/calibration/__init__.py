@@ -1,0 +1,1 @@
+"""Run the model over data, and keep statistics of what layers read and of how much their outputs matter."""

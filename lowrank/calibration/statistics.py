@@ -1,0 +1,484 @@
+"""What calibration learned about each layer: moments of its inputs, and a metric of its outputs.
+
+Plain sums over tokens in float64, so that statistics of parts of the data add up to those of the
+whole. They answer every metric and every budget without another forward pass.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lowrank.arguments import accepts, choice, flag, instance, number, path, refused, text, whole
+from lowrank.calibration.embeddings import Lookups
+from lowrank.errors import CheckpointError, LowRankError, StatsError
+from lowrank.files.folders import settle, staged
+from lowrank.files.integrity import check_seal, digest_of, load_tensors, read_document, sealed
+from lowrank.files.safetensors_header import METADATA
+from lowrank.linalg import Diagonal, Gram, Metric, PulledBack
+from lowrank.linalg.shrinkage import shrunk
+
+STATS_FORMAT = 2
+"""Version of the folder written by `Stats.save`; a reader refuses anything newer."""
+
+MOST = 16.0
+"""How far a measured cost may lie from the predicted one; beyond, a few tokens decide, and mislead."""
+
+_TENSORS, _STRUCTURE = "stats.safetensors", "stats.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Sums over tokens ``x (n,)``, each with a weight.
+
+    Args:
+        weight: ``Σ w``.
+        total: ``Σ w x``, shape ``(n,)``, float64.
+        products: ``Σ w x xᵀ``, shape ``(n, n)``, or its diagonal ``(n,)``, float64.
+    """
+
+    weight: float
+    total: Tensor
+    products: Tensor
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """``μ = E[x]``, shape ``(n,)``."""
+        return self.total / self.weight if self.weight else self.total
+
+    def second(self, centred: bool) -> Tensor:
+        """Return ``E[xxᵀ]``, less ``μμᵀ`` if ``centred``; its diagonal if only that is known."""
+        second = self.products / self.weight if self.weight else self.products
+        if not centred:
+            return second
+        return second - (self.mean.square() if second.ndim == 1 else torch.outer(self.mean, self.mean))
+
+    def variances(self, centred: bool) -> Tensor:
+        """Return the diagonal of `second`, shape ``(n,)``."""
+        second = self.second(centred)
+        return second if second.ndim == 1 else second.diagonal()
+
+    @cached_property
+    def centred(self) -> Diagonal | Gram:
+        """The centred second moment as one side of a metric, made once for all layers that share it."""
+        return _side(self.second(centred=True), self.weight)
+
+    @cached_property
+    def raw(self) -> Diagonal | Gram:
+        """The second moment about zero as one side of a metric."""
+        return _side(self.second(centred=False), self.weight)
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.weight + other.weight, self.total + other.total, self.products + other.products)
+
+
+def _side(matrix: Tensor, samples: float) -> Diagonal | Gram:
+    return Diagonal(matrix.clamp(min=0)) if matrix.ndim == 1 else Gram(shrunk(matrix, samples))
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """Sums over tokens of ``g gᵀ``, with ``g = ∂loss/∂y`` for the layer's output ``y``.
+
+    Args:
+        tokens: How many were summed.
+        products: ``Σ ggᵀ (out, out)``, or its diagonal ``(out,)``; or, where ``pulled_back``,
+            ``Wᵀ Σ ggᵀ W (in, in)``, which is smaller for ``out > in``.
+        pulled_back: Whether the products are seen from the layer's input.
+    """
+
+    tokens: int
+    products: Tensor
+    pulled_back: bool
+
+    @cached_property
+    def side(self) -> Diagonal | Gram | PulledBack:
+        """``G = E[ggᵀ]`` as the outputs' side of a metric."""
+        mean = self.products / max(1, self.tokens)
+        if self.pulled_back:
+            return PulledBack(torch.diag(mean) if mean.ndim == 1 else mean)
+        return _side(mean, self.tokens)
+
+    def __add__(self, other: Gradients) -> Gradients:
+        return Gradients(
+            self.tokens + other.tokens,
+            self.products + other.products,
+            self.pulled_back,
+        )
+
+
+@dataclass(frozen=True)
+class Held:
+    """Squared error of a trial factorization, summed over tokens that calibration had not used.
+
+    Args:
+        measured: What it was there.
+        predicted: What the statistics of the other tokens made of it.
+    """
+
+    measured: float
+    predicted: float
+
+    @property
+    def ratio(self) -> float:
+        """Measured over predicted; 1 where nothing was predicted."""
+        return min(MOST, max(1 / MOST, self.measured / self.predicted)) if self.predicted > 0 else 1.0
+
+    def __add__(self, other: Held) -> Held:
+        return Held(self.measured + other.measured, self.predicted + other.predicted)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What the statistics were made from: numbers that differ when the thing differs.
+
+    Args:
+        layers: By layer name, of its weight. Layers that have been factorized since do not matter.
+        tokenizer: Of its class and vocabulary; empty without one.
+        data: Of the batches, in whatever order.
+    """
+
+    layers: Mapping[str, str]
+    tokenizer: str
+    data: str
+
+
+@dataclass(frozen=True, eq=False)
+class Stats:
+    """Calibration statistics of a model, from `lowrank.calibrate`.
+
+    Args:
+        fingerprint: What they were made from. Statistics of another model are refused.
+        inputs: Moments by input; layers that read the same tensor share them.
+        sources: ``{layer name: key of inputs}``.
+        gradients: The outputs' metric by layer name; empty without a loss.
+        tokens: Real tokens seen.
+        terms: Independent terms of the objective: samples, or tokens of a language model.
+        held_out: By layer, how a trial factorization fared on tokens that it had not seen.
+        tables: By name of an embedding table, how its rows are used.
+    """
+
+    fingerprint: Fingerprint
+    inputs: Mapping[str, Moments]
+    sources: Mapping[str, str]
+    gradients: Mapping[str, Gradients] = field(default_factory=dict)
+    tokens: int = 0
+    terms: int = 0
+    held_out: Mapping[str, Held] = field(default_factory=dict)
+    tables: Mapping[str, Lookups] = field(default_factory=dict)
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self.sources or layer in self.tables
+
+    def __repr__(self) -> str:
+        return (
+            f"Stats({len(self.sources)} layers, {len(self.inputs)} distinct inputs, "
+            f"{len(self.gradients)} with gradients, {self.tokens:,} tokens, {self.bytes / 1e6:.1f} MB)"
+        )
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the sums take."""
+        tensors = [t for m in self.inputs.values() for t in (m.total, m.products)]
+        tensors += [g.products for g in self.gradients.values()]
+        tensors += [tensor for table in self.tables.values() for tensor in table.tensors.values()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    @accepts(layer=text(StatsError))
+    def moments(self, layer: str) -> Moments:
+        """Return the moments of what ``layer`` reads; raises `StatsError` if it was never called."""
+        if layer not in self.sources:
+            raise StatsError(f"{layer}: the statistics do not have this layer. Calibrate this model again.")
+        return self.inputs[self.sources[layer]]
+
+    @accepts(layer=text(StatsError), metric=text(StatsError))
+    def is_diagonal(self, layer: str, metric: str) -> bool:
+        """Tell whether ``metric`` knows only a diagonal of ``layer``'s moments, since it is very wide."""
+        if layer in self.tables:
+            return False
+        coarse = self.moments(layer).products.ndim == 1 and metric in ("inputs", "loss")
+        return coarse or (metric == "loss" and self.gradients[layer].products.ndim == 1)
+
+    def best_metric(self) -> str:
+        """Name the metric that makes the most of what is here."""
+        felt = self.gradients or any(table.gradients is not None for table in self.tables.values())
+        return "loss" if felt else "inputs"
+
+    @accepts(layer=text(StatsError), metric=text(StatsError))
+    def lacks(self, layer: str, metric: str) -> str | None:
+        """Return why ``layer`` cannot be measured by ``metric``, or ``None``."""
+        if layer in self.tables:
+            return self.tables[layer].lacks(metric)
+        if layer not in self.sources:
+            return "was not called during calibration"
+        if not self.moments(layer).weight:
+            return "read no token during calibration"
+        if metric == "loss" and (layer not in self.gradients or not self.gradients[layer].tokens):
+            return "no gradient of the loss reached it during calibration"
+        return None
+
+    @accepts(
+        layer=text(StatsError),
+        kind=choice(("weight", "diagonal", "inputs", "loss"), StatsError),
+        centred=flag,
+    )
+    def metric(self, layer: str, kind: str, centred: bool) -> Metric:
+        """Return the metric of one layer, or of a table, whose rows weigh as often as they are read.
+
+        Args:
+            layer: Its name.
+            kind: One of `lowrank.plans.plan.METRICS`.
+            centred: Whether a bias will take up the mean of the error.
+
+        Raises:
+            StatsError: If the layer is not here, or has no gradients and ``"loss"`` is asked for.
+        """
+        if kind == "weight":
+            return Metric()
+        if layer in self.tables:
+            return self.tables[layer].metric(kind)
+        moments = self.moments(layer)
+        inputs = moments.centred if centred else moments.raw
+        if kind == "diagonal":
+            diagonal = moments.second(centred)
+            return Metric(Diagonal((diagonal if diagonal.ndim == 1 else diagonal.diagonal()).clamp(min=0)))
+        if kind == "inputs":
+            return Metric(inputs)
+        if layer not in self.gradients:
+            raise StatsError(
+                f'{layer}: metric="loss" needs gradients. Calibrate with a loss that reaches it.'
+            )
+        return Metric(inputs, self.gradients[layer].side)
+
+    @accepts(layer=text(StatsError))
+    def loss_per_square(self, layer: str) -> float:
+        """Return the factor from a squared error under ``"loss"`` to the objective's increase per term.
+
+        To second order, a change ``δy`` of the layer's output costs ``½ Σ (gᵀδy)²``, and the squared
+        error is a mean over tokens.
+        """
+        if layer not in self.tables and layer not in self.gradients:
+            raise StatsError(
+                f"{layer}: the statistics have no gradients of this layer. Calibrate with a loss."
+            )
+        tokens = self.tables[layer].tokens if layer in self.tables else self.gradients[layer].tokens
+        return 0.5 * self.held_out_ratio(layer) * tokens / max(1, self.terms)
+
+    @accepts(layer=text(StatsError))
+    def held_out_ratio(self, layer: str) -> float:
+        """Return the squared error measured on held-out tokens over the predicted one; 1 if not known."""
+        return self.held_out[layer].ratio if layer in self.held_out else 1.0
+
+    @accepts(
+        owner=text(StatsError),
+        users=instance(Mapping, "a mapping of layer names to True or False", StatsError),
+    )
+    def pooled(self, owner: str, users: Mapping[str, bool]) -> Stats:
+        """Return statistics in which those of ``owner`` are over what all layers with its weight read.
+
+        The mean stays the owner's: every layer's bias takes up the mean of its own error. So inputs are
+        summed centred, each about its own mean; those of a layer without a bias, about zero. Where none is
+        centred, the mean is that of all.
+
+        Args:
+            owner: A linear layer.
+            users: By name of each layer with its weight, the owner included, whether to centre its inputs.
+        """
+        if owner not in users:
+            raise StatsError(f"{owner}: users={list(users)} must have the owner of the weight, too.")
+        sums = [(self.moments(name), centred) for name, centred in users.items()]
+        weight = sum(moments.weight for moments, _ in sums)
+        parts = [moments.weight * moments.second(centred) for moments, centred in sums]
+        if any(part.ndim == 1 for part in parts):
+            parts = [part if part.ndim == 1 else part.diagonal() for part in parts]
+        products, mean = torch.stack(parts).sum(0), self.moments(owner).mean
+        if not any(users.values()):
+            mean = torch.stack([moments.total for moments, _ in sums]).sum(0) / max(weight, 1e-300)
+        elif users[owner]:
+            products = products + weight * (mean.square() if products.ndim == 1 else torch.outer(mean, mean))
+        key = f"{owner} and {len(users) - 1} more"
+        felt = [self.gradients[name] for name in users if name in self.gradients]
+        tried = [self.held_out[name] for name in users if name in self.held_out]
+        return replace(
+            self,
+            inputs={**self.inputs, key: Moments(weight, weight * mean, products)},
+            sources={**self.sources, owner: key},
+            gradients={**self.gradients, **({owner: sum(felt[1:], felt[0])} if felt else {})},
+            held_out={**self.held_out, **({owner: sum(tried[1:], tried[0])} if tried else {})},
+        )
+
+    def __add__(self, other: Stats) -> Stats:
+        """Add the statistics of other data for the same model.
+
+        Raises:
+            StatsError: If they are of another model or tokenizer, or know other layers.
+        """
+        if not isinstance(other, Stats):
+            raise refused("other", other, "Stats, from calibrate(model, data)", StatsError)
+        mine, its = self.fingerprint, other.fingerprint
+        if (mine.layers, mine.tokenizer) != (its.layers, its.tokenizer):
+            raise StatsError("Statistics of different models or tokenizers cannot be added.")
+        tables = [{name: table.tensors.keys() for name, table in x.tables.items()} for x in (self, other)]
+        gradients = self.gradients.keys(), other.gradients.keys()
+        if self.sources != other.sources or gradients[0] != gradients[1] or tables[0] != tables[1]:
+            raise StatsError("The statistics know different layers. Calibrate both in the same way.")
+        data = (int(mine.data, 16) + int(its.data, 16)) % 2**64
+        return Stats(
+            replace(mine, data=f"{data:016x}"),
+            {key: moments + other.inputs[key] for key, moments in self.inputs.items()},
+            self.sources,
+            {name: gradients + other.gradients[name] for name, gradients in self.gradients.items()},
+            self.tokens + other.tokens,
+            self.terms + other.terms,
+            {
+                name: self.held_out[name] + other.held_out[name]
+                for name in self.held_out.keys() & other.held_out.keys()
+            },
+            {name: table + other.tables[name] for name, table in self.tables.items()},
+        )
+
+    @accepts(folder=path(CheckpointError), overwrite=flag)
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write ``stats.safetensors`` and ``stats.json`` into ``folder``.
+
+        Raises:
+            CheckpointError: If the folder has files already, or cannot be written.
+        """
+        tensors: dict[str, Tensor] = {}
+        for key, moments in self.inputs.items():
+            tensors[f"inputs.{key}.total"] = moments.total
+            tensors[f"inputs.{key}.products"] = moments.products
+        for name, gradients in self.gradients.items():
+            tensors[f"gradients.{name}.products"] = gradients.products
+        for name, table in self.tables.items():
+            tensors |= {f"tables.{name}.{part}": tensor for part, tensor in table.tensors.items()}
+        structure = {
+            "format": STATS_FORMAT,
+            "fingerprint": vars(self.fingerprint),
+            "tokens": self.tokens,
+            "terms": self.terms,
+            "sources": dict(self.sources),
+            "inputs": {key: moments.weight for key, moments in self.inputs.items()},
+            "held_out": {name: vars(held) for name, held in self.held_out.items()},
+            "gradients": {
+                name: {"tokens": gradients.tokens, "pulled_back": gradients.pulled_back}
+                for name, gradients in self.gradients.items()
+            },
+            "tables": {
+                name: {"parts": list(table.tensors), "head_tokens": table.head_tokens}
+                for name, table in self.tables.items()
+            },
+        }
+        structure = sealed({**structure, "tensors": {key: digest_of(t) for key, t in tensors.items()}})
+        with staged(Path(folder), overwrite) as staging:
+            save_file({k: t.contiguous() for k, t in tensors.items()}, staging / _TENSORS, METADATA)
+            (staging / _STRUCTURE).write_text(
+                json.dumps(structure, indent=2, allow_nan=False), encoding="utf-8"
+            )
+
+    @classmethod
+    @accepts(folder=path(StatsError))
+    def load(cls, folder: str | Path) -> Stats:
+        """Read what `save` wrote.
+
+        Raises:
+            StatsError: If the folder has no statistics, or they are damaged or from a newer version.
+        """
+        file = Path(folder) / _STRUCTURE
+        try:
+            settle(Path(folder))
+            structure = read_document(file, STATS_FORMAT)
+            tensors = load_tensors(Path(folder) / _TENSORS, structure.get("tensors"))
+        except (OSError, CheckpointError) as error:
+            raise StatsError(f"{folder}: the statistics cannot be read: {error}") from error
+        try:
+            stats = _assembled(structure, tensors)
+            check_seal(file, structure)  # only now: the checks before this one say what is wrong
+            return stats
+        except LowRankError as error:
+            raise StatsError(f"{folder}: the statistics are damaged: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StatsError(
+                f"{folder}: not statistics of lowrank, or damaged: {type(error).__name__}: {error}."
+            ) from error
+
+
+def nonempty_stats(name: str, value: Any) -> Stats:
+    """Accept statistics that have seen something."""
+    wanted = "what calibrate(model, data) returns, or Stats.load(folder)"
+    stats: Stats = instance(Stats, wanted, StatsError)(name, value)
+    if stats.tokens < 1:
+        raise StatsError(
+            f"{name}: these statistics have seen {stats.tokens} tokens. Calibrate again, on other data."
+        )
+    return stats
+
+
+_COUNT = whole(0, 2**63 - 1, StatsError)
+_SUM = number(0, error=StatsError)
+_TEXT = text(StatsError)
+
+
+def _assembled(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Stats:
+    for name, tensor in tensors.items():
+        square = tensor.ndim == 1 or (tensor.ndim == 2 and tensor.shape[0] == tensor.shape[1])
+        if tensor.dtype != torch.float64 or not square or not bool(tensor.isfinite().all()):
+            raise ValueError(f"the tensor {name} is not a finite float64 vector or square matrix")
+    inputs = {
+        key: Moments(
+            _SUM(f"inputs of {key}", weight),
+            tensors[f"inputs.{key}.total"],
+            tensors[f"inputs.{key}.products"],
+        )
+        for key, weight in structure["inputs"].items()
+    }
+    for key, moments in inputs.items():
+        if moments.total.ndim != 1 or len(moments.total) != len(moments.products):
+            raise ValueError(f"the sums of the input {key} are of different sizes")
+    for layer, key in structure["sources"].items():
+        if not isinstance(key, str) or key not in inputs:
+            raise ValueError(f"layer {layer!r} reads the input {str(key)[:80]!r}, which is not there")
+    gradients = {
+        name: Gradients(
+            _COUNT(f"tokens of {name}", entry["tokens"]),
+            tensors[f"gradients.{name}.products"],
+            flag(f"pulled_back of {name}", entry["pulled_back"]),
+        )
+        for name, entry in structure["gradients"].items()
+    }
+    held = {
+        name: Held(*(_SUM(f"{field} of {name}", entry[field]) for field in ("measured", "predicted")))
+        for name, entry in structure["held_out"].items()
+    }
+    found = structure["fingerprint"]
+    layers = {name: _TEXT(f"fingerprint of {name}", value) for name, value in found["layers"].items()}
+    data = f"{int(_TEXT('data', found['data']), 16):016x}"
+    return Stats(
+        Fingerprint(layers, _TEXT("tokenizer", found["tokenizer"]), data),
+        inputs,
+        structure["sources"],
+        gradients,
+        _COUNT("tokens", structure["tokens"]),
+        _COUNT("terms", structure["terms"]),
+        held,
+        _tables(structure, tensors),
+    )
+
+
+def _tables(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Lookups]:
+    """Return the sums of embeddings, which were not there at first."""
+    return {
+        name: Lookups(
+            **{part: tensors[f"tables.{name}.{part}"] for part in entry["parts"]},
+            head_tokens=_COUNT(f"head_tokens of {name}", entry["head_tokens"]),
+        )
+        for name, entry in structure.get("tables", {}).items()
+    }

@@ -1,0 +1,1 @@
+"""Save compressed models as safetensors and JSON, and load them again bit for bit."""

@@ -1,0 +1,339 @@
+"""Save and load: safetensors for the tensors, JSON for the structure, never pickle.
+
+A folder is written as one step (see `lowrank.files.folders`), so that an interrupt leaves the old one
+whole. Transformers models become ordinary ``save_pretrained`` folders; for any
+other module the folder holds ``model.safetensors`` and ``lowrank.json``:
+
+    {"format": 2, "plan": {...}, "tensors": {name: sha256}, "aliases": {name: name}, "digest": sha256}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lowrank._transformers import load_plugin, plugin
+from lowrank.arguments import accepts, flag, path
+from lowrank.errors import CheckpointError, LowRankError, PlanError, SchemeError
+from lowrank.files.folders import STRUCTURE, TENSORS, settle, staged
+from lowrank.files.integrity import (
+    check_finite,
+    check_is_text_table,
+    check_seal,
+    check_values,
+    digest_of,
+    read_document,
+    read_tensors,
+    sealed,
+)
+from lowrank.files.readme import write_card
+from lowrank.files.safetensors_header import (
+    DTYPE_NAMES,
+    METADATA,
+    Stored,
+    check_disjoint,
+    read_header,
+    state_of,
+    stored_tensors,
+)
+from lowrank.inspection.eligibility import check_model, check_not_compiled
+from lowrank.inspection.targets import draft
+from lowrank.nn import Coded, LowRankEmbedding
+from lowrank.plans.plan import LayerPlan, Plan
+from lowrank.plans.storage_formats import scheme_of
+from lowrank.reports.model_card import module_card
+from lowrank.surgery.replacement import check_structure, restructure
+
+FORMAT = 2
+"""Version of ``lowrank.json``; a reader refuses anything newer."""
+
+
+@accepts(folder=path(CheckpointError), overwrite=flag)
+def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> Path:
+    """Write ``model`` to ``folder`` so that `load` gives it back bit for bit.
+
+    Args:
+        model: A compressed (or dense) module. A transformers model is written by its own
+            ``save_pretrained``, for ``from_pretrained``.
+        folder: A new or empty folder; its parents are made. It gets a model card, too (``README.md``).
+        overwrite: Replace the checkpoint in a folder that has files; other files stay, also a README
+            of yours. However the call ends, the next one that saves or loads there finds the old
+            checkpoint whole, or the new one.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: If the folder is not empty, has no name of its own (such as "."), cannot be written
+            or is being written by another process; or if the model holds state that is no tensor, a parameter
+            that is NaN or infinite, or two that share memory without being one.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 64))
+        >>> from tempfile import mkdtemp
+        >>> path = save(model, mkdtemp())
+        >>> sorted(file.name for file in path.iterdir())
+        ['README.md', 'lowrank.json', 'model.safetensors']
+    """
+    check_not_compiled(check_model(model))
+    with staged(Path(folder), overwrite) as staging:
+        write(model, staging)
+    return Path(folder)
+
+
+def write(model: nn.Module, folder: Path) -> None:
+    """Write the files of a checkpoint into ``folder``, which `lowrank.files.folders.staged` gives."""
+    check_values(model)
+    hf = plugin()
+    if hf is not None and hf.is_pretrained(model):
+        hf.save(model, folder)
+    else:
+        _write(model, folder)
+
+
+@accepts(folder=path(CheckpointError))
+def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Load what `save` wrote.
+
+    Args:
+        folder: The folder.
+        model: The dense architecture, freshly built, for a folder that is not a transformers one;
+            best under ``with torch.device("meta")``, so that no dense weight is ever allocated. Its
+            linear layers are replaced and its tensors loaded, in place. Tensors go to the devices of
+            the model's, and from the meta device to the CPU.
+
+    Returns:
+        The model, with the dtypes of the checkpoint.
+
+    Raises:
+        CheckpointError: If a file is missing, damaged, tampered with or newer, if a tensor is missing,
+            extra or of another shape, or the architecture is another. The model is then as before.
+    """
+    folder = Path(folder)
+    settle(folder)
+    if os.path.isfile(folder / STRUCTURE):  # also of a name that is too long
+        if model is None:
+            raise CheckpointError(
+                f"{folder}: holds tensors, not code. Build the dense architecture and pass it: "
+                "load(folder, model=MyModel())."
+            )
+        return _read(folder, check_model(model))
+    if os.path.isfile(folder / "config.json"):
+        if model is not None:
+            raise CheckpointError(f"{folder}: a transformers folder. Call load(folder) without a model.")
+        return load_plugin().load(folder)  # type: ignore[no-any-return]
+    raise CheckpointError(f"{folder}: no {STRUCTURE} and no config.json here. Is this the right folder?")
+
+
+def stored_shapes(layer: LayerPlan) -> dict[str, tuple[int, ...]]:
+    """Return the shapes under which a checkpoint holds the factorized ``layer``, by tensor name."""
+    rank = layer.rank or 0
+    if layer.kind == LowRankEmbedding.kind:
+        return {
+            f"{layer.name}.weight": (0, layer.in_features),
+            f"{layer.name}.up.weight": (layer.in_features, rank),
+            f"{layer.name}.down.weight": (layer.out_features, rank),
+        }
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{layer.name}.weight": (0,),
+        f"{layer.name}.up.weight": (layer.out_features, rank),
+    }
+    if layer.down_of is None:  # else it is stored with its owner
+        shapes[f"{layer.name}.down.weight"] = (rank, layer.in_features)
+    return shapes
+
+
+def plan_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all tensors of factorized and coded layers, but for biases, by tensor name."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in plan.factorized:
+        shapes.update(stored_shapes(layer))
+    for layer in plan.tied:
+        shapes[f"{layer.name}.weight"] = (layer.out_features, 0)
+    for code in plan.codes:
+        try:
+            scheme = scheme_of(code)
+        except SchemeError as error:
+            raise CheckpointError(f"{code.name}: the plan codes it in an unknown way: {error}") from error
+        codes, scale = scheme.shapes(code.rows, code.columns)
+        empty = (0, code.columns) if code.kind == "embedding" else (0,)
+        shapes |= {f"{code.name}.weight": empty, f"{code.name}.codes": codes, f"{code.name}.scale": scale}
+        shapes |= {f"{code.name}.smooth": (code.columns,)} if code.smooth else {}
+        shapes |= {f"{code.name}.center": (code.columns,)} if code.centred else {}
+    return shapes
+
+
+def _code_dtypes(plan: Plan) -> dict[str, str]:
+    """Return the format's name for the dtype of each tensor of coded weights."""
+    found: dict[str, str] = {}
+    for code in plan.codes:
+        codes, scale = (DTYPE_NAMES[dtype] for dtype in scheme_of(code).dtypes)
+        found |= {f"{code.name}.codes": codes, f"{code.name}.scale": scale}
+        found |= {f"{code.name}.smooth": "F16", f"{code.name}.center": "F16"}
+    return found
+
+
+def _write(model: nn.Module, folder: Path) -> None:
+    tensors, aliases = stored_tensors(model)
+    check_disjoint(tensors)
+    ready = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    separate = {name: t.clone() if _is_view(t) else t for name, t in ready.items()}
+    save_file(separate, folder / TENSORS, metadata=METADATA)
+    structure = {
+        "format": FORMAT,
+        "plan": draft(model).to_dict(),
+        "tensors": {name: digest_of(tensor) for name, tensor in ready.items()},
+        "aliases": aliases,
+    }
+    text = json.dumps(sealed(structure), indent=1, allow_nan=False)
+    (folder / STRUCTURE).write_text(text, encoding="utf-8")
+    write_card(folder, module_card(model))
+
+
+def _is_view(tensor: Tensor) -> bool:
+    """Tell whether the tensor is part of a larger storage, which safetensors would refuse."""
+    return tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
+
+
+def _read(folder: Path, model: nn.Module) -> nn.Module:
+    structure, file = folder / STRUCTURE, folder / TENSORS
+    data = read_document(structure, FORMAT)
+    digests, aliases, plan = _structure_of(structure, data)
+    try:
+        check_structure(model, plan)
+    except (PlanError, SchemeError) as error:
+        raise CheckpointError(f"{structure}: does not fit the architecture: {error}") from error
+    _check_aliases(structure, model, digests, aliases)
+    header = read_header(file)
+    _check_names(file, set(header), set(digests))
+    _check_architecture(file, model, plan, {name: stored.shape for name, stored in header.items()}, aliases)
+    _check_dtypes(file, model, plan, header)
+    check_seal(structure, data)  # only now: the checks before this one say what is wrong
+    tensors = dict(read_tensors(file, header, digests))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    for name, tensor in tensors.items():
+        check_finite(file, name, tensor, buffer=name in buffers)
+    _check_quantized(file, plan, tensors)
+    restructure(model, plan)
+    _assign(model, tensors, aliases)
+    hf = plugin()
+    if hf is not None:
+        hf.record(model)  # a transformers model inside can be saved on its own
+    return model
+
+
+def _structure_of(file: Path, data: dict[str, Any]) -> tuple[dict[str, str], dict[str, str], Plan]:
+    """Return digests, aliases and plan of the ``data`` in ``file``."""
+    if "tensors" not in data:
+        raise CheckpointError(f'{file}: has no "tensors", the digests of what is stored. Copy it again.')
+    check_is_text_table(file, data.get("aliases"), "aliases")
+    try:
+        return data["tensors"], data["aliases"], Plan.from_dict(data.get("plan"))
+    except LowRankError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def _check_aliases(
+    file: Path, model: nn.Module, digests: Mapping[str, str], aliases: Mapping[str, str]
+) -> None:
+    """Refuse aliases of nothing, of each other, or between a parameter and a buffer."""
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    for alias, name in aliases.items():
+        if alias in digests or name not in digests or (alias in buffers) != (name in buffers):
+            raise CheckpointError(f"{file}: the tensor {alias} cannot share the data of {name}.")
+
+
+def _check_names(file: Path, got: set[str], expected: set[str]) -> None:
+    for name in sorted(expected - got):
+        raise CheckpointError(f"{file}: lacks the tensor {name}. The file is damaged; copy it again.")
+    for name in sorted(got - expected):
+        raise CheckpointError(f"{file}: has the tensor {name}, which {STRUCTURE} does not list.")
+
+
+def _check_architecture(
+    file: Path,
+    model: nn.Module,
+    plan: Plan,
+    shapes: Mapping[str, tuple[int, ...]],
+    aliases: Mapping[str, str],
+) -> None:
+    stored = state_of(model)
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta and name not in stored:
+            raise CheckpointError(
+                f"{name}: this buffer is never saved, and on the meta device it has no data. "
+                "Build the model on a real device."
+            )
+    expected = _expected_shapes(model, plan)
+    got = {**shapes, **{alias: shapes.get(name, ()) for alias, name in aliases.items()}}
+    for name in sorted(expected.keys() ^ got.keys()):
+        where = "the checkpoint" if name in got else type(model).__name__
+        other = type(model).__name__ if name in got else "the checkpoint"
+        raise CheckpointError(f"{file}: the tensor {name} is in {where}, but not in {other}.")
+    for name, shape in expected.items():
+        if got[name] != shape:
+            raise CheckpointError(
+                f"{file}: the tensor {name} has shape {got[name]}; the model needs {shape}."
+            )
+
+
+def _check_dtypes(file: Path, model: nn.Module, plan: Plan, header: Mapping[str, Stored]) -> None:
+    """Refuse integers in place of floating-point numbers, and codes of another dtype than their scheme's."""
+    state, codes = state_of(model), _code_dtypes(plan)
+    for name, stored in header.items():
+        if name in codes and stored.dtype != codes[name]:
+            raise CheckpointError(
+                f"{file}: the tensor {name} is {stored.dtype}; codes need {codes[name]} there."
+            )
+        floating = state[name].is_floating_point() if name in state else name not in codes
+        if name not in codes and floating != stored.is_floating_point:
+            wanted = "floating-point numbers" if floating else "integers"
+            raise CheckpointError(f"{file}: the tensor {name} is {stored.dtype}; the model needs {wanted}.")
+
+
+def _check_quantized(file: Path, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse values of quantized weights that quantizing never gives."""
+    for code in plan.codes:
+        names = {part: f"{code.name}.{part}" for part in Coded.PARTS}
+        parts = {part: tensors[name] for part, name in names.items() if name in tensors}
+        wrong = Coded.check_values(scheme_of(code), parts)
+        if wrong is not None:
+            raise CheckpointError(
+                f"{file}: the tensor {names[wrong]} has values that no coded weight has. The file is "
+                "damaged: copy it again."
+            )
+
+
+def _expected_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Return the state dict's shapes as they will be once ``model`` has the structure of ``plan``."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in state_of(model).items()}
+    for layer in plan.factorized:
+        if f"{layer.name}.up.weight" in shapes:
+            continue  # factorized already
+        if f"{layer.name}.bias" in shapes:
+            shapes[f"{layer.name}.up.bias"] = shapes.pop(f"{layer.name}.bias")
+        elif layer.added_bias:
+            shapes[f"{layer.name}.up.bias"] = (layer.bias_features,)
+    return shapes | plan_shapes(plan)
+
+
+def _assign(model: nn.Module, tensors: dict[str, Tensor], aliases: Mapping[str, str]) -> None:
+    devices = {name: tensor.device for name, tensor in model.state_dict().items()}
+    cpu = torch.device("cpu")
+    placed = {
+        name: tensor.to(cpu if devices[name].type == "meta" else devices[name])
+        for name, tensor in tensors.items()
+    }
+    complete = {**placed, **{alias: placed[name] for alias, name in aliases.items()}}
+    model.load_state_dict(complete, assign=True)
+    for alias, name in aliases.items():  # assigning has made them separate parameters
+        parent, _, child = alias.rpartition(".")
+        owner, _, key = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, getattr(model.get_submodule(owner), key))

@@ -1,0 +1,1 @@
+"""Train a compressed model towards the dense one that it was made from."""

@@ -1,0 +1,283 @@
+"""Recover: distil what compression has lost from the dense model back into the factors.
+
+The compressed model is trained to match its teacher's outputs and hidden states. Only factors, biases
+and norms are trained, factors of embeddings among them, and the codes of linear layers straight through their
+rounding; what else there is of embeddings and heads stays. Held-out batches decide which state is kept, so
+the model that comes back is never worse on them than the one that was given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowrank._transformers import check_tokenizer
+from lowrank.arguments import MODEL_OF, SEED, accepts, flag, function, instance, number, optional, path, whole
+from lowrank.calibration.data import Batch, batches
+from lowrank.distillation.blockwise import BlockRuns
+from lowrank.distillation.distributed import (
+    check_alike,
+    check_whole,
+    copy_from_first,
+    process_number,
+    processes,
+    unwrapped,
+)
+from lowrank.distillation.losses import Lesson
+from lowrank.distillation.trainer import Course, Pace, Run, check_finite_distance
+from lowrank.errors import CheckpointError, DataError, LowRankError
+from lowrank.files.folders import check_folder
+from lowrank.inspection.blocks import find_blocks
+from lowrank.inspection.contexts import check_has_data, eval_mode, training_only
+from lowrank.inspection.devices import device_of
+from lowrank.inspection.eligibility import check_model
+from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedLinear
+
+EVALUATIONS = 8
+"""How often the held-out batches are looked at, beside the first time."""
+
+
+@accepts(
+    teacher=instance(nn.Module, MODEL_OF),
+    tokenizer=optional(function),
+    hidden_weight=number(0),
+    mixed_precision=optional(flag),
+    held_out=optional(whole(1)),
+    blockwise=flag,
+    codes=flag,
+    batch_size=whole(1),
+    max_length=optional(whole(1)),
+    seed=SEED,
+    snapshots=optional(path(CheckpointError)),
+    progress=flag,
+)
+def recover(
+    model: nn.Module,
+    teacher: nn.Module,
+    data: Iterable[Any],
+    tokenizer: Callable[..., Any] | None = None,
+    *,
+    minutes: float | None = None,
+    steps: int | None = None,
+    learning_rate: float = 3e-4,
+    hidden_weight: float = 1.0,
+    mixed_precision: bool | None = None,
+    held_out: int | None = None,
+    blockwise: bool = False,
+    codes: bool = True,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    seed: int = 0,
+    snapshots: str | Path | None = None,
+    progress: bool = False,
+) -> nn.Module:
+    """Train the factors of ``model``, in place, until it does what ``teacher`` does.
+
+    Under `torch.distributed` (``torchrun``, ``accelerate launch``) call it in every process, with the same
+    data. Every step then takes a batch per process and averages the gradients; all end with one model.
+
+    Args:
+        model: A compressed model. Its factors, biases and norms are trained, in their dtype. One inside of
+            `torch.nn.parallel.DistributedDataParallel` is trained without the wrapper's help.
+        teacher: The dense model that it was made from, on any device; it is not changed.
+        data: As for `lowrank.calibrate`. The batches are kept in memory and visited in random order.
+        tokenizer: A tokenizer of transformers, for strings.
+        minutes: How long, looking at held-out batches included. Give either this or ``steps``.
+        steps: How many batches to train on, in each process.
+        learning_rate: Its peak; it rises over the first twentieth and falls to zero as a cosine.
+        hidden_weight: How much hidden states count beside the outputs; 0 spares them.
+        mixed_precision: Whether matrix products run in bfloat16 (`torch.autocast`); by default where the
+            processor has instructions for that, three times as fast. Parameters stay as they are.
+        held_out: Batches not trained on, which choose the state that is kept; by default a sixteenth,
+            at most 8.
+        blockwise: Train one block after the other towards the teacher's hidden states, each for an even
+            share of the time, where gradients of the whole model do not fit. Beside both models and the
+            batches, memory holds the graph of one block and its optimizer, and two copies of what is
+            trained. Nothing outside of the stack of blocks is trained.
+        codes: Whether coded weights of linear layers are trained, too: as floating-point weights that are
+            rounded in every forward pass, which take the memory of dense ones meanwhile. Without it only
+            what is floating point makes up for them.
+        batch_size: Strings per batch.
+        max_length: Longest string in tokens; by default what the tokenizer allows, at most 512.
+        seed: Seed of the order of batches; the global random state is not touched.
+        snapshots: A folder that keeps where the run stands, written whenever the held-out batches are
+            looked at, and on an interrupt; block by block, after each block only. The same call made again
+            goes on from there. One process writes, all read.
+        progress: Show a progress bar with the loss on a terminal.
+
+    Returns:
+        The same model in its best state on the held-out batches, perhaps the one that it came in.
+
+    Raises:
+        DataError: If there are fewer than two batches, teacher and model return different things, their
+            distance is not finite on a batch, or processes have different data.
+        CheckpointError: If the snapshot is damaged or of another model, or cannot be written.
+        LowRankError: If nothing in the model is factorized or coded, it is sharded over processes, or not
+            exactly one duration is given. With ``blockwise``, if there are no blocks, or fewer steps than
+            blocks.
+
+    Source: Hinton et al. 2015 (arXiv:1503.02531); the optimizer: Loshchilov & Hutter 2019 (AdamW).
+    """
+    _check(model, teacher, minutes, steps)
+    if not isinstance(learning_rate, (int, float)) or not 0 < learning_rate < math.inf:
+        raise LowRankError(f"learning_rate={learning_rate!r}: give a positive number, such as 3e-4.")
+    folder = Path(snapshots) if snapshots is not None else None
+    if folder is not None and process_number() == 0:
+        check_folder(folder, overwrite=True)
+    student, teacher = unwrapped(model), unwrapped(teacher)
+    check_tokenizer(teacher, tokenizer)
+    device = device_of(student)
+    stream = batches(
+        data, tokenizer, device=device, batch_size=batch_size, max_length=max_length, by_length=True
+    )
+    every = list(stream)
+    train, held = _split(every, held_out)
+    _make_alike(student, every, device)
+    mixed = _multiplies_bfloat16(device) if mixed_precision is None else mixed_precision
+    lesson = Lesson(student, teacher, hidden_weight, torch.autocast(device.type, torch.bfloat16, mixed))
+    course = Course(train, held, learning_rate, EVALUATIONS, seed, progress)
+    pace = Pace(minutes, steps)
+    with _trained_codes(student, codes):
+        if blockwise:
+            blocks = _trainable_blocks(student, teacher)
+            with training_only(student), eval_mode(teacher):
+                _finish(BlockRuns(student, lesson, blocks, pace, course, folder), held)
+        else:
+            parameters = trainable(student)
+            if not parameters:
+                raise LowRankError(
+                    f"{type(student).__name__} has no factor, bias or norm to train: its weights are "
+                    "integers. Leave out codes=False, which keeps those of linear layers; or code less."
+                )
+            with training_only(student, parameters), lesson.listening():
+                _finish(Run(lesson.distance, parameters, pace, course, folder), held)
+    return model
+
+
+@contextlib.contextmanager
+def _trained_codes(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Make the codes of linear layers trainable, and round them again at the end, whatever happens."""
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)] if wanted else []
+    try:
+        for layer in layers:
+            layer.loosen()
+        yield
+    finally:
+        for layer in layers:
+            layer.fasten()
+
+
+def _finish(run: Run | BlockRuns, held: Sequence[Batch]) -> None:
+    """Train to the end, and leave the best state also where that is not reached."""
+    check_finite_distance(run.best.value, held)
+    try:
+        run.resume()
+        run.train()
+    finally:
+        run.best.restore()
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """Return what recovery trains: factors, loosened codes, and every vector (biases, norms) beside them."""
+    factors = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, (LowRankLinear, LowRankEmbedding, QuantizedLinear))
+        for parameter in module.parameters()
+    }
+    return [p for p in model.parameters() if p.is_floating_point() and (id(p) in factors or p.ndim == 1)]
+
+
+def _trainable_blocks(student: nn.Module, teacher: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Return what is trained of each block, by name; what blocks share belongs to the first."""
+    names = list(find_blocks(teacher))
+    modules = dict(student.named_modules())
+    found: dict[str, list[nn.Parameter]] = {}
+    taken: set[int] = set()
+    for name in names:
+        if name not in modules:
+            raise LowRankError(
+                f"The compressed model has no {name}, a block of the teacher. Give the dense model that it "
+                "was made from."
+            )
+        own = [parameter for parameter in trainable(modules[name]) if id(parameter) not in taken]
+        taken.update(map(id, own))
+        if own:
+            found[name] = own
+    if not found:
+        why = "nothing to train in its blocks" if names else "no stack of repeated blocks"
+        raise LowRankError(
+            f"{type(student).__name__} has {why}, so it cannot be recovered block by block. Recover it as a "
+            "whole: blockwise=False."
+        )
+    return found
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Tell whether bfloat16 is fast here, and not only possible."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
+def _check(model: nn.Module, teacher: nn.Module, minutes: float | None, steps: int | None) -> None:
+    for one in (model, teacher):
+        check_has_data(check_model(one))
+    if model is teacher:
+        raise LowRankError("The teacher is the compressed model itself. Keep a copy of the dense model.")
+    own = LowRankLinear, LowRankEmbedding, QuantizedLinear
+    if not any(isinstance(module, own) for module in model.modules()):
+        raise LowRankError(
+            "The model has no factorized or coded layer, so there is nothing to recover. Compress it first."
+        )
+    if (minutes is None) == (steps is None):
+        raise LowRankError(f"Give either minutes or steps; got minutes={minutes!r} and steps={steps!r}.")
+    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool)):
+        raise LowRankError(f"steps={steps!r}: give a whole number of batches.")
+    duration = minutes if minutes is not None else steps
+    if not isinstance(duration, (int, float)) or not 0 < duration < math.inf:
+        raise LowRankError(f"minutes={minutes!r}, steps={steps!r}: the duration must be positive.")
+
+
+def _make_alike(model: nn.Module, every: list[Batch], device: torch.device) -> None:
+    """Begin in every process with the model of process 0, and with the same batches.
+
+    Each takes its own share of them, and none may train on what another holds out.
+    """
+    if processes() == 1:
+        return
+    check_whole(model)
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.restore()  # a process that has called its model may have its codes in another order
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.numel()]
+    shapes = hash(tuple(tuple(tensor.shape) for tensor in tensors))
+    unlike = LowRankError("The processes have models of different shapes. Compress with one plan in all.")
+    check_alike(shapes, device, unlike)
+    unlike = DataError(
+        "The processes have different data. Give all of them the same, in the same order: each takes its own "
+        "share. A DataLoader is given as it was before accelerator.prepare, and must not shuffle at will."
+    )
+    check_alike(hash(tuple(batch.digest() for batch in every)), device, unlike)
+    copy_from_first(tensors)
+
+
+def _split(every: list[Batch], held_out: int | None) -> tuple[list[Batch], list[Batch]]:
+    """Hold out batches spread evenly over the data."""
+    count = min(8, max(1, len(every) // 16)) if held_out is None else held_out
+    if not 1 <= count < len(every):
+        raise DataError(
+            f"{len(every)} batches, of which {count} would be held out: recovery needs at least one of "
+            "each kind. Give more data, or smaller batches."
+        )
+    stride = len(every) / count
+    chosen = {int((i + 0.5) * stride) for i in range(count)}
+    return [b for i, b in enumerate(every) if i not in chosen], [every[i] for i in sorted(chosen)]

@@ -1,0 +1,248 @@
+"""Draft a plan: list every linear layer of a model, and say which may change and why others may not.
+
+Embedding tables are listed where a target spells them, and with each the heads that are tied to it. Of linear
+layers with one weight, or with equal ones, the first is the owner, and the others are the same as that.
+
+A layer is left alone, with the reason in the plan, if it is a head, if its weight is tied or read
+by value elsewhere, or if it is no plain floating-point linear layer. Naming such a layer is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from lowrank.errors import TargetError
+from lowrank.inspection.eligibility import (
+    check_holder,
+    find_doubts,
+    find_embedding_obstacles,
+    find_equals,
+    find_obstacles,
+    linear_layers,
+)
+from lowrank.inspection.heads import heads_of
+from lowrank.inspection.tied_weights import embeddings, followers, is_copy, pads_with_zeros, tied_heads
+from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear, kind_of
+from lowrank.plans.patterns import matches, no_match
+from lowrank.plans.plan import CodedWeight, LayerPlan, Plan
+
+
+def draft(
+    model: nn.Module,
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] | None = None,
+    heads: Mapping[str, str] | None = None,
+    tables: bool = False,
+    apart: Sequence[str] | None = None,
+    overrule: Sequence[str] | None = None,
+) -> Plan:
+    """List every linear layer of ``model`` as a plan without ranks.
+
+    Args:
+        model: Any module, on any device; only names, shapes and dtypes are read, and weights with ``apart``.
+        targets: Unix-style patterns on module names; ``None`` means every layer but the heads. A head
+            is a target only if a pattern spells its name (``"classifier"``, ``"lm_head*"``), and so is an
+            embedding table (``"*.word_embeddings"``, ``"*embed*"``). A table and its tied heads are one.
+        ignore: Patterns of layers to leave alone; they win over ``targets``.
+        heads: ``{layer name: head}`` of layers that belong to a head, beside those that names tell.
+        tables: Whether all embedding tables are targets, too, unless ``targets`` are given.
+        apart: Names of the modules within ``model`` that are saved on their own: of two equal weights one is
+            kept only where both are in the same of them. ``None`` does not look for equal weights.
+        overrule: Patterns of layers that may change although reading the model's code leaves a doubt.
+
+    Returns:
+        A `Plan` with a `LayerPlan` for each linear layer, in the model's order.
+
+    Raises:
+        TargetError: If a pattern matches no linear layer, if one without wildcards names a layer
+            that cannot be factorized, or if the model is itself a linear layer.
+    """
+    check_holder(model)
+    layers = dict(linear_layers(model))
+    lookups = dict(embeddings(model))
+    known = [*layers, *lookups]
+    given = {"targets": targets, "ignore": ignore, "overrule": overrule}
+    for pattern in [pattern for name, value in given.items() for pattern in check_patterns(name, value)]:
+        if not any(matches(name, pattern) for name in known):
+            where = "linear layers and tables" if lookups else "linear layers"
+            raise no_match(pattern, known, f"{where} of {type(model).__name__}")
+    doubts = find_doubts(model)
+    overruled = {
+        name
+        for name in doubts.keys() & layers.keys()
+        if not _is_dense(layers[name]) or any(matches(name, pattern) for pattern in overrule or ())
+    }
+    counting = {name: reason for name, reason in doubts.items() if name not in overruled}
+    every = tables and targets is None
+    tables_found = _tables(model, lookups, counting, targets or (), ignore or (), every)
+    plans = {plan.name: plan for plan in tables_found}
+    targeted = {plan.name for plan in plans.values() if plan.targeted}
+    users = followers(model) | {head: x for head, x in tied_heads(model).items() if x in targeted}
+    equal: dict[str, str] = {}
+    in_heads = heads_of(model, heads)
+    if apart is not None:
+        wanted = [name for name in layers if not_wanted(name, targets, ignore or (), in_heads) is None]
+        equal = find_equals(model, [name for name in wanted if name not in users], apart, counting)
+    users |= equal
+    blocked = find_obstacles(model, equal, counting)
+    owners = {id(x.down): n for n, x in layers.items() if isinstance(x, LowRankLinear) and x.owns_down}
+    for name, module in layers.items():
+        plan = _describe(name, module, owners)
+        plan = replace(plan, overruled=True) if name in overruled else plan
+        if name in users:
+            copied = is_copy(model, name, users[name]) if name in equal else plan.copied
+            plans[name] = replace(_following(plan, users[name]), copied=copied)
+            continue
+        reason = blocked.get(name)
+        if reason and name in (targets or ()):
+            tried = " If reading the code is mistaken there, overrule= tries it." if name in doubts else ""
+            raise TargetError(
+                f"{name}: this layer cannot be factorized: it {reason}. "
+                f"Take it out of targets; it stays as it is.{tried}"
+            )
+        reason = reason or not_wanted(name, targets, ignore or (), in_heads)
+        plans[name] = replace(plan, reason=reason or "", targeted=reason is None)
+    ordered = tuple(plans[n] for n, _ in model.named_modules(remove_duplicate=False) if n in plans)
+    codes = tuple(described(n, m) for n, m in model.named_modules() if isinstance(m, Coded))
+    return Plan(model=type(model).__name__, layers=ordered, codes=codes)
+
+
+def _tables(
+    model: nn.Module,
+    tables: Mapping[str, nn.Embedding | LowRankEmbedding],
+    doubts: Mapping[str, str],
+    targets: Sequence[str],
+    ignore: Sequence[str],
+    every: bool,
+) -> Iterator[LayerPlan]:
+    """Yield the tables that are factorized, or that a target spells, by their own name or that of a head.
+
+    With ``every`` all tables are as if spelled.
+    """
+    blocked = find_embedding_obstacles(model, doubts)
+    heads = tied_heads(model)
+    for name, table in tables.items():
+        plan = _describe_table(name, table)
+        group = [head for head, owner in heads.items() if owner == name]
+        spelled = every or any(spells(pattern, one) for pattern in targets for one in (name, *group))
+        if not spelled and plan.rank is None:
+            continue
+        reason = blocked.get(name) or left_alone(name, group, ignore)
+        named = next((one for one in (name, *group) if one in targets), None)
+        if reason and named is not None:
+            raise TargetError(
+                f"{named}: the table {name} cannot be factorized: it {reason}. Take it out of targets."
+            )
+        yield replace(plan, reason=reason or "", targeted=reason is None)
+
+
+def spells(pattern: str, name: str) -> bool:
+    """Tell whether ``pattern`` names a table or its head, as a target must: ``"*"`` alone does not."""
+    return matches(name, pattern) and (name.rpartition(".")[2] in pattern or "embed" in pattern)
+
+
+def left_alone(name: str, heads: Sequence[str], ignore: Sequence[str]) -> str | None:
+    """Return why ``ignore`` leaves a table with its heads alone; reads on from "it …"."""
+    for one in (name, *heads):
+        if any(matches(one, pattern) for pattern in ignore):
+            return "is ignored" if one == name else f"is tied to {one}, which is ignored"
+    return None
+
+
+def _describe_table(name: str, table: nn.Embedding | LowRankEmbedding) -> LayerPlan:
+    rows, columns = table.num_embeddings, table.embedding_dim
+    if isinstance(table, LowRankEmbedding):
+        centred = table.bias is not None
+        return LayerPlan(
+            *(name, table.kind, columns, rows, False, table.rank, table.relative_error), added_bias=centred
+        )
+    return LayerPlan(name, LowRankEmbedding.kind, columns, rows, False, added_bias=not pads_with_zeros(table))
+
+
+def _is_dense(layer: nn.Module) -> bool:
+    return not isinstance(layer, (LowRankLinear, QuantizedLinear, TiedLinear))
+
+
+def _following(plan: LayerPlan, owner: str) -> LayerPlan:
+    if not owner:
+        raise TargetError(
+            f"{plan.name}: uses the weight of a module outside of this one. Pass the model that has both."
+        )
+    return plan.following(owner)
+
+
+def _describe(name: str, module: nn.Module, owners: Mapping[int, str]) -> LayerPlan:
+    if isinstance(module, LowRankLinear):
+        return LayerPlan(
+            name,
+            module.kind,
+            module.in_features,
+            module.out_features,
+            module.bias is not None and not module.added_bias,
+            module.rank,
+            module.relative_error,
+            added_bias=module.added_bias,
+            down_of=None if module.owns_down else owners.get(id(module.down)),
+            residual=module.base is not None,
+            same_input=module.same_input,
+        )
+    if isinstance(module, (QuantizedLinear, TiedLinear)):
+        sizes = module.in_features, module.out_features
+        copied = isinstance(module, TiedLinear) and module.copied
+        return LayerPlan(name, module.kind, *sizes, module.bias is not None, copied=copied)
+    kind = kind_of(module)
+    bias = module.bias is not None
+    assert kind is not None  # of a linear layer
+    if not kind.certain:  # its weight may be packed
+        return LayerPlan(name, kind.name, module.in_features, module.out_features, bias)  # type: ignore[arg-type]
+    rows, columns = kind.weight(module).shape
+    return LayerPlan(name, kind.name, columns, rows, bias)
+
+
+def check_patterns(argument: str, patterns: Sequence[str] | None) -> Sequence[str]:
+    """Return the patterns, none for ``None``; raises `TargetError` if they are no list of strings."""
+    if patterns is None:
+        return ()
+    listed = isinstance(patterns, Sequence) and not isinstance(patterns, str)
+    if not listed or not all(isinstance(pattern, str) for pattern in patterns):
+        raise TargetError(f"{argument}={patterns!r}: give a list of patterns, such as ['*.query'].")
+    if argument == "targets" and not patterns:
+        raise TargetError("targets=[] names no layer. Leave it out to target every layer but the heads.")
+    return patterns
+
+
+def not_wanted(
+    name: str,
+    targets: Sequence[str] | None,
+    ignore: Sequence[str],
+    heads: Mapping[str, Sequence[str]],
+) -> str | None:
+    """Return why the user's patterns leave the layer alone; ``None`` if they do not.
+
+    Args:
+        name: Its name.
+        targets: As for `draft`.
+        ignore: As for `draft`.
+        heads: The heads by layer, from `lowrank.inspection.heads.heads_of`.
+    """
+    if any(matches(name, pattern) for pattern in ignore):
+        return "ignored"
+    wanted = [pattern for pattern in targets or ["*"] if matches(name, pattern)]
+    if not wanted:
+        return "not among the targets"
+    own = heads.get(name, ())
+    if own and not any(head in pattern for head in own for pattern in wanted):
+        return f"part of a head ({own[0]})"
+    return None
+
+
+def described(name: str, module: Coded) -> CodedWeight:
+    """Describe a module that is coded."""
+    kind, bias, flags = "embedding", False, (False, False)
+    if isinstance(module, QuantizedLinear):
+        kind, bias = module.kind, module.bias is not None
+        flags = module.smooth is not None, module.center is not None
+    return CodedWeight(name, kind, *module.shape, bias, module.scheme.name, module.scheme.group_size, *flags)

@@ -1,0 +1,100 @@
+"""Find the parameters of a model that no layer of a plan has, with the reason for each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from lowrank.inspection.eligibility import (
+    dense_elements,
+    find_doubts,
+    find_embedding_obstacles,
+    linear_layers,
+    other_parameters,
+)
+from lowrank.inspection.tied_weights import embeddings, place_of
+from lowrank.nn import LowRankEmbedding, QuantizedEmbedding, TiedLinear
+from lowrank.plans.plan import Plan
+from lowrank.plans.reach import LISTED, UnplannedWeight
+
+_RECURRENT = nn.RNNBase, nn.RNNCellBase
+
+
+def with_reach(model: nn.Module, plan: Plan) -> Plan:
+    """Return ``plan`` with the number of the model's parameters, and those in none of its layers."""
+    planned = {layer.name for layer in plan} | {code.name for code in plan.codes}
+    covered, others = 0, []
+    for name, module in _matrices(model):
+        if name in planned or isinstance(module, QuantizedEmbedding):
+            covered += dense_elements(module)
+        else:
+            others.append((name, module))
+    weights = [*_tables(model, plan, others), *_others(model)]
+    total = covered + sum(weight.parameters for weight in weights)
+    return replace(plan, model_parameters=total, unplanned=_with_small_ones_together(weights, total))
+
+
+def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the tables and then the linear layers, each weight once."""
+    tables = dict(embeddings(model))
+    coded = ((n, m) for n, m in model.named_modules() if isinstance(m, QuantizedEmbedding))
+    factors = {f"{name}.down" for name, table in tables.items() if isinstance(table, LowRankEmbedding)}
+    seen: set[int] = set()
+    for name, module in [*tables.items(), *coded, *linear_layers(model)]:
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        place = place_of(weight) if isinstance(weight, nn.Parameter) else id(module)
+        if place not in seen and name not in factors and not isinstance(module, TiedLinear):
+            seen.add(place)
+            yield name, module
+
+
+def _tables(model: nn.Module, plan: Plan, others: list[tuple[str, nn.Module]]) -> Iterator[UnplannedWeight]:
+    blocked = find_embedding_obstacles(model, find_doubts(model, plan.overruled))
+    for name, module in others:
+        why = blocked.get(name)
+        reason = "embedding that no target spells" if why is None else f"embedding that {why}"
+        shape: tuple[int, ...] = tuple(module.weight.shape)  # type: ignore[arg-type,union-attr]
+        yield UnplannedWeight(f"{name}.weight", shape, dense_elements(module), reason)
+
+
+def _others(model: nn.Module) -> Iterator[UnplannedWeight]:
+    for holder, module, own, parameter in other_parameters(model):
+        name = f"{holder}.{own}" if holder else own
+        reason = _reason(module, own, parameter)
+        yield UnplannedWeight(name, tuple(parameter.shape), parameter.numel(), reason)
+
+
+def _reason(module: nn.Module, name: str, parameter: Tensor) -> str:
+    """Say why a parameter of ``module`` is no weight of a linear layer."""
+    kind, dimensions = type(module).__name__, parameter.ndim
+    if dimensions < 2:
+        return "biases, norms and other vectors"
+    if isinstance(module, _ConvNd):
+        return f"convolution ({kind})"
+    if isinstance(module, _RECURRENT):
+        return f"recurrent weights ({kind})"
+    if isinstance(module, nn.EmbeddingBag):
+        return f"embedding ({kind})"
+    if isinstance(module, nn.MultiheadAttention):
+        return f"{name} of {kind}, which is in no layer of its own"
+    if dimensions > 2:
+        experts = ", experts" if "expert" in kind.lower() else ""
+        return f"weight in {dimensions} dimensions ({kind}){experts}"
+    return f"matrix of {kind}, which is no linear layer"
+
+
+def _with_small_ones_together(weights: list[UnplannedWeight], total: int) -> tuple[UnplannedWeight, ...]:
+    """Return the large tensors each by itself, and the small ones of each reason as one."""
+    found, small = [], dict[str, list[UnplannedWeight]]()
+    for weight in weights:
+        if weight.parameters > LISTED * total:
+            found.append(weight)
+        else:
+            small.setdefault(weight.reason, []).append(weight)
+    for several in small.values():
+        elements = sum(weight.parameters for weight in several)
+        found.append(replace(several[0], parameters=elements, tensors=len(several)))
+    return tuple(found)

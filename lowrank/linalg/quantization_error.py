@@ -1,0 +1,105 @@
+"""What coding is going to cost, as shares of a squared norm: for choosing between ways to store a weight.
+
+The rounding of weights is measured, by coding them. That of integer inputs is that of a uniform
+distribution within steps, for rows of n normal features, whose largest is about √(2 ln n) deviations.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lowrank.linalg.matmul import product
+from lowrank.linalg.metric import Metric, powers_of_two
+from lowrank.linalg.quantization import Scheme, decode, decode_smoothed, encode, encode_smoothed, smoothing
+from lowrank.linalg.svd import balanced, truncated_svd
+
+
+def lost_by_codes(weight: Tensor, scheme: Scheme, moments: Tensor | None = None) -> Tensor:
+    """Return ``W − Q`` in float32; with ``moments (in, in)`` of its inputs the layer scales these.
+
+    int8 is rounded without error feedback here: its loss is small, and that costs a hundredth of the time.
+    """
+    smooth = smoothing(weight, moments.diagonal()) if moments is not None else None
+    used = moments if scheme.name != "int8" else None
+    return weight.detach().float() - decode_smoothed(
+        *encode_smoothed(weight, scheme, smooth, used), scheme, smooth
+    )
+
+
+def whole_noise(weight: Tensor, lost: Tensor, scheme: Scheme, metric: Metric = Metric()) -> float:
+    """Return the share of ``‖W‖²`` that a coded ``weight (out, in)`` loses, that of its inputs included."""
+    return _share(lost, weight, metric) + inputs_noise(weight.shape[1], scheme)
+
+
+def factors_noise(
+    weight: Tensor, rank: int, scheme: Scheme, metric: Metric = Metric(), moments: Tensor | None = None
+) -> float:
+    """Return the share of ``‖LR‖²`` that coding both factors loses, measured at one rank.
+
+    The factors are rotated before, as they are when they are coded. The arguments are those of
+    `lowrank.linalg.truncated_svd` and `lowrank.linalg.encode`.
+    """
+    left, right, *_ = truncated_svd(weight.detach().float(), rank, metric)
+    low = product(left, right)
+    left, right = rotated(left, right, seed=0)
+    right = right - lost_by_codes(right, scheme, moments)
+    between = right.double() @ moments @ right.double().T if moments is not None else None
+    left = decode(*encode(left, scheme, between if scheme.name != "int8" else None), scheme)
+    lost = low - product(left, right)
+    return _share(lost, low, metric) + inputs_noise(weight.shape[1], scheme) + inputs_noise(rank, scheme)
+
+
+def rows_noise(table: Tensor, lost: Tensor, metric: Metric = Metric()) -> float:
+    """Return the share of the norm of a ``table`` that codes lose; its rows are looked up, not multiplied."""
+    return _share(lost, table, metric)
+
+
+def table_noise(table: Tensor, rank: int, scheme: Scheme, metric: Metric = Metric()) -> float:
+    """Return the share of ``‖LR‖²`` that coding the factors of ``table (rows, columns)`` loses, at one rank.
+
+    Rows of ``L`` are coded and rows of ``Rᵀ``, after a rotation that evens the latter out.
+    """
+    left, right, *_ = truncated_svd(table.detach().float(), rank, metric)
+    low = product(left, right)
+    up, down = rotated(right.T, left.T, seed=0)  # (columns, rank), (rank, rows)
+    up, down = up - lost_by_codes(up, scheme), down.T - lost_by_codes(down.T, scheme)
+    return _share(low - product(down, up.T), low, metric) + inputs_noise(rank, scheme)
+
+
+def inputs_noise(features: int, scheme: Scheme) -> float:
+    """Return the share that rounding the inputs loses, of those schemes that multiply integers."""
+    return 2 * math.log(features + 1) / (12 * 127**2) if scheme.name == "int8" else 0.0
+
+
+def rotated(left: Tensor, right: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Bring ``left (out, rank)`` to orthonormal columns, and rotate the inner dimensions at random.
+
+    The product stays, and every row of ``right (rank, in)`` becomes a mixture of all: rows of one size,
+    without outliers, which integers hold best. In float16, which could not hold all of the product's size in
+    one factor, the columns are as long as they must be. With more columns than rows, and where a factor would
+    leave the range of its dtype all the same, the factors stay as they are.
+    """
+    rank = left.shape[1]
+    if rank > left.shape[0]:
+        return left, right
+    basis, triangle = torch.linalg.qr(left.double())
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(rank, rank, generator=generator, dtype=torch.float64).to(left.device)
+    turn: Tensor = torch.linalg.qr(noise).Q
+    columns, rows = basis @ turn, turn.T @ triangle @ right.double()
+    largest = min(torch.finfo(left.dtype).max, torch.finfo(torch.float32).max)  # scales are float32
+    if left.dtype == torch.float16:
+        columns, rows = balanced(columns, rows, together=True)
+    elif bool(rows.abs().amax() > largest):
+        shift = powers_of_two((rows.abs().amax() / columns.abs().amax()).sqrt())
+        columns, rows = columns * shift, rows / shift
+    fit = bool(torch.stack([columns.abs().amax(), rows.abs().amax()]).amax() <= largest)
+    return (columns.to(left.dtype), rows.to(right.dtype)) if fit else (left, right)
+
+
+def _share(lost: Tensor, whole: Tensor, metric: Metric) -> float:
+    norm = metric.squared_norm(whole)
+    return metric.squared_norm(lost) / norm if norm > 0 else 0.0

@@ -1,0 +1,146 @@
+"""The dense layers that can be factorized, as a table: how each one stores its weight.
+
+`torch.nn.Linear` stores ``(out, in)``; transformers' ``Conv1D`` stores ``(in, out)``. A new kind of
+layer is one call of `register`. Only exact types count: a subclass may compute something else. Subclasses
+of `torch.nn.Linear` that certainly do not are kinds of their own, so that `decompress` gives them back.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.arguments import instance, optional, refused, whole
+from lowrank.errors import LowRankError, WeightError
+from lowrank.nn.linear_subclasses import build, computes_the_same
+
+FLOATING_DTYPE = instance(torch.dtype, "a torch.dtype, such as torch.float32")
+PARAMETER = instance(nn.Parameter, "a torch.nn.Parameter", WeightError)
+TENSOR = instance(Tensor, "a tensor", WeightError)
+
+
+def MATRIX(name: str, value: object) -> Tensor:  # noqa: N802
+    """Accept matrices."""
+    if not isinstance(value, Tensor) or value.ndim != 2:
+        raise refused(name, value, "a matrix, a tensor of two dimensions", WeightError)
+    return value
+
+
+def check_padding(index: object, rows: int) -> None:
+    """Refuse a padding row that a table of ``rows`` does not have; negative ones count from its end."""
+    optional(whole(-rows, rows - 1))("padding_idx", index)
+
+
+@dataclass(frozen=True)
+class DenseKind:
+    """How one type of layer stores ``y = Wx + b``.
+
+    Args:
+        name: The word in plans and checkpoints.
+        module: The exact type.
+        transposed: Whether ``module.weight`` is ``(in, out)``.
+        build: Makes an uninitialised layer on the meta device from ``(in, out, bias)``.
+        certain: Whether its layers compute ``Wx + b`` for sure; if not, they stay as they are unless a user
+            overrules that.
+    """
+
+    name: str
+    module: type[nn.Module]
+    transposed: bool
+    build: Callable[[int, int, bool], nn.Module]
+    certain: bool = True
+
+    def weight(self, layer: nn.Module) -> Tensor:
+        """Return a view of the weight as ``(out, in)``."""
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        return weight.T if self.transposed else weight
+
+    def layer(self, weight: Tensor, bias: nn.Parameter | None) -> nn.Module:
+        """Make a layer around ``weight (out, in)`` and ``bias (out,)``; nothing is initialised."""
+        layer = self.build(weight.shape[1], weight.shape[0], bias is not None)
+        stored = weight.T.contiguous() if self.transposed else weight
+        layer.weight = nn.Parameter(stored)
+        layer.register_parameter("bias", bias)
+        return layer
+
+
+_KINDS: dict[type[nn.Module], DenseKind] = {}
+
+_CONV1D = "transformers.pytorch_utils.Conv1D"
+"""Known by name, and registered when first seen: nothing here imports transformers."""
+
+
+def register(kind: DenseKind) -> None:
+    """Make layers of type ``kind.module`` factorizable."""
+    _KINDS[kind.module] = kind
+
+
+def kind_of(module: nn.Module) -> DenseKind | None:
+    """Return how ``module`` stores its weight; ``None`` if it is of no kind of linear layer."""
+    cls = type(module)
+    if cls not in _KINDS and _place_of(cls) == _CONV1D:
+        register(_conv1d(cls))
+    elif cls not in _KINDS and issubclass(cls, nn.Linear):
+        kind = _subclass(cls)
+        if not kind.certain:  # not registered: parametrizing makes a new class for each layer
+            return kind
+        register(kind)
+    return _KINDS.get(cls)
+
+
+def kind_named(name: str) -> DenseKind:
+    """Return the kind called ``name``.
+
+    Raises:
+        LowRankError: If no such kind is registered.
+    """
+    kind = find_kind(name)
+    if kind is None:
+        raise LowRankError(f'No kind of dense layer is called "{name}" here. Call lowrank.nn.register first.')
+    return kind
+
+
+def find_kind(name: str) -> DenseKind | None:
+    """Return the kind called ``name``, if it is registered; of a class that was defined anew, the last."""
+    return next((kind for kind in reversed(_KINDS.values()) if kind.name == name), None)
+
+
+register(
+    DenseKind(
+        name="linear",
+        module=nn.Linear,
+        transposed=False,
+        build=lambda in_features, out_features, bias: nn.Linear(
+            in_features, out_features, bias=bias, device="meta"
+        ),
+    )
+)
+
+
+def _conv1d(cls: type[nn.Module]) -> DenseKind:
+    def build(in_features: int, out_features: int, bias: bool) -> nn.Module:
+        with torch.device("meta"):
+            return cls(out_features, in_features)
+
+    return DenseKind(name="conv1d", module=cls, transposed=True, build=build)
+
+
+def _place_of(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _subclass(cls: type[nn.Module]) -> DenseKind:
+    """Describe a subclass of `torch.nn.Linear`, by its short name unless another class has that."""
+    others = {kind.name for kind in _KINDS.values() if _place_of(kind.module) != _place_of(cls)}
+    name = _place_of(cls) if cls.__name__ in others | {"embedding"} else cls.__name__
+    return DenseKind(
+        name=name,
+        module=cls,
+        transposed=False,
+        build=functools.partial(build, cls, device="meta"),
+        certain=computes_the_same(cls),  # type: ignore[arg-type]
+    )

@@ -1,0 +1,1 @@
+"""The verbs of the library, and the stages that they go through. Read `lowrank.pipeline.verbs` first."""

@@ -1,0 +1,795 @@
+"""Budgets and plans: what to do with each layer, as plain data.
+
+This file uses the standard library only. A `Plan` is frozen; it prints as a table, survives JSON,
+can be edited (`Plan.with_rank`) and compared (`Plan.diff`). Nothing here touches a model.
+"""
+
+from __future__ import annotations
+
+import json
+import numbers
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from lowrank.arguments import LARGEST, accepts, every, instance, is_finite, path, text
+from lowrank.errors import BudgetError, PlanError, RankError, TargetError
+from lowrank.files.atomic_file import replaced
+from lowrank.files.json_file import check_regular, parse_json
+from lowrank.plans.formatting import format_table
+from lowrank.plans.patterns import matches, no_match
+from lowrank.plans.reach import UnplannedWeight, describe_reach, shares
+
+PLAN_FORMAT = 1
+"""Version of the JSON written by `Plan.to_json`; a reader refuses anything newer."""
+
+METRICS = ("weight", "diagonal", "inputs", "loss")
+"""What an error can measure, from what knows the least about the data to what knows the most."""
+
+
+def check_rank(rank: object, where: str = "rank") -> int:
+    """Return ``rank`` if it is a positive integer.
+
+    Raises:
+        RankError: If it is not a whole number (a ``bool`` is not), or below 1.
+    """
+    if not isinstance(rank, numbers.Integral) or isinstance(rank, bool):
+        raise RankError(f"{where}: a rank is a whole number, not {rank!r} ({type(rank).__name__}).")
+    if rank < 1:
+        raise RankError(f"{where}: {rank} is not positive. The smallest rank is 1.")
+    return int(rank)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much may remain, in one of six units.
+
+    ``rank``: an int for every layer, or a mapping of name pattern to int. ``keep``: the fraction
+    of the targeted weights' parameters that remain. ``energy``: the fraction of each layer's
+    squared norm to retain. ``error``: the largest relative error per layer. ``max_bytes``: the whole
+    model's parameters and buffers. ``speedup``: the dense model's latency over the compressed one's.
+    """
+
+    kind: str
+    value: Any
+
+    KINDS = ("rank", "keep", "energy", "error", "max_bytes", "speedup")
+
+    def __post_init__(self) -> None:
+        if self.kind not in self.KINDS:
+            raise BudgetError(f"Unknown budget {self.kind!r}. Give one of: {', '.join(self.KINDS)}.")
+        if self.kind == "rank":
+            self._check_ranks()
+        elif self.kind == "max_bytes":
+            if not isinstance(self.value, numbers.Integral) or isinstance(self.value, bool) or self.value < 1:
+                raise BudgetError(
+                    f"max_bytes={self.value!r}: give the bytes that the whole model may take, a whole number."
+                )
+            object.__setattr__(self, "value", int(self.value))
+        elif self.kind == "speedup":
+            number = isinstance(self.value, numbers.Real) and not isinstance(self.value, bool)
+            if not number or not is_finite(self.value) or not self.value > 1:
+                raise BudgetError(
+                    f"speedup={self.value!r}: give the dense latency over the compressed one, above 1."
+                )
+            object.__setattr__(self, "value", float(self.value))
+        else:
+            self._check_fraction()
+
+    def _check_ranks(self) -> None:
+        if not isinstance(self.value, Mapping):
+            object.__setattr__(self, "value", check_rank(self.value))
+            return
+        if not self.value:
+            raise BudgetError("rank={}: the mapping is empty. Map name patterns to ranks: {'*.query': 64}.")
+        for pattern in self.value:
+            if not isinstance(pattern, str):
+                raise BudgetError(f"rank={{{pattern!r}: …}}: a key is a name pattern, such as '*.query'.")
+        ranks = {pattern: check_rank(rank, where=pattern) for pattern, rank in self.value.items()}
+        object.__setattr__(self, "value", ranks)
+
+    def _check_fraction(self) -> None:
+        value = self.value
+        number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not number or not is_finite(value) or not 0 < value < 1:
+            meaning = {
+                "keep": "the fraction of the targeted weights' parameters that remains",
+                "energy": "the fraction of each weight's squared norm that is retained",
+                "error": "the largest relative error of each weight",
+            }[self.kind]
+            raise BudgetError(
+                f"{self.kind}={value!r}: {self.kind} is {meaning}, a number strictly between 0 and 1."
+            )
+        object.__setattr__(self, "value", float(value))
+
+    @classmethod
+    def of(cls, **kinds: Any) -> Budget:
+        """Make the budget from keyword arguments of which exactly one is not ``None``.
+
+        Raises:
+            BudgetError: If none or several are given, or the value is out of range.
+            RankError: If a rank is not a positive integer.
+        """
+        given = {kind: value for kind, value in kinds.items() if value is not None}
+        if len(given) != 1:
+            got = " and ".join(f"{kind}={value!r}" for kind, value in given.items()) or "none"
+            raise BudgetError(f"Give exactly one budget of {', '.join(cls.KINDS)}; got {got}.")
+        ((kind, value),) = given.items()
+        return cls(kind, value)
+
+    def __str__(self) -> str:
+        return f"{self.kind}={self.value!r}"
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What happens to one layer.
+
+    Args:
+        name: Module name, as in ``model.named_modules()``.
+        kind: Which dense layer it is, ``"linear"`` (weight ``(out, in)``) or ``"conv1d"``; or
+            ``"embedding"``, a table of ``out_features`` rows of ``in_features``.
+        in_features, out_features: Shape of the weight.
+        bias: Whether the dense layer has a bias.
+        rank: Inner size of the factors; ``None`` leaves the layer as it is.
+        relative_error: ``‖W − LR‖ / ‖W‖`` at that rank under the plan's metric; ``None`` until measured.
+        held_out_error: The same on tokens that calibration had not used, as a trial factorization fared
+            there; ``None`` without statistics.
+        down_of: The layer whose ``down`` this one uses; ``None`` if it has its own.
+        same_input: Whether that layer reads the same input, so that one product serves both; if not, they
+            are of adjacent blocks, and have a basis in common.
+        same_as: The table or linear layer whose weight this one uses, its factors or codes if it has some;
+            ``None`` if it has a weight of its own. The rank is then that of the other.
+        copied: Whether it has an equal weight of its own until then; if not, they are tied.
+        reason: Why the layer has this rank, or why it stays dense.
+        targeted: Whether the layer may change and counts for `keep`; if not, `reason` says why.
+        added_bias: Whether the factorized layer gets a bias that the dense one has not.
+        loss_increase: Predicted increase of the objective per term (a sample, or a token of a language
+            model); ``None`` unless the metric is ``"loss"``.
+        residual: Whether the weight stays, as integers, and the factors correct what these lost:
+            ``W ≈ Q + LR``. The plan then has a `CodedWeight` called ``"….base"``.
+        overruled: Whether the layer may change although reading the model's code leaves a doubt, which the
+            user has overruled.
+    """
+
+    name: str
+    kind: str
+    in_features: int
+    out_features: int
+    bias: bool
+    rank: int | None = None
+    relative_error: float | None = None
+    reason: str = ""
+    targeted: bool = True
+    added_bias: bool = False
+    loss_increase: float | None = None
+    held_out_error: float | None = None
+    down_of: str | None = None
+    residual: bool = False
+    same_as: str | None = None
+    same_input: bool = True
+    copied: bool = False
+    overruled: bool = False
+
+    def __post_init__(self) -> None:
+        _typed(type(self), {"name": self.name}, "A layer of a plan")
+        if self.rank is not None:
+            check_rank(self.rank, where=self.name)
+        _typed(type(self), vars(self), self.name)
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the factorized layer has a bias."""
+        return self.bias or self.added_bias
+
+    @property
+    def bias_features(self) -> int:
+        """Elements of a bias: the outputs; of a table, the elements of a row."""
+        return self.in_features if self.kind == "embedding" else self.out_features
+
+    @property
+    def dense_parameters(self) -> int:
+        """Parameters of the dense weight, without the bias."""
+        return self.in_features * self.out_features
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the weight, or of its two factors, after applying; 0 where another has them."""
+        if self.same_as is not None:
+            return 0
+        return self.dense_parameters if self.rank is None else self.parameters_at(self.rank)
+
+    def parameters_at(self, rank: int) -> int:
+        """Parameters at ``rank``: ``rank · (in + out)``, or ``rank · out`` with the ``down`` of another.
+
+        Those of a residual are in addition to the weight's.
+        """
+        factors = rank * (self.out_features + (self.in_features if self.down_of is None else 0))
+        return factors + (self.dense_parameters if self.residual else 0)
+
+    @property
+    def largest_paying_rank(self) -> int:
+        """The largest rank with fewer parameters than the dense weight; 0 if there is none."""
+        return (self.dense_parameters - 1) // (self.in_features + self.out_features)
+
+    @property
+    def kept_fraction(self) -> float:
+        """Parameters after applying over parameters of the dense weight."""
+        return self.parameters / self.dense_parameters if self.dense_parameters else 1.0
+
+    def dense(self, reason: str) -> LayerPlan:
+        """Return this layer left as it is, for ``reason``."""
+        return replace(self.edited(None, reason), targeted=self.targeted, added_bias=False)
+
+    def following(self, owner: str) -> LayerPlan:
+        """Return this layer with the weight of ``owner`` in place of its own."""
+        return replace(self, same_as=owner, reason=f"uses the weight of {owner}", targeted=False)
+
+    def edited(self, rank: int | None, reason: str) -> LayerPlan:
+        """Return this layer with another rank, which nothing is known of yet, and a factor of its own."""
+        return replace(
+            self,
+            rank=rank,
+            reason=reason,
+            targeted=True,
+            relative_error=None,
+            loss_increase=None,
+            held_out_error=None,
+            down_of=None,
+            residual=False,
+            same_input=True,
+        )
+
+
+def largest_shared_rank(layers: Sequence[LayerPlan]) -> int:
+    """Return the largest joint rank with fewer parameters than the dense weights; 0 if there is none."""
+    dense = sum(layer.dense_parameters for layer in layers)
+    return (dense - 1) // parameters_per_shared_rank(layers)
+
+
+def parameters_per_shared_rank(layers: Sequence[LayerPlan]) -> int:
+    """Parameters of joint factors per rank."""
+    return layers[0].in_features + sum(layer.out_features for layer in layers)
+
+
+@dataclass(frozen=True)
+class CodedWeight:
+    """A weight that is stored as integers, after whatever was factorized.
+
+    Args:
+        name: Module name: of a dense layer, of one factor (``"….query.down"``), of the weight that factors
+            correct (``"….query.base"``), or of an embedding.
+        kind: ``"linear"``, ``"conv1d"`` or ``"embedding"``.
+        rows, columns: Shape of the weight, ``(out, in)`` of a linear layer.
+        bias: Whether the module has a bias.
+        scheme: ``"int8"`` or ``"int4"``.
+        group_size: Elements that share a scale; ``None`` for whole rows.
+        smooth: Whether the layer scales its inputs before they meet the codes.
+        centred: Whether it takes their mean from them.
+    """
+
+    name: str
+    kind: str
+    rows: int
+    columns: int
+    bias: bool
+    scheme: str
+    group_size: int | None = None
+    smooth: bool = False
+    centred: bool = False
+
+
+@dataclass(frozen=True)
+class Change:
+    """One difference between two plans; a side without the layer, or without codes of it, is ``None``."""
+
+    name: str
+    before: LayerPlan | None
+    after: LayerPlan | None
+    stored_before: str | None = None
+    stored_after: str | None = None
+
+    @property
+    def sides(self) -> tuple[str, str]:
+        """Both sides in words."""
+        before, after = _summary(self.before), _summary(self.after)
+        return _with_codes(before, self.stored_before), _with_codes(after, self.stored_after)
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.sides[0]} → {self.sides[1]}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens to every linear layer of a model.
+
+    Args:
+        model: Class name of the model that the plan was made for.
+        layers: One `LayerPlan` per linear layer, in the model's order.
+        budget: The request: ``"keep=0.5"``. Only its kind is read again (`bounds_errors`).
+        metric: What the errors measure, one of `METRICS`; ``"weight"`` is the relative Frobenius error.
+        allocation: ``"global"`` or ``"uniform"``, how `keep` was spread over the layers.
+        round_to: Chosen ranks are multiples of this.
+        tolerance: Largest relative excess over each layer's optimal error that `apply` may have.
+        codes: The weights that are stored as integers; they are coded after the layers are factorized.
+        model_parameters: All parameters of the model, a tied weight counted once; ``None`` if not known.
+        unplanned: Those that belong to no layer of the plan, with the reason.
+    """
+
+    model: str
+    layers: tuple[LayerPlan, ...] = ()
+    budget: str = ""
+    metric: str = "weight"
+    allocation: str = "global"
+    round_to: int = 8
+    tolerance: float = 1e-3
+    codes: tuple[CodedWeight, ...] = ()
+    model_parameters: int | None = None
+    unplanned: tuple[UnplannedWeight, ...] = ()
+    _index: dict[str, LayerPlan] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        values = {name: value for name, value in vars(self).items() if name not in _LISTS}
+        _typed(type(self), values, "The plan")
+        for name, item in _LISTS.items():
+            every(instance(item, f"a {item.__name__}", PlanError), (list, tuple), "a list", PlanError)(
+                name, getattr(self, name)
+            )
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        ranks = {layer.name: layer.rank for layer in self.layers}
+        layers = (
+            layer if layer.same_as not in ranks else replace(layer, rank=ranks[layer.same_as])
+            for layer in self.layers
+        )
+        object.__setattr__(self, "layers", tuple(layers))
+        object.__setattr__(self, "_index", {layer.name: layer for layer in self.layers})
+        if len(self._index) != len(self.layers):
+            names = [layer.name for layer in self.layers]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise PlanError(f"{twice}: the plan lists this layer twice. Keep one of the entries.")
+        coded = [code.name for code in self.codes]
+        if len(set(coded)) != len(coded):
+            twice = next(name for name in coded if coded.count(name) > 1)
+            raise PlanError(f"{twice}: the plan codes this weight twice. Keep one of the entries.")
+
+    def __getitem__(self, name: str) -> LayerPlan:
+        try:
+            return self._index[name]
+        except KeyError:
+            raise PlanError(f"{name}: the plan for {self.model} has no such layer.") from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._index
+
+    def __iter__(self) -> Iterator[LayerPlan]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @property
+    def factorized(self) -> tuple[LayerPlan, ...]:
+        """The layers that have a rank of their own, those included that are factorized already."""
+        return tuple(layer for layer in self.layers if layer.rank is not None and layer.same_as is None)
+
+    @property
+    def tied(self) -> tuple[LayerPlan, ...]:
+        """The layers that use the factors or codes of a table, or of another layer."""
+        compressed = {x.name for x in self.factorized} | {code.name for code in self.codes}
+        return tuple(layer for layer in self.layers if layer.same_as in compressed)
+
+    @property
+    def equal(self) -> dict[str, tuple[LayerPlan, ...]]:
+        """By name of a linear layer, the other linear layers that use its weight."""
+        users: dict[str, list[LayerPlan]] = {}
+        for layer in self.layers:
+            owner = self._index.get(layer.same_as) if layer.same_as is not None else None
+            if owner is not None and owner.kind != "embedding":
+                users.setdefault(owner.name, []).append(layer)
+        return {name: tuple(layers) for name, layers in users.items()}
+
+    @property
+    def owners(self) -> dict[str, str]:
+        """By name of a linear layer that uses the weight of another one, the name of that."""
+        return {layer.name: owner for owner, users in self.equal.items() for layer in users}
+
+    @property
+    def overruled(self) -> frozenset[str]:
+        """The names of the layers of which the user has overruled a doubt."""
+        return frozenset(layer.name for layer in self.layers if layer.overruled)
+
+    @property
+    def targeted(self) -> tuple[LayerPlan, ...]:
+        """The layers over which `keep` counts parameters."""
+        return tuple(layer for layer in self.layers if layer.targeted)
+
+    @property
+    def shared(self) -> dict[str, tuple[LayerPlan, ...]]:
+        """By owner of a ``down``, the layers that use it, the owner first; it need not be in the plan."""
+        users: dict[str, list[LayerPlan]] = {}
+        for layer in self.factorized:
+            if layer.down_of is not None:
+                users.setdefault(layer.down_of, []).append(layer)
+        return {
+            name: (*((self._index[name],) if name in self._index else ()), *layers)
+            for name, layers in users.items()
+        }
+
+    @property
+    def bounds_errors(self) -> bool:
+        """Whether the request was a bound on every layer's error."""
+        return self.budget.startswith(("error=", "energy="))
+
+    @property
+    def loss_increase(self) -> float | None:
+        """Predicted increase of the objective per term: the sum over the layers; ``None`` if not known."""
+        known = [layer.loss_increase for layer in self.layers if layer.loss_increase is not None]
+        complete = known and all(layer.loss_increase is not None for layer in self.factorized)
+        return sum(known) if complete else None
+
+    @property
+    def reachable_parameters(self) -> int:
+        """Parameters of the dense weights that the plan may change, and of those that it codes."""
+        coded = {code.name for code in self.codes}
+        layers = [x for x in self.layers if x.targeted or x.name in coded or (x.rank and not x.same_as)]
+        tables = [code for code in self.codes if code.kind == "embedding" and not self._has(code)]
+        return sum(x.dense_parameters for x in layers) + sum(code.rows * code.columns for code in tables)
+
+    @property
+    def reachable_fraction(self) -> float:
+        """The same over all parameters of the model; 1 if these are not known."""
+        return self.reachable_parameters / self.model_parameters if self.model_parameters else 1.0
+
+    def describe_reach(self) -> str:
+        """Say how much of the model can change, what the rest is, and which large tensors are among that."""
+        given = self.model_parameters or 0, self.reachable_parameters, self.unplanned
+        return describe_reach(self.model, *given)
+
+    def small_reach(self) -> str:
+        """Say that little of the model can change, what most of the rest is, and what to do about it."""
+        total = self.model_parameters or 0
+        rest = shares(total, self.reachable_parameters, self.unplanned)
+        return (
+            f"{self.model}: only {self.reachable_fraction:.1%} of {total:,} parameters are in layers that can"
+            f" change. The largest part of the rest: {rest[0].strip()}. print(plan(model, ...)) lists what "
+            "stays; targets=['*'] says that you know."
+        )
+
+    def _has(self, code: CodedWeight) -> bool:
+        """Tell whether ``code`` is that of a layer or table in the plan, or of its factor."""
+        return _coded_layer(code, self._index) in self._index
+
+    @property
+    def kept_fraction(self) -> float:
+        """Parameters that remain over parameters before, of the targeted weights."""
+        before = sum(layer.dense_parameters for layer in self.targeted)
+        return sum(layer.parameters for layer in self.targeted) / before if before else 1.0
+
+    @accepts(layers=instance(Mapping, "a mapping of layer names to LayerPlans", PlanError))
+    def with_layers(self, layers: Mapping[str, LayerPlan]) -> Plan:
+        """Return the plan with the named layers replaced."""
+        return replace(self, layers=tuple(layers.get(layer.name, layer) for layer in self.layers))
+
+    def without_needless_ties(self) -> Plan:
+        """Return the plan in which copies of a layer that stays as it is stay as they are, for its reason."""
+        changed = {layer.name for layer in self.tied}
+        layers = {
+            layer.name: replace(
+                layer, same_as=None, copied=False, reason=self[name].reason, targeted=self[name].targeted
+            )
+            for name, users in self.equal.items()
+            for layer in users
+            if layer.copied and layer.name not in changed
+        }
+        return self.with_layers(layers)
+
+    def carried_out(self, found: Plan) -> Plan:
+        """Return ``found``, a draft of the compressed model, with this plan's request and reasons.
+
+        A layer keeps its entry here if it has the rank and the tie that the plan gave it; its error is
+        ``found``'s, which was measured.
+        """
+        _check_plan("found", found)
+        layers = {}
+        for layer in found:
+            planned = self._index.get(layer.name)
+            if planned is not None and (planned.rank, planned.same_as) == (layer.rank, layer.same_as):
+                layers[layer.name] = replace(planned, relative_error=layer.relative_error)
+        layers_now = found.with_layers(layers).layers
+        done = replace(self, model=found.model, layers=layers_now, codes=found.codes)
+        # what lies outside of the layers is known of this model only, not of one within it
+        return done if found.model == self.model else replace(done, model_parameters=None, unplanned=())
+
+    @accepts(pattern=text(TargetError))
+    def with_rank(self, pattern: str, rank: int | None) -> Plan:
+        """Return the plan with every matching layer set to ``rank``; `apply` checks that they can be.
+
+        An edited layer shares no factor any more; layers that shared one with it go on without it. Codes that
+        it had, and a correction of them, are gone as well: `lowrank.quantize` codes it again.
+
+        Args:
+            pattern: Unix-style pattern on layer names.
+            rank: The new rank, ``1 .. min(out, in)``; ``None`` leaves the layers dense.
+
+        Raises:
+            TargetError: If the pattern matches no layer of the plan, or only one that uses a table's weight.
+            RankError: If the rank is not a positive integer.
+
+        Example:
+            >>> layer = LayerPlan("encoder.query", "linear", 64, 64, bias=True)
+            >>> Plan("Model", (layer,)).with_rank("*.query", 16)["encoder.query"].rank
+            16
+        """
+        if rank is not None:
+            check_rank(rank, where=pattern)
+        chosen = [layer for layer in self.layers if matches(layer.name, pattern)]
+        if not chosen:
+            raise no_match(pattern, list(self._index), "layers of the plan")
+        used = next((layer for layer in chosen if layer.same_as is not None), None)
+        if used is not None and len(chosen) == 1:
+            raise TargetError(
+                f"{used.name}: has the rank of {used.same_as}, whose weight it uses. Name that."
+            )
+        chosen = [layer for layer in chosen if layer.same_as is None and layer.dense_parameters]
+        if not chosen and used is None:
+            raise TargetError(f"{pattern}: the layers that it matches have no elements, and stay.")
+        reason = "left dense by hand" if rank is None else "set by hand"
+        edited = {layer.name: layer.edited(rank, reason) for layer in chosen}
+        return self._parted_from(edited.keys()).with_layers(edited)._without_codes(edited)
+
+    def _without_codes(self, names: Collection[str]) -> Plan:
+        """Return the plan with the weights and factors of the named layers in floating point."""
+        codes = (code for code in self.codes if _coded_layer(code, self._index) not in names)
+        return replace(self, codes=tuple(codes))
+
+    def _parted_from(self, names: Collection[str]) -> Plan:
+        """Return the plan with the layers that share a ``down`` with one of ``names`` going on without that.
+
+        Their joint factor is another one then, whose errors are not known.
+        """
+        layers: dict[str, LayerPlan] = {}
+        for users in self.shared.values():
+            left = [layer for layer in users if layer.name not in names]
+            if left and len(left) < len(users):
+                for layer in left:
+                    owner = None if layer is left[0] else left[0].name
+                    alone = layer.edited(layer.rank, layer.reason)
+                    same = layer.same_input or owner is None
+                    layers[layer.name] = replace(alone, down_of=owner, same_input=same)
+        return self.with_layers(layers)._without_codes(layers)
+
+    def diff(self, other: Plan) -> list[Change]:
+        """List the layers whose rank or form differs, or that only one of the plans has."""
+        _check_plan("other", other)
+        names = list(dict.fromkeys([layer.name for layer in [*self.layers, *other.layers]]))
+        mine, its = self._schemes(), other._schemes()
+        changes = [
+            Change(name, self._index.get(name), other._index.get(name), mine.get(name), its.get(name))
+            for name in names
+        ]
+        return [change for change in changes if change.sides[0] != change.sides[1]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as dicts, lists, strings and numbers, with its format number first."""
+        data = asdict(self)
+        del data["_index"]
+        return {"format": PLAN_FORMAT, **data, **{name: list(data[name]) for name in _LISTS}}
+
+    @classmethod
+    def from_dict(cls, data: object) -> Plan:
+        """Make a plan from what `to_dict` gave, perhaps edited by hand or written by a stranger.
+
+        Raises:
+            PlanError: If it is no plan, is from a newer format, or a field has a wrong type.
+            RankError: If a rank is not positive.
+        """
+        if not isinstance(data, dict) or type(data.get("format")) is not int:
+            raise PlanError('This is not a plan: it has no "format" number.')
+        if data["format"] > PLAN_FORMAT:
+            raise PlanError(
+                f"The plan has format {data['format']}; this version of lowrank reads up to {PLAN_FORMAT}. "
+                "Install a newer lowrank."
+            )
+        if not isinstance(data.get("layers"), (list, tuple)):
+            raise PlanError('The plan has no list of "layers".')
+        for name in _LISTS:
+            if not isinstance(data.get(name, []), (list, tuple)):
+                raise PlanError(f'The plan\'s "{name}" are no list.')
+        values = {key: value for key, value in data.items() if key not in ("format", *_LISTS)}
+        if values.get("metric", "weight") not in METRICS:
+            raise PlanError(
+                f"The plan has errors under the metric {_shown(values['metric'])}, which is unknown here; "
+                f"known are {', '.join(METRICS)}."
+            )
+        layers = tuple(_layer_from_dict(layer) for layer in data["layers"])
+        if "model" not in values:
+            raise PlanError('The plan does not say which "model" it is for.')
+        codes = tuple(_code_from_dict(code) for code in data.get("codes", []))
+        unplanned = tuple(_unplanned_from_dict(weight) for weight in data.get("unplanned", []))
+        return cls(**_typed(cls, values, "The plan"), layers=layers, codes=codes, unplanned=unplanned)
+
+    def to_json(self) -> str:
+        """Return the plan as JSON."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+    @classmethod
+    @accepts(text=text(PlanError))
+    def from_json(cls, text: str) -> Plan:
+        """Read what `to_json` wrote; raises `PlanError` as `from_dict` does."""
+        try:
+            data = parse_json(text)
+        except ValueError as error:
+            raise PlanError(f"The plan is not JSON: {error}.") from error
+        return cls.from_dict(data)
+
+    @accepts(path=path(PlanError))
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON to ``path``, in one step.
+
+        Raises:
+            CheckpointError: If the file cannot be written; an older one is then as it was.
+        """
+        text = self.to_json() + "\n"
+        with replaced(Path(path)) as new:
+            new.write_text(text, encoding="utf-8")
+
+    @classmethod
+    @accepts(path=path(PlanError))
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan from ``path``.
+
+        Raises:
+            PlanError: If the file cannot be read, or is not a plan.
+            RankError: If a rank in it is not positive.
+        """
+        try:
+            check_regular(path)
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"{path}: the plan cannot be read: {error}.") from error
+        try:
+            return cls.from_json(text)
+        except (PlanError, RankError) as error:
+            raise type(error)(f"{path}: {error}") from error
+
+    def __str__(self) -> str:
+        schemes = self._schemes()
+        rows = [
+            (
+                layer.name,
+                f"{layer.out_features}×{layer.in_features}",
+                "dense" if layer.rank is None else str(layer.rank),
+                *([schemes.get(layer.same_as or layer.name, "float")] if self.codes else []),
+                f"{layer.kept_fraction:.0%}",
+                "" if layer.relative_error is None else f"{layer.relative_error:.4f}",
+                layer.reason + (f"; down of {layer.down_of}" if layer.down_of is not None else ""),
+            )
+            for layer in self.layers
+        ]
+        before = sum(layer.dense_parameters for layer in self.targeted)
+        after = sum(layer.parameters for layer in self.targeted)
+        tables = any(layer.kind == "embedding" for layer in self.layers)
+        layers = "linear layers and tables" if tables else "linear layers"
+        footer = (
+            f"{self.model}, {self.budget or 'no budget'}: {len(self.factorized)} of {len(self.layers)} "
+            f"{layers} factorized; {after:,} of {before:,} targeted parameters remain"
+            f" ({self.kept_fraction:.1%})."
+        )
+        if self.metric != "weight":
+            footer += f" Errors are of the metric {self.metric!r}."
+        if self.loss_increase is not None:
+            footer += f" Predicted increase of the loss: {self.loss_increase:.4g}."
+        for scheme in sorted({code.scheme for code in self.codes}):
+            footer += f" {sum(code.scheme == scheme for code in self.codes)} weights as {scheme}."
+        stored = ("stored",) if self.codes else ()
+        header = ("layer", "out×in", "rank", *stored, "kept", "error", "reason")
+        reach = [] if self.model_parameters is None else [self.describe_reach()]
+        return "\n\n".join([*reach, format_table(header, rows), footer])
+
+    def _schemes(self) -> dict[str, str]:
+        """Return by layer how it is stored, such as ``"int4 + int8"`` for a residual."""
+        found: dict[str, list[str]] = {}
+        for code in self.codes:
+            found.setdefault(_coded_layer(code, self._index), []).append(code.scheme)
+        return {name: " + ".join(dict.fromkeys(schemes)) for name, schemes in found.items()}
+
+
+def _check_plan(name: str, value: object) -> None:
+    instance(Plan, "a Plan, from plan(model, ...)", PlanError)(name, value)
+
+
+def _coded_layer(code: CodedWeight, layers: Container[str]) -> str:
+    """Return the name of the layer or table that ``code`` is of, or of whose factor."""
+    parent = code.name.rpartition(".")[0]
+    return code.name if code.name in layers or parent not in layers else parent
+
+
+def _with_codes(summary: str, scheme: str | None) -> str:
+    return summary if scheme is None else f"{summary}, {scheme}"
+
+
+def _summary(layer: LayerPlan | None) -> str:
+    if layer is None:
+        return "absent"
+    if layer.rank is None:
+        return "dense"
+    kind = "residual of rank" if layer.residual else "rank"
+    shared = layer.down_of or layer.same_as
+    what = "down" if layer.down_of is not None else "weight"
+    return f"{kind} {layer.rank}" + (f", {what} of {shared}" if shared is not None else "")
+
+
+_LISTS: dict[str, type] = {"layers": LayerPlan, "codes": CodedWeight, "unplanned": UnplannedWeight}
+"""The fields of a plan that are lists, and what of."""
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "str | None": (str, type(None)),
+    "int": (int,),
+    "bool": (bool,),
+    "int | None": (int, type(None)),
+    "float": (float, int),
+    "float | None": (float, int, type(None)),
+}
+
+
+def _typed(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Check JSON ``values`` against the fields of a dataclass; the file may come from a stranger."""
+    types = {f.name: f.type for f in fields(cls) if f.init and f.name not in _LISTS}
+    for key, value in values.items():
+        if key not in types:
+            raise PlanError(f'{where} has an unknown field "{key}".')
+        allowed = _TYPES[str(types[key])]
+        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+            raise PlanError(f'{where}: "{key}" is {_shown(value)}, but must be {types[key]}.')
+        if isinstance(value, float) and not is_finite(value):
+            raise PlanError(f'{where}: "{key}" is {value!r}, but must be a finite number.')
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise PlanError(f'{where}: "{key}" is {_shown(value)}, but nothing has more than {LARGEST:,}.')
+    return values
+
+
+def _shown(value: object) -> str:
+    """Return how a message quotes a value, which may be of any size."""
+    scalar = value is None or isinstance(value, (str, int, float))
+    return repr(value)[:80] if scalar else f"a {type(value).__name__}"
+
+
+def _layer_from_dict(data: object) -> LayerPlan:
+    if not isinstance(data, dict) or not isinstance(data.get("name"), str):
+        raise PlanError('The plan has a layer without a "name".')
+    values = _typed(LayerPlan, data, data["name"])
+    missing = {"kind", "in_features", "out_features", "bias"} - values.keys()
+    if missing:
+        raise PlanError(f"{data['name']}: the plan lacks {', '.join(sorted(missing))}.")
+    whole = values.get("rank") is None  # a layer without elements stays as it is
+    if min(values["in_features"], values["out_features"]) < (0 if whole else 1):
+        raise PlanError(f"{data['name']}: in_features and out_features must be positive.")
+    return LayerPlan(**values)
+
+
+def _code_from_dict(data: object) -> CodedWeight:
+    if not isinstance(data, dict) or not isinstance(data.get("name"), str):
+        raise PlanError('The plan has a coded weight without a "name".')
+    values = _typed(CodedWeight, data, data["name"])
+    missing = (
+        {field.name for field in fields(CodedWeight)} - {"group_size", "smooth", "centred"} - values.keys()
+    )
+    if missing:
+        raise PlanError(f"{data['name']}: the plan lacks {', '.join(sorted(missing))}.")
+    if values["rows"] < 1 or values["columns"] < 1:
+        raise PlanError(f"{data['name']}: rows and columns must be positive.")
+    return CodedWeight(**values)
+
+
+def _unplanned_from_dict(data: object) -> UnplannedWeight:
+    if not isinstance(data, dict) or not isinstance(data.get("name"), str):
+        raise PlanError('The plan has an unplanned weight without a "name".')
+    missing = {"shape", "parameters", "reason"} - data.keys()
+    if missing:
+        raise PlanError(f"{data['name']}: the plan lacks {', '.join(sorted(missing))}.")
+    shape, others = data["shape"], {key: value for key, value in data.items() if key != "shape"}
+    if not isinstance(shape, (list, tuple)) or not all(type(size) is int for size in shape):
+        raise PlanError(f'{data["name"]}: "shape" is {shape!r}, but must be a list of whole numbers.')
+    return UnplannedWeight(**_typed(UnplannedWeight, others, data["name"]), shape=tuple(shape))

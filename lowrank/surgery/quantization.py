@@ -1,0 +1,313 @@
+"""Make modules with integer weights from floating-point ones. Only `rotate` changes a model: its factors.
+
+Inner dimensions are free to be rotated (``LR = (LO)(OᵀR)``), so before they are coded, factors are brought
+to orthonormal columns of ``L`` and then rotated at random. That spreads every outlier over all components,
+and a rounding error of equal size in each does equal harm. Source of rotating before quantizing: QuIP (Chee
+et al. 2023, arXiv:2307.13304) and QuaRot (Ashkboos et al. 2024, arXiv:2404.00456); between two factors it
+costs nothing at inference. Statistics, where there are any, say how to scale and shift what a layer reads
+(`lowrank.nn.quantized`), and how its inputs lie (`lowrank.linalg.encode`).
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.calibration.statistics import Moments, Stats
+from lowrank.errors import PlanError, StatsError, WeightError
+from lowrank.inspection.targets import described
+from lowrank.linalg import Scheme, rotated, smoothing
+from lowrank.linalg.svd import checked_weight
+from lowrank.nn import (
+    Coded,
+    LowRankEmbedding,
+    LowRankLinear,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    SharedCodes,
+    SharedDown,
+    kind_named,
+    kind_of,
+)
+from lowrank.plans.plan import CodedWeight, LayerPlan, Plan
+from lowrank.plans.storage_formats import scheme_of
+from lowrank.surgery.factorization import check_layer_of
+
+PARTS = ("base", "down", "up")
+"""What a `LowRankLinear` can hold that is coded on its own, by its name within the layer."""
+
+
+def base_of(plan: Plan, layer: LayerPlan) -> CodedWeight:
+    """Return how the weight is coded that the factors of ``layer`` correct.
+
+    Raises:
+        PlanError: If the plan does not say it.
+    """
+    name = f"{layer.name}.base"
+    for code in plan.codes:
+        if code.name == name:
+            return code
+    raise PlanError(
+        f"{layer.name}: its factors are to correct a coded weight, but the plan's codes have no {name}."
+    )
+
+
+def check_codes(
+    model: nn.Module, plan: Plan, stats: Stats | None, blocked: Mapping[str, str], loading: bool = False
+) -> None:
+    """Check that every coded weight of ``plan`` is a layer, table or factor of that shape.
+
+    ``blocked`` tells what must stay as it is, from `lowrank.inspection.eligibility`.
+
+    Raises:
+        PlanError: If a module is missing, of another kind or shape, coded otherwise, or must stay as it is;
+            if statistics lack.
+        WeightError: If a weight is not finite, or does not divide into groups.
+        StatsError: If the statistics are of another model.
+    """
+    modules = dict(model.named_modules())
+    for layer in plan:
+        if layer.residual:
+            base_of(plan, layer)
+    for code in plan.codes:
+        module = modules.get(code.name)
+        if code.name in plan and plan[code.name].same_as is not None:
+            raise PlanError(
+                f"{code.name}: by the plan it uses the weight of {plan[code.name].same_as}. Code that."
+            )
+        try:
+            scheme_of(code)
+            if not loading and module is not None and not isinstance(module, Coded):
+                checked_weight(module.weight)  # type: ignore[arg-type]
+            if not loading:
+                check_range(modules, code)
+        except WeightError as error:
+            raise type(error)(f"{code.name}: {error}") from error
+        if isinstance(module, Coded):
+            if described(code.name, module) != code:
+                raise PlanError(
+                    f"{code.name}: coded already, and otherwise than the plan says ({code.scheme}). "
+                    "Call decompress(model) first, or start from the dense checkpoint."
+                )
+            continue
+        if _shape_after(modules, plan, code.name) != (code.kind, code.rows, code.columns, code.bias):
+            raise PlanError(
+                f"{code.name}: the plan has a coded {code.kind} of shape ({code.rows}, {code.columns}) "
+                f"there, which does not fit {type(model).__name__}."
+            )
+        if code.name in blocked:
+            raise PlanError(f"{code.name}: this weight cannot be coded: it {blocked[code.name]}.")
+        if code.centred and _serves_several(code, plan):
+            raise PlanError(f"{code.name}: cannot be centred: several layers use it, with unlike inputs.")
+        if code.centred > code.smooth or code.smooth > (code.kind != "embedding"):
+            raise PlanError(
+                f"{code.name}: a {code.kind} cannot be centred without being smooth, nor a table."
+            )
+        if code.smooth and not loading:
+            _check_stats(code, modules, plan, stats)
+
+
+def _serves_several(code: CodedWeight, plan: Plan) -> bool:
+    """Tell whether several layers use the codes: the mean of one's inputs is not that of another's."""
+    layer = code.name.rpartition(".")[0]
+    readers = (code.name, layer, *(reader.name for reader in plan.shared.get(layer, ())))
+    return any(name in plan.equal for name in readers)
+
+
+def with_common_codes_uncentred(plan: Plan) -> Plan:
+    """Return ``plan`` with inputs centred only where one layer uses the weight."""
+    codes = (replace(code, centred=False) if _serves_several(code, plan) else code for code in plan.codes)
+    return replace(plan, codes=tuple(codes))
+
+
+LARGEST_INT4, SMALLEST_INT4 = 2e5, 1e-5
+"""Largest element of weights whose scales under int4 float16 can hold, with room for what scales inputs."""
+
+
+def check_range(modules: Mapping[str, nn.Module], code: CodedWeight) -> None:
+    """Refuse weights, or factors of weights, that ``code``'s scheme cannot hold.
+
+    Raises:
+        WeightError: If a weight is not finite, or the scales of int4 would be lost in float16.
+        SchemeError: If the scheme is unknown, or does not divide the weight's rows.
+    """
+    parent, _, part = code.name.rpartition(".")
+    layer = modules.get(code.name, modules.get(parent) if part in PARTS else None)
+    weight = getattr(layer, "weight", None)
+    scheme = scheme_of(code)
+    if isinstance(weight, Tensor) and not isinstance(layer, Coded) and weight.numel() and not weight.is_meta:
+        checked_weight(weight)
+        check_holds(scheme, weight)
+
+
+def check_holds(scheme: Scheme | None, weight: Tensor) -> None:
+    """Refuse int4 for a weight whose scales would be lost in float16; a weight without data passes.
+
+    Raises:
+        WeightError: If they would be.
+    """
+    if scheme is None or scheme.name != "int4" or weight.is_meta or not weight.numel():
+        return
+    largest = float(weight.detach().abs().max())
+    if largest and not SMALLEST_INT4 < largest < LARGEST_INT4:
+        raise WeightError(
+            f"its largest element is {largest:.2g}, and int4 has float16 scales, for weights from "
+            f"{SMALLEST_INT4:g} to {LARGEST_INT4:g}. Use int8, or ignore this layer."
+        )
+
+
+def _shape_after(
+    modules: Mapping[str, nn.Module], plan: Plan, name: str
+) -> tuple[str, int, int, bool] | None:
+    """Return kind, shape and bias of what will be called ``name`` once the layers are factorized."""
+    parent, _, part = name.rpartition(".")
+    if part in PARTS and parent in plan and plan[parent].rank is not None:
+        layer = plan[parent]
+        rank = layer.rank or 0
+        if part == "base":
+            return ("linear", layer.out_features, layer.in_features, False) if layer.residual else None
+        if layer.kind == LowRankEmbedding.kind:
+            if part == "down":
+                return "embedding", layer.out_features, rank, False
+            return "linear", layer.in_features, rank, layer.has_bias
+        if part == "down":
+            return ("linear", rank, layer.in_features, False) if layer.down_of is None else None
+        return "linear", layer.out_features, rank, layer.has_bias
+    module = modules.get(name)
+    if isinstance(module, nn.Embedding) and (name not in plan or plan[name].rank is None):
+        return "embedding", module.num_embeddings, module.embedding_dim, False
+    kind = kind_of(module) if module is not None else None
+    if module is None or kind is None or (name in plan and plan[name].rank is not None):
+        return None
+    rows, columns = kind.weight(module).shape
+    return kind.name, rows, columns, module.bias is not None
+
+
+def _check_stats(
+    code: CodedWeight, modules: Mapping[str, nn.Module], plan: Plan, stats: Stats | None
+) -> None:
+    """Refuse to scale inputs without statistics, or by those of another model."""
+    parent, _, part = code.name.rpartition(".")
+    within = part in ("base", "down") and parent in plan and plan[parent].rank is not None
+    reader = parent if within else code.name
+    if stats is None or reader not in stats:
+        raise PlanError(
+            f"{code.name}: the plan scales this layer's inputs by their statistics: pass "
+            "stats=calibrate(model, data)."
+        )
+    if kind_of(modules[reader]) is not None:
+        check_layer_of(modules[reader], reader, stats)
+    features = len(stats.inputs[stats.sources[reader]].total)
+    if features != code.columns:
+        raise StatsError(
+            f"{code.name}: reads {code.columns} features, but in the statistics it has {features}. "
+            "They are of another model: calibrate this one's dense form."
+        )
+
+
+@torch.no_grad()
+def coded(model: nn.Module, code: CodedWeight, stats: Stats | None) -> tuple[Coded, Tensor | None]:
+    """Return the module to put in place of ``model``'s ``code.name``.
+
+    Returns:
+        The module, and what the layer's bias has to take up when it is put there, ``(out,)``; of a ``down``
+        that is the bias of its ``up``. ``None`` if nothing.
+    """
+    scheme, module = scheme_of(code), model.get_submodule(code.name)
+    if isinstance(module, nn.Embedding):
+        return QuantizedEmbedding.from_embedding(module, scheme), None
+    kind = kind_named("linear") if isinstance(module, SharedDown) else kind_of(module)
+    assert kind is not None  # checked
+    weight = kind.weight(module)
+    bias: nn.Parameter | None = module.bias  # type: ignore[assignment]
+    parent, _, part = code.name.rpartition(".")
+    layer = model.get_submodule(parent)
+    factor = part if isinstance(layer, LowRankLinear) else None
+    reader = code.name if factor is None else parent
+    if stats is None or reader not in stats:
+        return _like(module).from_weight(weight, bias, scheme, kind=kind.name), None
+    inputs = stats.inputs[stats.sources[reader]]
+    if factor == "up":
+        assert isinstance(layer, LowRankLinear)
+        seen = _between(layer, inputs)
+        return QuantizedLinear.from_weight(weight, bias, scheme, kind=kind.name, moments=seen), None
+    if factor == "down":
+        inputs = _of_all(model, layer, stats)
+    smooth = center = mean = None
+    if code.smooth:
+        smooth, center = _scaling(weight, inputs, code.centred)
+    if center is not None and smooth is not None:
+        mean = weight.float() @ (center.float() / smooth.float())
+        if isinstance(layer, LowRankLinear):
+            mean = layer.up.weight.float() @ mean  # of which there is a floating-point one still
+    new = _like(module).from_weight(
+        weight,
+        bias,
+        scheme,
+        kind=kind.name,
+        smooth=smooth,
+        center=center,
+        moments=_second(inputs, code.centred, weight.device),
+    )
+    return new, mean
+
+
+def _scaling(weight: Tensor, moments: Moments, centred: bool) -> tuple[Tensor, Tensor | None]:
+    """Return by what to scale the inputs, and what to take from them then, within the range of float16."""
+    smooth = smoothing(weight, moments.variances(centred))
+    if not centred:
+        return smooth, None
+    center = moments.mean.to(weight.device) * smooth.double()
+    return smooth, center.clamp(-6e4, 6e4).to(torch.float16)
+
+
+def _second(inputs: Moments, centred: bool, device: torch.device) -> Tensor | None:
+    """Return the second moment of a layer's input, if more than its diagonal is known."""
+    second = inputs.second(centred)
+    return second.to(device) if second.ndim == 2 else None
+
+
+def _between(layer: LowRankLinear, inputs: Moments) -> Tensor | None:
+    """Return the second moment ``R C Rᵀ`` of what an ``up`` reads, if that is known."""
+    down: nn.Module = layer.down
+    centred = isinstance(down, QuantizedLinear) and down.center is not None
+    right: Tensor = down.dense_weight() if isinstance(down, Coded) else down.weight  # type: ignore[assignment]
+    second = _second(inputs, centred, right.device)
+    return None if second is None else right.double() @ second @ right.double().T
+
+
+@torch.no_grad()
+def rotate(layers: Sequence[LowRankLinear | LowRankEmbedding], seed: int) -> None:
+    """Mix the inner dimensions of the factors, so that integers hold them well; the products stay.
+
+    ``layers`` have one ``down``.
+    """
+    down, ups = layers[0].down.weight, [layer.up.weight for layer in layers]
+    right = down.T if isinstance(layers[0], LowRankEmbedding) else down  # (rank, …)
+    left, mixed = rotated(torch.cat(ups), right, seed)
+    for up, part in zip(ups, torch.split(left, [len(up) for up in ups]), strict=True):
+        up.copy_(part)
+    right.copy_(mixed)
+
+
+def readers_of(model: nn.Module, layer: LowRankLinear) -> dict[str, LowRankLinear]:
+    """Return the layers that use the ``down`` of ``layer``, with their names, itself among them."""
+    every = ((n, m) for n, m in model.named_modules() if isinstance(m, LowRankLinear))
+    return {name: module for name, module in every if module.down is layer.down}
+
+
+def _like(module: nn.Module) -> type[QuantizedLinear]:
+    return SharedCodes if isinstance(module, SharedDown) else QuantizedLinear
+
+
+def _of_all(model: nn.Module, layer: nn.Module, stats: Stats) -> Moments:
+    """Return the moments of what all read that use the ``down`` of ``layer``; each input counts once."""
+    assert isinstance(layer, LowRankLinear)
+    sources = dict.fromkeys(stats.sources[n] for n in readers_of(model, layer) if n in stats)
+    moments = [stats.inputs[source] for source in sources]
+    return functools.reduce(operator.add, moments)

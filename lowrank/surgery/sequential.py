@@ -1,0 +1,276 @@
+r"""Anchored sequential calibration: the blocks make up for what the layers before them have lost.
+
+Factors chosen one by one assume that a layer reads what the dense one reads. It does not: what comes
+before it is compressed, too, and errors pile up in the residual stream. So go through the stack of
+blocks with two streams of hidden states, of the dense model and of the compressed one. A layer whose
+output y the model adds to another tensor r, which is how blocks write into the stream, gets its second
+factor and bias fitted anew to the sum:
+
+    min  Σ_t w_t ‖ (y + r)_t − (L z + b + r̂)_t ‖²  +  λ ‖ (L − L₀) D^½ ‖²,    z = R x̂,  D = diag(E[zzᵀ])
+
+where y + r is of the dense stream, x̂ and r̂ are what there is in the compressed model, and L₀ is the
+factor before. So it makes up for the whole error of the stream, as far as its input can tell. These sums
+are normalized before anything reads them, hence a token weighs ``w = 1/‖y + r‖²``. Other layers stay as
+they are: fitting them to compressed inputs shrinks what they say towards its mean, and made language
+models worse. In a block that adds nothing, all layers are fitted, to their own dense outputs.
+
+λ is chosen by the error on held-out batches, L₀ among the candidates. Memory: two hidden states of all
+batches, and what else their blocks are called with (masks); one dense block; the moments of one layer's
+``z``. The hidden states may lie on a disk.
+
+Sources: the regression on the compressed model's inputs as in SVD-LLM (Wang et al. 2024,
+arXiv:2403.07378); the dense stream as its target as in GPTAQ (Li et al. 2025, arXiv:2504.02692).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lowrank.calibration.data import HELD_OUT, Batch
+from lowrank.calibration.statistics import Stats
+from lowrank.errors import DataError, LowRankError, PlanError
+from lowrank.inspection.blocks import find_blocks
+from lowrank.inspection.contexts import eval_mode
+from lowrank.linalg.ridge import Regression
+from lowrank.nn import LowRankLinear
+from lowrank.plans.plan import Plan
+from lowrank.surgery.hidden_states import Streams
+from lowrank.surgery.replacement import apply, check_request, register_overruled
+from lowrank.surgery.residual_adds import Listener
+
+RIDGES = (1e-3, 1e-2, 1e-1, math.inf)
+"""Candidates for λ; at infinity the factor stays as it was."""
+
+
+def apply_anchored(
+    model: nn.Module,
+    plan: Plan,
+    stats: Stats | None,
+    batches: Iterable[Batch],
+    *,
+    seed: int = 0,
+    spill: Path | None = None,
+    progress: bool = False,
+) -> set[str]:
+    """Carry out ``plan`` block by block; see `lowrank.apply` for the arguments and errors.
+
+    Returns:
+        The layers that were fitted anew.
+    """
+    check_request(model, plan, stats, seed)
+    blocks = find_blocks(model)
+    if not blocks:
+        raise LowRankError(
+            f"sequential=True goes through a stack of repeated blocks, and {type(model).__name__} has none. "
+            "Leave it out."
+        )
+    if any(isinstance(module, LowRankLinear) for module in model.modules()):
+        raise LowRankError(
+            "sequential=True needs the dense model to compare with; this one has factorized layers. Start "
+            "from the dense checkpoint."
+        )
+    if any(layer.residual for layer in plan.factorized):
+        raise LowRankError(
+            "sequential=True fits factors anew that replace weights, and these correct coded ones. "
+            "Leave it out."
+        )
+    if any(layer.name in plan.equal for layer in plan.factorized):
+        raise LowRankError(
+            "sequential=True goes through blocks one by one, and by the plan some layers use the factors of "
+            "others. Leave it out, or plan without those."
+        )
+    if any(layer.name in blocks for layer in plan.factorized):
+        raise LowRankError(
+            "sequential=True needs blocks of several layers, and these are linear layers themselves. "
+            "Leave it out."
+        )
+    inside = {x.name: name for x in plan.factorized for name in blocks if x.name.startswith(f"{name}.")}
+    _check_shared(plan, inside)
+    fitted: set[str] = set()
+    with contextlib.ExitStack() as stack:
+        folder = None if spill is None else stack.enter_context(_folder_in(spill))
+        streams = [Streams(batch, folder) for batch in batches]
+        if len(streams) < HELD_OUT:
+            raise DataError(
+                f"sequential=True needs {HELD_OUT} batches or more, one of them to see what it gains; there "
+                f"are {len(streams)}. Give more data, or the same in smaller batches."
+            )
+        with torch.no_grad(), eval_mode(model):
+            for number, each in enumerate(streams):
+                each.enter(model, list(blocks.values()), to_the_end=number == 0)
+            _check_sums(blocks, inside, streams[0])
+        register_overruled(model, plan)
+        outside = [layer.name for layer in plan.factorized if layer.name not in inside]
+        if outside:
+            apply(model, _part(plan, outside), stats, seed=seed)
+            with torch.no_grad(), eval_mode(model):
+                for each in streams:
+                    each.enter_compressed(model, list(blocks.values()))
+        bar = tqdm(blocks.items(), desc="anchoring", unit="block", disable=None if progress else True)
+        for number, (name, block) in enumerate(bar):
+            dense = copy.deepcopy(block)
+            names = [layer for layer, home in inside.items() if home == name]
+            apply(model, _part(plan, names), stats, seed=seed)
+            with torch.no_grad(), eval_mode(block), eval_mode(dense):
+                done = _refit(
+                    dense, block, [layer.removeprefix(f"{name}.") for layer in names], streams, number
+                )
+                fitted |= {f"{name}.{layer}" for layer in done}
+                for each in streams:
+                    each.advance(dense, block, number)
+    return fitted
+
+
+@contextlib.contextmanager
+def _folder_in(spill: Path) -> Iterator[Path]:
+    try:
+        folder = tempfile.TemporaryDirectory(dir=spill)
+    except OSError as error:
+        raise LowRankError(f"spill={str(spill)!r}: hidden states cannot be kept there: {error}.") from error
+    with folder as name:
+        yield Path(name)
+
+
+def _part(plan: Plan, names: Sequence[str]) -> Plan:
+    layers = tuple(layer for layer in plan if layer.name in names or layer.same_as in names)
+    return replace(plan, layers=layers, codes=())
+
+
+def _check_shared(plan: Plan, inside: Mapping[str, str]) -> None:
+    """Refuse a ``down`` that is shared by layers of several blocks: these are factorized one by one."""
+    for name, layers in plan.shared.items():
+        for layer in layers:
+            if inside.get(layer.name) != inside.get(name):
+                raise PlanError(
+                    f"{layer.name}: uses the down of {name}, which is in another block. Plan without share, "
+                    "or leave out sequential."
+                )
+
+
+def _check_sums(blocks: Mapping[str, nn.Module], inside: Mapping[str, str], first: Streams) -> None:
+    """Refuse a model that adds something, but never a layer's output as it is."""
+    hidden, adds = first.dense.clone(), False
+    for number, (name, block) in enumerate(blocks.items()):
+        names = [x.removeprefix(f"{name}.") for x, home in inside.items() if home == name]
+        listener = Listener(block, names, to_the_end=True)
+        listener.run(lambda block=block, number=number: first.advance(block, block, number))  # type: ignore[misc]
+        if listener.addends:
+            break
+        adds |= listener.adds
+    else:
+        if adds:
+            raise LowRankError(
+                "sequential=True sees no layer whose output is added to the hidden states as it is: this "
+                "model scales or normalizes it first. Leave it out."
+            )
+    first.start(hidden)
+
+
+def _refit(
+    dense: nn.Module, small: nn.Module, names: Sequence[str], streams: Sequence[Streams], number: int
+) -> list[str]:
+    """Fit the second factors of a block's layers anew, in the order in which they run; return which."""
+    stages, sums = _stages(small, names, streams[0], number)
+    done = []
+    for stage in stages:
+        fits: dict[str, _Fit] = {}
+        for each in streams:
+            there, here = (Listener(block, stage, sums & set(stage)) for block in (dense, small))
+            there.run(lambda each=each: each.call_dense(dense, number))  # type: ignore[misc]
+            here.run(lambda each=each: each.call_small(small, number))  # type: ignore[misc]
+            for name in stage:
+                if _alike(name, there, here):
+                    fit = fits.setdefault(name, _Fit(small.get_submodule(name)))  # type: ignore[arg-type]
+                    fit.add(name, there, here, each.batch)
+        done += [name for name, fit in fits.items() if fit.finish()]
+    return done
+
+
+def _alike(name: str, dense: Listener, small: Listener) -> bool:
+    """Tell whether both streams have the same rows at a layer; an expert may get other tokens in each."""
+    if name not in dense.outputs or name not in small.outputs:
+        return False
+    same = dense.outputs[name].shape == small.outputs[name].shape
+    return same and getattr(dense.addends.get(name), "shape", None) == getattr(
+        small.addends.get(name), "shape", None
+    )
+
+
+def _stages(
+    small: nn.Module, names: Sequence[str], first: Streams, number: int
+) -> tuple[list[list[str]], set[str]]:
+    """Return the layers to fit, those that read the same input together, in the order in which they run.
+
+    That is the layers whose outputs are added to something, the second thing returned; in a block that
+    adds nothing, all. A layer that runs several times has no input of its own, and stays as it is.
+    """
+    listener = Listener(small, names, to_the_end=True)
+    listener.run(lambda: first.call_small(small, number))
+    once = {name: read for name, read in listener.inputs.items() if name not in listener.repeated}
+    sums = once.keys() & listener.addends.keys()
+    stages: dict[int, list[str]] = {}
+    for name, read in once.items():
+        if name in sums or not listener.adds:
+            stages.setdefault(id(read), []).append(name)
+    return list(stages.values()), sums
+
+
+class _Fit:
+    """The regression of one layer's second factor and bias."""
+
+    def __init__(self, layer: LowRankLinear) -> None:
+        self._layer = layer
+        make = layer.rank, layer.out_features, layer.up.weight.device
+        self._fitted, self._held = Regression.empty(*make), Regression.empty(*make)
+        self._centre: tuple[Tensor, Tensor] | None = None
+
+    def add(self, name: str, dense: Listener, small: Listener, batch: Batch) -> None:
+        """Add the tokens of one batch."""
+        z = batch.real(nn.functional.linear(small.inputs[name], self._layer.down.weight)).float()
+        if not len(z):
+            return  # an expert that this batch has no token for
+        y = batch.real(dense.outputs[name]).float()
+        weight = z.new_ones(len(z), 1)
+        if name in dense.addends and name in small.addends:
+            there, here = (batch.real(listener.addends[name]).float() for listener in (dense, small))
+            total = y + there
+            weight = 1 / total.square().mean(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+            y = total - here
+        if self._centre is None:  # near the mean, so that little cancels; nothing where there is no bias
+            some = (z.mean(0), y.mean(0)) if self._layer.bias is not None else (z[0] * 0, y[0] * 0)
+            self._centre = some
+        sums = self._held if batch.held_out else self._fitted
+        sums.add(z - self._centre[0], y - self._centre[1], weight)
+
+    def finish(self) -> bool:
+        """Set the factor and the bias to the candidate that fares best on held-out batches.
+
+        Returns:
+            Whether that is another factor than before.
+        """
+        if self._centre is None or not self._fitted.weight > 0:
+            return False
+        up, intercept = self._layer.up, self._layer.bias is not None
+        before = up.weight.double()
+        tried = {ridge: self._fitted.solve(ridge, before, intercept) for ridge in RIDGES}
+        chosen = min(tried, key=lambda ridge: self._held.error(*tried[ridge]))
+        left, bias = (self._fitted + self._held).solve(chosen, before, intercept)
+        if not bool(left.isfinite().all() and bias.isfinite().all()):
+            return False  # the compressed model overflows on these data
+        up.weight.copy_(left)
+        if up.bias is not None:
+            z, y = (mean.double() for mean in self._centre)
+            up.bias.copy_(bias + y - left @ z)
+        if chosen < math.inf:
+            self._layer.relative_error = None  # of the factor before; this one has another aim
+        return chosen < math.inf
