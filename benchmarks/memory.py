@@ -19,7 +19,7 @@ from common import PeakMemory, finish, parser
 from transformers import AutoModel, BertConfig, BertModel
 
 from lowrank import compress
-from lowrank.linalg import spectrum, truncated_svd
+from lowrank.linalg import error_curve, truncated_svd
 
 TINY = BertConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128)
 
@@ -51,7 +51,7 @@ def compressing(budget: str) -> dict[str, int]:
         with PeakMemory() as peak:
             truncated_svd(weight, 100 if budget == "rank" else 300)
             if budget == "keep":
-                spectrum(weight)
+                error_curve(weight)
         alone.append(peak.bytes)
     gc.collect()
     with PeakMemory() as whole:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lowrank.linalg import spectrum, truncated_svd
+from lowrank.linalg import error_curve, truncated_svd
 
 SHAPES = [(768, 768), (3072, 768), (768, 3072), (1000, 1000)]
 
@@ -31,4 +31,4 @@ def test_torch_linalg_svd(benchmark: Callable[..., Any], weight: torch.Tensor) -
 
 
 def test_spectrum_at_every_rank(benchmark: Callable[..., Any], weight: torch.Tensor) -> None:
-    assert len(benchmark(spectrum, weight).tail) == min(weight.shape) + 1
+    assert len(benchmark(error_curve, weight).tail) == min(weight.shape) + 1

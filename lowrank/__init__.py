@@ -28,10 +28,10 @@ from lowrank.errors import (
     WeightError,
 )
 from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedEmbedding, QuantizedLinear
-from lowrank.pipeline.verbs import apply, calibrate, compress, decompress, plan, quantize, spectra
+from lowrank.pipeline.verbs import apply, calibrate, compress, decompress, error_curves, plan, quantize
 from lowrank.plans.plan import LayerPlan, Plan
 from lowrank.reports.benchmark import benchmark
-from lowrank.reports.plots import plot_ranks, plot_spectra
+from lowrank.reports.plots import plot_error_curves, plot_ranks
 from lowrank.reports.report import report
 
 if TYPE_CHECKING:
@@ -67,15 +67,15 @@ __all__ = [
     "calibrate",
     "compress",
     "decompress",
+    "error_curves",
     "load",
     "plan",
+    "plot_error_curves",
     "plot_ranks",
-    "plot_spectra",
     "quantize",
     "recover",
     "report",
     "save",
-    "spectra",
 ]
 
 _transformers.watch()

@@ -75,7 +75,7 @@ def tokenizer(texts, **options):
 SMALL = lowrank.compress(dense(), rank=4)
 STATS = lowrank.calibrate(dense(), DATA)
 PLAN = lowrank.plan(dense(), rank=4)
-SPECTRA = lowrank.spectra(dense())
+SPECTRA = lowrank.error_curves(dense())
 TABLE = LatencyTable.here(dense())
 small = partial(copy.deepcopy, SMALL)
 factors = partial(dict, left=torch.randn(8, 2), right=torch.randn(2, 8))
@@ -111,7 +111,7 @@ CASES: dict[str, Case] = {
     "quantize": (lowrank.quantize, lambda at: {"model": dense()}),
     "quantize-int4": (lowrank.quantize, lambda at: {"model": dense(), "scheme": "int4", "slow": "allow"}),
     "decompress": (lowrank.decompress, lambda at: {"model": small()}),
-    "spectra": (lowrank.spectra, lambda at: {"model": dense()}),
+    "spectra": (lowrank.error_curves, lambda at: {"model": dense()}),
     "recover": (
         lowrank.recover,
         lambda at: {"model": small(), "teacher": dense(), "data": DATA, "steps": 1, "snapshots": at / "s"},
@@ -169,7 +169,7 @@ CASES: dict[str, Case] = {
     ),
     "LowRankLinear.from_factors": (LowRankLinear.from_factors, lambda at: factors()),
     "LowRankLinear.use_down_of": (
-        lambda owner, same_input=True: LowRankLinear(8, 8, 2).use_down_of(owner, same_input),
+        lambda owner, same_input=True: LowRankLinear(8, 8, 2).share_down_with(owner, same_input),
         lambda at: {"owner": LowRankLinear(8, 8, 2, shared=True)},
     ),
     "LowRankEmbedding": (

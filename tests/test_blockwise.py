@@ -12,7 +12,7 @@ from torch import nn
 import lowrank.distillation.trainer
 from lowrank import CheckpointError, DataError, LowRankError, compress, recover
 from lowrank.calibration.data import as_batch
-from lowrank.distillation.losses import Lesson
+from lowrank.distillation.losses import DistillationLoss
 from lowrank.distillation.recovery import trainable
 from lowrank.distillation.trainer import mean_distance
 from lowrank.inspection.blocks import find_blocks, output_of, outputs_of
@@ -86,7 +86,7 @@ def padded() -> torch.Tensor:
 
 
 def distance(teacher: nn.Module, small: nn.Module, data: list) -> float:
-    lesson = Lesson(small, teacher)
+    lesson = DistillationLoss(small, teacher)
     with lesson.listening():
         every = [as_batch(given) for given in data]
         return mean_distance(lesson.distance, every, torch.device("cpu"))
@@ -118,7 +118,7 @@ def test_it_brings_the_model_closer_to_its_teacher_and_trains_nothing_but_blocks
 def test_a_block_reads_what_the_recovered_blocks_before_it_make(kind):
     teacher, small, data = made(kind)
     names, batch = list(find_blocks(teacher)), as_batch(data[0])
-    lesson = Lesson(small, teacher)
+    lesson = DistillationLoss(small, teacher)
     with (
         torch.no_grad(),
         outputs_of(find_blocks(teacher).values()) as its,
@@ -242,8 +242,8 @@ def test_a_learning_rate_that_ruins_every_block_returns_the_model_unharmed():
 
 def test_blocks_that_are_closer_are_not_kept_where_the_whole_model_is_not(monkeypatch):
     teacher, small, data = made("bert")
-    before, counter, whole = state(small), itertools.count(1), Lesson.distance
-    monkeypatch.setattr(Lesson, "distance", lambda *args: whole(*args) * next(counter))
+    before, counter, whole = state(small), itertools.count(1), DistillationLoss.distance
+    monkeypatch.setattr(DistillationLoss, "distance", lambda *args: whole(*args) * next(counter))
     recover(small, teacher, data, steps=30, **OPTIONS)
     assert next(counter) > LAYERS + 1
     assert same(small, before)
@@ -251,14 +251,14 @@ def test_blocks_that_are_closer_are_not_kept_where_the_whole_model_is_not(monkey
 
 def test_a_block_that_training_makes_worse_stays_as_it_was(monkeypatch):
     teacher, small, data = made("bert")
-    before, right = state(small), Lesson.block_distance
+    before, right = state(small), DistillationLoss.block_distance
     names = list(find_blocks(teacher))
 
     def wrong(lesson, name, batch):
         sign = -1 if name == names[1] and torch.is_grad_enabled() else 1
         return sign * right(lesson, name, batch)
 
-    monkeypatch.setattr(Lesson, "block_distance", wrong)
+    monkeypatch.setattr(DistillationLoss, "block_distance", wrong)
     recover(small, teacher, data, steps=60, **OPTIONS)
     changed = {name for name, value in small.state_dict().items() if not torch.equal(before[name], value)}
     assert {name.split(".")[2] for name in changed} == {"0", "2"}
@@ -267,14 +267,14 @@ def test_a_block_that_training_makes_worse_stays_as_it_was(monkeypatch):
 def test_steps_are_divided_evenly_over_the_blocks(monkeypatch):
     teacher, small, data = made("bert")
     trained = []
-    spied = Lesson.block_distance
+    spied = DistillationLoss.block_distance
 
     def spy(lesson, name, batch):
         if torch.is_grad_enabled():
             trained.append(name)
         return spied(lesson, name, batch)
 
-    monkeypatch.setattr(Lesson, "block_distance", spy)
+    monkeypatch.setattr(DistillationLoss, "block_distance", spy)
     recover(small, teacher, data, steps=11, **OPTIONS)
     assert [trained.count(name) for name in find_blocks(teacher)] == [3, 4, 4]
     assert trained == sorted(trained)
@@ -293,7 +293,7 @@ def test_minutes_are_divided_over_the_blocks_and_kept():
 
 def test_a_run_that_was_interrupted_goes_on_to_the_same_end(tmp_path):
     teacher, whole, data = made("bert")
-    halves = copy.deepcopy(whole)
+    nibbles = copy.deepcopy(whole)
     recover(whole, teacher, data, steps=30, **OPTIONS)
     counter = itertools.count(1)
 
@@ -301,16 +301,16 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_end(tmp_path):
         if torch.is_grad_enabled() and next(counter) == 5:
             raise KeyboardInterrupt
 
-    handle = halves.encoder.layer[1].output.register_forward_hook(stop)
+    handle = nibbles.encoder.layer[1].output.register_forward_hook(stop)
     options = {"steps": 30, "snapshots": tmp_path / "run", **OPTIONS}
     with pytest.raises(KeyboardInterrupt):
-        recover(halves, teacher, data, **options)
+        recover(nibbles, teacher, data, **options)
     handle.remove()
     assert json.loads((tmp_path / "run" / "snapshot.json").read_text())["blocks"] == 1
-    recover(halves, teacher, data, **options)
-    assert same(halves, state(whole))
-    recover(halves, teacher, data, **options)  # a finished run is not trained again
-    assert same(halves, state(whole))
+    recover(nibbles, teacher, data, **options)
+    assert same(nibbles, state(whole))
+    recover(nibbles, teacher, data, **options)  # a finished run is not trained again
+    assert same(nibbles, state(whole))
 
 
 @pytest.mark.parametrize("blockwise", [False, True], ids=["whole", "blockwise"])

@@ -18,7 +18,7 @@ from lowrank import (
     decompress,
 )
 from lowrank.calibration.data import batches
-from lowrank.linalg import Gram, Metric, spectrum
+from lowrank.linalg import Gram, Metric, error_curve
 
 
 def made(*shape, seed=0):
@@ -138,13 +138,13 @@ def test_padding_does_not_count(tiny_bert):
 
 def test_statistics_of_two_halves_add_up_to_those_of_the_whole(mlp, data):
     whole = calibrate(mlp, data, loss=summed)
-    halves = calibrate(mlp, data[:2], loss=summed) + calibrate(mlp, data[2:], loss=summed)
-    assert halves.fingerprint == whole.fingerprint
-    assert (halves.tokens, halves.terms) == (whole.tokens, whole.terms)
+    nibbles = calibrate(mlp, data[:2], loss=summed) + calibrate(mlp, data[2:], loss=summed)
+    assert nibbles.fingerprint == whole.fingerprint
+    assert (nibbles.tokens, nibbles.terms) == (whole.tokens, whole.terms)
     for name in whole.sources:
         for mine, its in (
-            (halves.moments(name).products, whole.moments(name).products),
-            (halves.gradients[name].products, whole.gradients[name].products),
+            (nibbles.moments(name).products, whole.moments(name).products),
+            (nibbles.gradients[name].products, whole.gradients[name].products),
         ):  # products are float32, and the batches meet in other groups
             assert (mine - its).norm() <= 1e-6 * its.norm()
 
@@ -283,9 +283,9 @@ def test_shrinkage_makes_predictions_from_few_tokens_hold_on_others():
     """40 tokens of 64 independent features look as if they lay in a subspace; the true C is I."""
     model = nn.Sequential(nn.Linear(64, 64))
     few = calibrate(model, [made(10, 64, seed=i) for i in range(4)], loss=None)
-    weight, true = model[0].weight.detach(), spectrum(model[0].weight).squared_error(32)
-    naive = spectrum(weight, Metric(Gram(few.moments("0").second(centred=True)))).squared_error(32)
-    shrunk = spectrum(weight, few.metric("0", "inputs", centred=True)).squared_error(32)
+    weight, true = model[0].weight.detach(), error_curve(model[0].weight).squared_error(32)
+    naive = error_curve(weight, Metric(Gram(few.moments("0").second(centred=True)))).squared_error(32)
+    shrunk = error_curve(weight, few.metric("0", "inputs", centred=True)).squared_error(32)
     assert naive < 0.3 * true
     assert shrunk > 0.6 * true
     assert few.held_out_ratio("0") == pytest.approx(1, abs=0.25)
@@ -380,7 +380,7 @@ def test_layers_without_a_shape_yet_are_refused_by_every_call(data):
         lambda: decompress(lazy),
         lambda: lowrank.recover(small, lazy, data, steps=1),
         lambda: lowrank.report(lazy),
-        lambda: lowrank.spectra(lazy),
+        lambda: lowrank.error_curves(lazy),
         lambda: lowrank.save(lazy, "never"),
     ]
     for call in calls:

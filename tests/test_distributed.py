@@ -20,7 +20,7 @@ from torch import nn
 import lowrank.distillation.trainer
 from lowrank import compress, recover
 from lowrank.calibration.data import as_batch
-from lowrank.distillation.losses import Lesson
+from lowrank.distillation.losses import DistillationLoss
 from lowrank.distillation.recovery import trainable
 from lowrank.distillation.snapshots import Snapshot
 from lowrank.distillation.trainer import mean_distance, schedule, shuffled
@@ -247,7 +247,7 @@ def expected(folder):
     order = shuffled([batch for batch in every if batch not in held], seed=0)
     parameters = trainable(small)
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
-    lesson = Lesson(small, teacher)
+    lesson = DistillationLoss(small, teacher)
     with lesson.listening():
         for step in range(STEPS):
             optimizer.param_groups[0]["lr"] = OPTIONS["learning_rate"] * schedule(step / STEPS)

@@ -69,9 +69,9 @@ def are_one(model: nn.Module, owner: str, other: str) -> bool:
 @both_ties
 def test_the_first_is_the_owner_and_the_others_are_aliases_in_the_plan(tie):
     plan = lowrank.plan(net(tie), rank=16)
-    assert (plan["a"].rank, plan["a"].same_as, plan["a"].targeted) == (16, None, True)
-    assert (plan["c"].rank, plan["c"].same_as, plan["c"].targeted) == (16, "a", False)
-    assert (plan["c"].parameters, plan["c"].copied) == (0, tie == "copied")
+    assert (plan["a"].rank, plan["a"].tied_to, plan["a"].targeted) == (16, None, True)
+    assert (plan["c"].rank, plan["c"].tied_to, plan["c"].targeted) == (16, "a", False)
+    assert (plan["c"].parameters, plan["c"].was_copy) == (0, tie == "copied")
     assert plan["c"].reason == "uses the weight of a"
     assert [layer.name for layer in plan.factorized] == ["a", "b"]
     assert Plan.from_json(plan.to_json()) == plan
@@ -81,7 +81,7 @@ def test_the_first_is_the_owner_and_the_others_are_aliases_in_the_plan(tie):
 def test_layers_that_are_not_both_targets_stay_two(tie):
     for options in ({"ignore": ["c"]}, {"targets": ["[ab]"]}):
         plan = lowrank.plan(net(tie), rank=16, **options)
-        assert plan["c"].same_as is None
+        assert plan["c"].tied_to is None
         assert plan["a"].rank == (16 if tie == "copied" else None)
     with pytest.raises(TargetError, match=r"a: this layer cannot be factorized: it shares its weight with c"):
         lowrank.plan(net("tied"), rank=16, targets=["a"])
@@ -130,7 +130,7 @@ def test_where_the_owner_stays_dense_nothing_changes_for_the_others(tie):
     plan = lowrank.plan(model, rank={"a": 40, "b": 16}, targets=["*"])  # 40 does not pay
     assert (plan["a"].rank, plan["c"].rank) == (None, None)
     if tie == "copied":
-        assert (plan["c"].same_as, plan["c"].reason) == (None, plan["a"].reason)
+        assert (plan["c"].tied_to, plan["c"].reason) == (None, plan["a"].reason)
         assert plan["c"].parameters == SIZE * SIZE
     before = model.a.weight, model.c.weight
     lowrank.apply(model, plan)

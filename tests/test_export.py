@@ -15,7 +15,7 @@ from torch import nn
 
 import lowrank
 from lowrank.linalg import matmul
-from lowrank.nn import Coded, integer_matmul
+from lowrank.nn import QuantizedModule, integer_matmul
 from lowrank.nn.shared import SharedDown
 
 transformers = pytest.importorskip("transformers")
@@ -154,7 +154,9 @@ def test_the_onnx_file_holds_what_the_checkpoint_holds(dense, setting, tmp_path)
     owned = [m.owns_down for m in model.modules() if isinstance(m, lowrank.LowRankLinear)]
     assert all(owned) == (setting != "shared")
     for dtype, name in {torch.int8: "INT8", torch.uint8: "UINT8"}.items():
-        codes = [m.codes for m in model.modules() if isinstance(m, Coded) and m.codes.dtype == dtype]
+        codes = [
+            m.codes for m in model.modules() if isinstance(m, QuantizedModule) and m.codes.dtype == dtype
+        ]
         assert held.get(name, 0) == sum(tensor.nbytes for tensor in codes)
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     positions = 2 * 512 * 8  # BERT's, which its checkpoint leaves out
@@ -213,7 +215,7 @@ def assert_compiled_as_eager(found, model: nn.Module, given):
     """With codes, one input in many thousands is rounded elsewhere, as sums before it have another order."""
     with torch.no_grad():
         eager = main_output(model(**given))
-    if any(isinstance(m, Coded) for m in model.modules()):
+    if any(isinstance(m, QuantizedModule) for m in model.modules()):
         assert (found - eager).square().sum() <= 1e-5 * eager.square().sum()
     else:
         assert_rounded_alike(found, eager, given)

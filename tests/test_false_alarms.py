@@ -10,7 +10,7 @@ from torch import nn
 
 import lowrank
 from lowrank.inspection.targets import draft
-from lowrank.nn import kind_of, linear_subclasses
+from lowrank.nn import layer_type_of, linear_subclasses
 
 
 class Documented(nn.Linear):
@@ -182,7 +182,7 @@ def test_two_subclasses_of_one_name_are_told_apart():
     first = type("Alike", (nn.Linear,), {"__module__": "one"})
     second = type("Alike", (nn.Linear,), {"__module__": "two"})
     model = nn.Sequential(first(32, 32), second(32, 32))
-    names = [kind_of(layer).name for layer in model]
+    names = [layer_type_of(layer).name for layer in model]
     assert names == ["Alike", "two.Alike"]
     lowrank.decompress(lowrank.compress(model, rank=4))
     assert [type(layer) for layer in model] == [first, second]
@@ -191,7 +191,7 @@ def test_two_subclasses_of_one_name_are_told_apart():
 def test_a_subclass_that_is_defined_anew_is_the_last_one():
     old = type("Anew", (nn.Linear,), {"__module__": "here"})
     new = type("Anew", (nn.Linear,), {"__module__": "here"})
-    assert kind_of(old(2, 2)).name == kind_of(new(2, 2)).name == "Anew"
+    assert layer_type_of(old(2, 2)).name == layer_type_of(new(2, 2)).name == "Anew"
     model = nn.Sequential(new(32, 32))
     assert type(lowrank.decompress(lowrank.compress(model, rank=4))[0]) is new
 
@@ -229,7 +229,7 @@ def test_falcon_bloom_and_t5_are_compressed_saved_loaded_and_dense_again(family,
     classes = [type(module) for module in model.modules()]
     before = model(**batch).logits
     for module in model.modules():  # of rank 4, so that factors of rank 4 lose nothing
-        if kind_of(module) is not None and module is not model.get_output_embeddings():
+        if layer_type_of(module) is not None and module is not model.get_output_embeddings():
             left, _, right = torch.linalg.svd(module.weight.data, full_matrices=False)
             module.weight.data = left[:, :4] @ right[:4]
     exact = model(**batch).logits

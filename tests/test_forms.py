@@ -9,13 +9,20 @@ import lowrank
 from lowrank import BudgetError, SchemeError, compress
 from lowrank.allocation.candidates import merged
 from lowrank.linalg import Scheme
-from lowrank.nn import Coded, LowRankLinear
+from lowrank.nn import LowRankLinear, QuantizedModule
 from lowrank.plans.plan import LayerPlan
-from lowrank.plans.storage_formats import FLOAT, INT8, Form, coded_bytes, forms_of, stored_bytes
+from lowrank.plans.storage_formats import (
+    FLOAT,
+    INT8,
+    StorageFormat,
+    quantized_bytes,
+    storage_formats_of,
+    stored_bytes,
+)
 from lowrank.reports.evaluation import loss_increase
 
 INT4 = Scheme("int4", 32)
-SOME = [FLOAT, Form(INT8), Form(INT4), Form(INT4, residual=True)]
+SOME = [FLOAT, StorageFormat(INT8), StorageFormat(INT4), StorageFormat(INT4, residual=True)]
 
 
 def size(model):
@@ -43,8 +50,8 @@ def test_the_bytes_of_a_form_are_those_of_the_module_it_becomes(mlp, form, rank,
     lowrank.apply(mlp, planned, stats=stats if known else None)
     bias = 96 * 4
     assert stored_bytes(layer, codes, 4) == size(mlp[0]) - bias
-    coded = [module for module in mlp[0].modules() if isinstance(module, Coded)]
-    assert sum(map(coded_bytes, codes)) == sum(module.stored_bytes for module in coded)
+    coded = [module for module in mlp[0].modules() if isinstance(module, QuantizedModule)]
+    assert sum(map(quantized_bytes, codes)) == sum(module.stored_bytes for module in coded)
 
 
 @pytest.mark.parametrize("fraction", [0.9, 0.5, 0.25, 0.21])
@@ -97,7 +104,7 @@ def test_without_statistics_the_weights_alone_decide(tiny_bert):
     limit = int(0.25 * size(tiny_bert))
     small = compress(tiny_bert, max_bytes=limit, quantize="auto")
     assert size(small) <= limit
-    assert any(isinstance(module, (Coded, LowRankLinear)) for module in small.modules())
+    assert any(isinstance(module, (QuantizedModule, LowRankLinear)) for module in small.modules())
 
 
 def test_sharing_and_codes_compete_under_one_budget(tiny_bert, stats):
@@ -118,7 +125,7 @@ def test_a_budget_that_no_form_meets_says_what_is_the_least(tiny_bert, stats):
 
 def test_layers_that_are_not_whole_groups_keep_their_other_forms(mlp):
     compress(mlp, max_bytes=int(0.4 * size(mlp)), quantize="auto", group_size=80)  # divides neither 64 nor 96
-    assert not any(m.scheme.name == "int4" for m in mlp.modules() if isinstance(m, Coded))
+    assert not any(m.scheme.name == "int4" for m in mlp.modules() if isinstance(m, QuantizedModule))
 
 
 def test_the_only_form_must_divide_every_layer(mlp):
@@ -128,20 +135,22 @@ def test_the_only_form_must_divide_every_layer(mlp):
 
 def test_unknown_forms_are_refused():
     with pytest.raises(SchemeError, match="known schemes are 'int8' and 'int4'"):
-        forms_of("int5")
+        storage_formats_of("int5")
     with pytest.raises(SchemeError, match="one scale per row"):
-        forms_of("int8", 32)
+        storage_formats_of("int8", 32)
 
 
 def test_a_merged_menu_has_no_point_that_another_beats(tiny_bert, stats):
-    from lowrank.allocation.candidates import Outlook, menu_of
+    from lowrank.allocation.candidates import QuantizationError, candidates_of
     from lowrank.allocation.planner import Request, drafted
-    from lowrank.linalg import Spectrum
+    from lowrank.linalg import ErrorCurve
 
     layer = drafted(tiny_bert, Request(metric="weight"), None, {}).targeted[0]
-    spectrum = Spectrum(torch.linspace(1, 0, 65, dtype=torch.float64) ** 2)
+    error_curve = ErrorCurve(torch.linspace(1, 0, 65, dtype=torch.float64) ** 2)
     menus = [
-        menu_of([layer], [spectrum], [1.0], 8, form, [Outlook(0.01 * number, 0.001 * number)])
+        candidates_of(
+            [layer], [error_curve], [1.0], 8, form, [QuantizationError(0.01 * number, 0.001 * number)]
+        )
         for number, form in enumerate(SOME[:3])
     ]
     whole = merged(menus)

@@ -488,8 +488,8 @@ def test_a_request_that_fits_no_layer_is_an_error_when_loading(tmp_path):
 def test_the_config_of_a_compressed_model_is_json_and_can_be_printed(tmp_path):
     model = small()
     assert '"quant_method": "lowrank"' in str(model.config)
-    copied = copy.deepcopy(model.config)
-    assert copied.to_dict() == model.config.to_dict()
+    was_copy = copy.deepcopy(model.config)
+    assert was_copy.to_dict() == model.config.to_dict()
     json.dumps(model.config.to_diff_dict())
 
 

@@ -161,7 +161,7 @@ def test_statistics_that_have_seen_nothing_are_refused(mlp):
         lambda: apply(mlp, decided, nothing),
         lambda: compress(mlp, keep=0.5, stats=nothing),
         lambda: lowrank.quantize(mlp, stats=nothing),
-        lambda: lowrank.spectra(mlp, stats=nothing),
+        lambda: lowrank.error_curves(mlp, stats=nothing),
     ):
         with pytest.raises(StatsError, match="have seen 0 tokens"):
             call()

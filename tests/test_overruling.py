@@ -11,7 +11,7 @@ from transformers import BertConfig, BertModel, BloomConfig, BloomModel
 
 import lowrank
 from lowrank import DataError, LowRankLinear, Plan, TargetError
-from lowrank.nn import find_kind
+from lowrank.nn import find_layer_type
 
 
 class Counting(nn.Linear):
@@ -305,6 +305,6 @@ def test_a_class_is_not_known_by_its_name_after_a_refusal():
     wrong = plan.with_layers({"1": replace(plan["1"], in_features=16)})
     with pytest.raises(lowrank.PlanError, match="1: the plan is for a weight"):
         lowrank.apply(model, wrong)
-    assert find_kind("Refused") is None
+    assert find_layer_type("Refused") is None
     lowrank.apply(model, plan)
-    assert find_kind("Refused").module is Refused
+    assert find_layer_type("Refused").module is Refused

@@ -34,7 +34,7 @@ def test_ranks_are_written_as_a_png(mlp, tmp_path):
 @pytest.mark.usefixtures("matplotlib")
 def test_spectra_are_curves_from_one_to_zero_with_the_plans_ranks_marked(mlp, tmp_path):
     plan = lowrank.plan(mlp, rank=8)
-    figure = lowrank.plot_spectra(lowrank.spectra(mlp), plan, tmp_path / "spectra.png")
+    figure = lowrank.plot_error_curves(lowrank.error_curves(mlp), plan, tmp_path / "spectra.png")
     assert (tmp_path / "spectra.png").read_bytes().startswith(PNG)
     curves = [line for line in figure.axes[0].lines if len(line.get_ydata()) > 1]
     marks = [line for line in figure.axes[0].lines if len(line.get_ydata()) == 1]
@@ -51,7 +51,7 @@ def test_spectra_are_curves_from_one_to_zero_with_the_plans_ranks_marked(mlp, tm
 def test_nothing_is_written_without_a_path(mlp, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lowrank.plot_ranks(lowrank.plan(mlp, rank=8))
-    lowrank.plot_spectra(lowrank.spectra(mlp))
+    lowrank.plot_error_curves(lowrank.error_curves(mlp))
     assert not list(tmp_path.iterdir())
 
 
@@ -59,7 +59,7 @@ def test_nothing_is_written_without_a_path(mlp, tmp_path, monkeypatch):
 def test_a_weight_of_zeros_can_be_drawn():
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     nn.init.zeros_(model[0].weight)
-    figure = lowrank.plot_spectra(lowrank.spectra(model), lowrank.plan(model, rank=8))
+    figure = lowrank.plot_error_curves(lowrank.error_curves(model), lowrank.plan(model, rank=8))
     assert max(figure.axes[0].lines[0].get_ydata()) == 0
 
 

@@ -19,7 +19,7 @@ from lowrank.errors import (
     TargetError,
     WeightError,
 )
-from lowrank.nn import Coded
+from lowrank.nn import QuantizedModule
 from lowrank.nn.integer_matmul import int4_obstacle
 
 IDS = torch.arange(96).reshape(4, 24) % 99
@@ -43,7 +43,7 @@ def stats(tiny_bert):
 
 
 def coded(model):
-    return {name: module for name, module in model.named_modules() if isinstance(module, Coded)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedModule)}
 
 
 def test_dense_layers_factors_and_embeddings_are_coded_alike(tiny_bert):
@@ -388,7 +388,7 @@ def test_an_interrupt_leaves_a_model_that_can_be_saved(tiny_bert, stats, tmp_pat
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(replacement, "coded", interrupted)
+    monkeypatch.setattr(replacement, "quantized_module", interrupted)
     with pytest.raises(KeyboardInterrupt):
         quantize(tiny_bert, stats=stats)
     assert len(coded(tiny_bert)) == 4

@@ -14,7 +14,7 @@ from lowrank import compress, plan, quantize
 from lowrank.allocation.selection import select
 from lowrank.allocation.solver import Curve, allocate
 from lowrank.errors import BudgetError, LowRankError, RankError, TargetError
-from lowrank.linalg import spectrum
+from lowrank.linalg import error_curve
 from lowrank.plans.plan import Budget, LayerPlan, Plan
 
 
@@ -28,7 +28,7 @@ def weight(rows: int, columns: int, decay: float = 0.5, seed: int = 0) -> torch.
 def drafted(**weights: torch.Tensor) -> tuple[Plan, dict]:
     """A plan without ranks for these weights, and their spectra; no model is needed."""
     layers = tuple(LayerPlan(name, "linear", w.shape[1], w.shape[0], True) for name, w in weights.items())
-    return Plan("Model", layers), {name: spectrum(w) for name, w in weights.items()}
+    return Plan("Model", layers), {name: error_curve(w) for name, w in weights.items()}
 
 
 @st.composite
@@ -123,22 +123,22 @@ layer_shapes = st.tuples(st.integers(8, 40), st.integers(8, 40), st.floats(0, 1.
 )
 def test_keep_is_never_exceeded(allocation, shapes, keep, round_to):
     weights = {f"layer{i}": weight(m, n, decay, i) for i, (m, n, decay) in enumerate(shapes)}
-    draft, spectra = drafted(**weights)
+    draft, error_curves = drafted(**weights)
     try:
-        chosen = select(draft, Budget.of(keep=keep), spectra, allocation=allocation, round_to=round_to)
+        chosen = select(draft, Budget.of(keep=keep), error_curves, allocation=allocation, round_to=round_to)
     except BudgetError:
         return
     assert chosen.kept_fraction <= keep
     for layer in chosen.factorized:
         assert layer.rank % round_to == 0
-        assert layer.rank <= layer.largest_paying_rank
+        assert layer.rank <= layer.largest_rank_that_saves
 
 
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
 def test_keep_is_not_exceeded_where_a_small_layer_needs_more_than_its_share(allocation):
     # The smallest rank of 12×12 keeps 83 % of it; 100×100 can keep half of itself exactly, at rank 25.
-    draft, spectra = drafted(large=weight(100, 100), small=weight(12, 12))
-    chosen = select(draft, Budget.of(keep=0.5), spectra, allocation=allocation, round_to=5)
+    draft, error_curves = drafted(large=weight(100, 100), small=weight(12, 12))
+    chosen = select(draft, Budget.of(keep=0.5), error_curves, allocation=allocation, round_to=5)
     assert chosen.kept_fraction <= 0.5
 
 
@@ -148,12 +148,12 @@ def total_loss(chosen: Plan) -> float:
 
 @pytest.mark.parametrize("keep", [0.2, 0.35, 0.5, 0.7])
 def test_the_global_allocation_loses_less_than_the_uniform_one(keep):
-    draft, spectra = drafted(
+    draft, error_curves = drafted(
         flat=weight(64, 64, 0), steep=weight(64, 128, 2, 1), wide=weight(32, 200, 0.7, 2)
     )
     budget = Budget.of(keep=keep)
     best, baseline = (
-        select(draft, budget, spectra, allocation=allocation, round_to=1)
+        select(draft, budget, error_curves, allocation=allocation, round_to=1)
         for allocation in ("global", "uniform")
     )
     assert total_loss(best) < total_loss(baseline)
@@ -161,8 +161,8 @@ def test_the_global_allocation_loses_less_than_the_uniform_one(keep):
 
 
 def test_the_uniform_allocation_keeps_the_same_fraction_of_every_layer():
-    draft, spectra = drafted(flat=weight(64, 64, 0), steep=weight(64, 128, 2, 1))
-    chosen = select(draft, Budget.of(keep=0.5), spectra, allocation="uniform", round_to=1)
+    draft, error_curves = drafted(flat=weight(64, 64, 0), steep=weight(64, 128, 2, 1))
+    chosen = select(draft, Budget.of(keep=0.5), error_curves, allocation="uniform", round_to=1)
     for layer in chosen:
         assert (
             layer.parameters_at(layer.rank)
@@ -176,8 +176,8 @@ def test_the_uniform_allocation_keeps_the_same_fraction_of_every_layer():
     "budget", [{"keep": 0.4}, {"energy": 0.8}, {"error": 0.5}], ids=["keep", "energy", "error"]
 )
 def test_chosen_ranks_are_multiples_and_say_which(budget, round_to):
-    draft, spectra = drafted(a=weight(64, 128), b=weight(96, 64, 1, 1))
-    chosen = select(draft, Budget.of(**budget), spectra, round_to=round_to)
+    draft, error_curves = drafted(a=weight(64, 128), b=weight(96, 64, 1, 1))
+    chosen = select(draft, Budget.of(**budget), error_curves, round_to=round_to)
     assert chosen.factorized
     assert all(layer.rank % round_to == 0 for layer in chosen.factorized)
     assert chosen.round_to == round_to
@@ -185,8 +185,8 @@ def test_chosen_ranks_are_multiples_and_say_which(budget, round_to):
 
 @pytest.mark.parametrize("rank", [1, 7, 13])
 def test_an_explicit_rank_is_taken_exactly(rank):
-    draft, spectra = drafted(a=weight(64, 128), b=weight(96, 64))
-    chosen = select(draft, Budget.of(rank=rank), spectra, round_to=8)
+    draft, error_curves = drafted(a=weight(64, 128), b=weight(96, 64))
+    chosen = select(draft, Budget.of(rank=rank), error_curves, round_to=8)
     assert [layer.rank for layer in chosen] == [rank, rank]
     assert [layer.reason for layer in chosen] == ["as asked", "as asked"]
 
@@ -200,15 +200,15 @@ def test_an_explicit_rank_needs_no_spectra_and_then_predicts_nothing():
     bound=st.floats(0.05, 0.95), decay=st.floats(0, 1.5), rows=st.integers(4, 60), columns=st.integers(4, 60)
 )
 def test_error_takes_the_smallest_rank_that_meets_it_or_says_why_not(bound, decay, rows, columns):
-    draft, spectra = drafted(a=weight(rows, columns, decay))
+    draft, error_curves = drafted(a=weight(rows, columns, decay))
     values = torch.linalg.svdvals(weight(rows, columns, decay).double())
     errors = [float(values[k:].norm() / values.norm()) for k in range(len(values) + 1)]
     needed = next(k for k in range(1, len(errors)) if errors[k] <= bound)
-    if needed > draft["a"].largest_paying_rank:
+    if needed > draft["a"].largest_rank_that_saves:
         with pytest.raises(BudgetError, match=f"needs rank {needed}, which would not save parameters"):
-            select(draft, Budget.of(error=bound), spectra, round_to=1)
+            select(draft, Budget.of(error=bound), error_curves, round_to=1)
     else:
-        layer = select(draft, Budget.of(error=bound), spectra, round_to=1)["a"]
+        layer = select(draft, Budget.of(error=bound), error_curves, round_to=1)["a"]
         assert layer.rank == needed
         assert layer.relative_error == pytest.approx(errors[needed], rel=1e-6, abs=1e-7)
 
@@ -244,14 +244,14 @@ def test_the_guarantee_holds_where_the_randomized_solver_is_chosen():
     layer.weight = nn.Parameter(weight(520, 560, 0))
     model = nn.Sequential(layer)
     dense = weights_of(model, "0")
-    bound = spectrum(layer.weight).relative_error(70) * (1 + 1e-6)
+    bound = error_curve(layer.weight).relative_error(70) * (1 + 1e-6)
     compress(model, error=bound, round_to=1)
     assert relative_errors(model, dense)["0"] <= bound
 
 
 def test_a_layer_that_would_not_shrink_stays_dense_with_the_reason():
-    draft, spectra = drafted(large=weight(128, 128), small=weight(16, 16))
-    chosen = select(draft, Budget.of(rank=12), spectra)
+    draft, error_curves = drafted(large=weight(128, 128), small=weight(16, 16))
+    chosen = select(draft, Budget.of(rank=12), error_curves)
     assert chosen["large"].rank == 12
     assert chosen["small"].rank is None
     assert chosen["small"].reason == "rank 12 would not save parameters (the largest that does: 7)"
@@ -260,8 +260,8 @@ def test_a_layer_that_would_not_shrink_stays_dense_with_the_reason():
 def test_a_reason_speaks_of_the_rank_that_would_not_save():
     # 25 would save parameters of 64×64 (up to 31 would), 32 would not: the rounding is the reason.
     values = torch.cat([torch.ones(25), torch.full((39,), 1e-3)])
-    draft, spectra = drafted(layer=torch.diag(values), other=weight(128, 128, 3))
-    chosen = select(draft, Budget.of(error=0.01), spectra, round_to=8)["layer"]
+    draft, error_curves = drafted(layer=torch.diag(values), other=weight(128, 128, 3))
+    chosen = select(draft, Budget.of(error=0.01), error_curves, round_to=8)["layer"]
     if chosen.rank is None:
         assert "needs rank 25, which would not save parameters" not in chosen.reason
     else:
@@ -269,8 +269,8 @@ def test_a_reason_speaks_of_the_rank_that_would_not_save():
 
 
 def test_keep_leaves_a_layer_dense_that_is_too_small_or_worth_it():
-    draft, spectra = drafted(tiny=weight(6, 6), flat=weight(64, 64, 0), steep=weight(256, 256, 3))
-    chosen = select(draft, Budget.of(keep=0.9), spectra, round_to=8)
+    draft, error_curves = drafted(tiny=weight(6, 6), flat=weight(64, 64, 0), steep=weight(256, 256, 3))
+    chosen = select(draft, Budget.of(keep=0.9), error_curves, round_to=8)
     assert chosen["tiny"].reason == "too small: no rank saves parameters"
     assert chosen["flat"].reason == "worth its parameters"
     assert chosen["steep"].reason == "chosen by the allocator"
@@ -278,8 +278,8 @@ def test_keep_leaves_a_layer_dense_that_is_too_small_or_worth_it():
 
 def test_the_last_matching_pattern_of_a_mapping_wins():
     layers = {name: weight(64, 64) for name in ("a.query", "a.key", "b.query", "b.key")}
-    draft, spectra = drafted(**layers)
-    chosen = select(draft, Budget.of(rank={"*": 4, "*.query": 8, "b.*": 12}), spectra)
+    draft, error_curves = drafted(**layers)
+    chosen = select(draft, Budget.of(rank={"*": 4, "*.query": 8, "b.*": 12}), error_curves)
     assert {layer.name: layer.rank for layer in chosen} == {
         "a.query": 8,
         "a.key": 4,
@@ -289,15 +289,15 @@ def test_the_last_matching_pattern_of_a_mapping_wins():
 
 
 def test_a_layer_that_no_pattern_of_the_mapping_names_stays_dense_with_the_reason():
-    draft, spectra = drafted(a=weight(64, 64), b=weight(64, 64))
-    chosen = select(draft, Budget.of(rank={"a": 4}), spectra)
+    draft, error_curves = drafted(a=weight(64, 64), b=weight(64, 64))
+    chosen = select(draft, Budget.of(rank={"a": 4}), error_curves)
     assert (chosen["b"].rank, chosen["b"].reason) == (None, "no pattern of the rank mapping names it")
 
 
 def test_a_pattern_of_the_mapping_that_matches_nothing_is_refused():
-    draft, spectra = drafted(a=weight(64, 64))
+    draft, error_curves = drafted(a=weight(64, 64))
     with pytest.raises(TargetError, match=r'"\*\.query" matches none of the 1 targeted layers'):
-        select(draft, Budget.of(rank={"*.query": 4}), spectra)
+        select(draft, Budget.of(rank={"*.query": 4}), error_curves)
 
 
 def test_a_mapping_that_names_a_layer_left_alone_says_why_it_is(tiny_bert):
@@ -376,48 +376,48 @@ def test_where_no_layer_is_left_every_budget_is_refused(mlp, made, budget):
 )
 def test_the_keep_that_an_error_proposes_is_feasible_and_nearly_the_least(shapes, round_to):
     weights = {f"layer{i}": weight(*shape, seed=i) for i, shape in enumerate(shapes)}
-    draft, spectra = drafted(**weights)
+    draft, error_curves = drafted(**weights)
     with pytest.raises(BudgetError, match=r"Use keep=[\d.]+ or more, or a smaller round_to") as caught:
-        select(draft, Budget.of(keep=0.001), spectra, round_to=round_to)
+        select(draft, Budget.of(keep=0.001), error_curves, round_to=round_to)
     proposed = float(re.search(r"Use keep=([\d.]+) or", str(caught.value))[1])
-    assert select(draft, Budget.of(keep=proposed), spectra, round_to=round_to).kept_fraction <= proposed
+    assert select(draft, Budget.of(keep=proposed), error_curves, round_to=round_to).kept_fraction <= proposed
     with pytest.raises(BudgetError):
-        select(draft, Budget.of(keep=proposed - 0.0021), spectra, round_to=round_to)
+        select(draft, Budget.of(keep=proposed - 0.0021), error_curves, round_to=round_to)
 
 
 def test_keep_on_layers_too_small_to_shrink_does_not_propose_a_keep_that_is_refused():
-    draft, spectra = drafted(layer=weight(10, 10))
+    draft, error_curves = drafted(layer=weight(10, 10))
     with pytest.raises(BudgetError) as caught:
-        select(draft, Budget.of(keep=0.5), spectra, round_to=8)
+        select(draft, Budget.of(keep=0.5), error_curves, round_to=8)
     for proposed in re.findall(r"Use keep=([\d.]+)", str(caught.value)):
         Budget.of(keep=float(proposed))
 
 
 def test_a_layer_of_zeros_costs_the_allocator_nothing():
-    draft, spectra = drafted(zeros=torch.zeros(64, 64), flat=weight(64, 64, 0))
-    chosen = select(draft, Budget.of(keep=0.6), spectra, round_to=8)
+    draft, error_curves = drafted(zeros=torch.zeros(64, 64), flat=weight(64, 64, 0))
+    chosen = select(draft, Budget.of(keep=0.6), error_curves, round_to=8)
     assert chosen["zeros"].rank == 8
     assert chosen["zeros"].relative_error == 0
 
 
 def test_layers_that_are_not_targeted_keep_their_reason_and_do_not_count():
-    draft, spectra = drafted(a=weight(64, 64), head=weight(500, 64))
+    draft, error_curves = drafted(a=weight(64, 64), head=weight(500, 64))
     head = LayerPlan("head", "linear", 64, 500, True, reason="part of a head (head)", targeted=False)
     draft = draft.with_layers({"head": head})
-    chosen = select(draft, Budget.of(keep=0.5), spectra)
+    chosen = select(draft, Budget.of(keep=0.5), error_curves)
     assert chosen["head"] == head
     assert chosen["a"].parameters <= 0.5 * 64 * 64
 
 
 @pytest.mark.parametrize("round_to", [0, -8, 1.5, True, "8"], ids=repr)
 def test_a_useless_multiple_is_refused(round_to):
-    draft, spectra = drafted(a=weight(64, 64))
+    draft, error_curves = drafted(a=weight(64, 64))
     with pytest.raises(BudgetError, match=r"round_to=.*: ranks are rounded to a positive whole number"):
-        select(draft, Budget.of(keep=0.5), spectra, round_to=round_to)
+        select(draft, Budget.of(keep=0.5), error_curves, round_to=round_to)
 
 
 def test_an_unknown_allocation_is_refused_with_the_choices():
-    draft, spectra = drafted(a=weight(64, 64))
+    draft, error_curves = drafted(a=weight(64, 64))
     with pytest.raises(BudgetError, match="allocation='greedy': choose one of global, uniform") as caught:
-        select(draft, Budget.of(keep=0.5), spectra, allocation="greedy")
+        select(draft, Budget.of(keep=0.5), error_curves, allocation="greedy")
     assert isinstance(caught.value, LowRankError)

@@ -9,7 +9,7 @@ from torch import nn
 import lowrank
 from lowrank import CheckpointError, DataError, LowRankError, compress, recover
 from lowrank.calibration.data import as_batch
-from lowrank.distillation.losses import Lesson
+from lowrank.distillation.losses import DistillationLoss
 from lowrank.distillation.recovery import trainable
 from lowrank.distillation.trainer import schedule
 
@@ -237,7 +237,7 @@ def test_one_batch_is_too_little(mlp, small, data):
 
 
 def test_a_run_that_was_interrupted_goes_on_to_the_same_end(mlp, data, tmp_path):
-    whole, halves = (compress(copy.deepcopy(mlp), rank=8) for _ in range(2))
+    whole, nibbles = (compress(copy.deepcopy(mlp), rank=8) for _ in range(2))
     options = {"steps": 16, "learning_rate": 3e-3, "mixed_precision": False}
     recover(whole, mlp, data, **options)
     calls = []
@@ -249,10 +249,10 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_end(mlp, data, tmp_path)
 
     handle = mlp.register_forward_hook(interrupted)
     with pytest.raises(KeyboardInterrupt):
-        recover(halves, mlp, data, snapshots=tmp_path / "run", **options)
+        recover(nibbles, mlp, data, snapshots=tmp_path / "run", **options)
     handle.remove()
-    recover(halves, mlp, data, snapshots=tmp_path / "run", **options)
-    for mine, its in zip(halves.parameters(), whole.parameters(), strict=True):
+    recover(nibbles, mlp, data, snapshots=tmp_path / "run", **options)
+    for mine, its in zip(nibbles.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(mine, its)
 
 
@@ -367,7 +367,7 @@ def test_a_lesson_works_under_distributed_data_parallel(tiny_bert, tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     try:
         wrapped = nn.parallel.DistributedDataParallel(small)
-        lesson = Lesson(small, tiny_bert)
+        lesson = DistillationLoss(small, tiny_bert)
         with lesson.listening():
             _, loss = lesson.outputs_and_distance(as_batch({"input_ids": torch.arange(8)[None]}), wrapped)
         loss.backward()

@@ -202,12 +202,12 @@ def test_loosened_codes_are_the_same_weight_until_they_are_trained():
         layer = lowrank.QuantizedLinear.from_weight(weight, None, scheme, moments=moments)
         codes, inputs = layer.codes.clone(), torch.randn(3, 32)
         decoded = inputs @ layer.dense_weight().T
-        layer.loosen()
+        layer.start_qat()
         assert torch.allclose(layer(inputs), decoded, atol=1e-5)
         layer(inputs).square().sum().backward()
         straight = 2 * decoded.T @ inputs  # as if nothing were rounded
         assert torch.allclose(layer.latent.grad, straight, rtol=1e-3, atol=1e-3)
-        layer.fasten()
+        layer.finish_qat()
         assert torch.equal(layer.codes, codes)
 
 
@@ -219,7 +219,7 @@ def test_an_interrupted_recovery_leaves_codes(tiny_bert, stats, monkeypatch):
     def interrupt(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lowrank.distillation.recovery.Run, "train", interrupt)
+    monkeypatch.setattr(lowrank.distillation.recovery.Trainer, "train", interrupt)
     with pytest.raises(KeyboardInterrupt):
         lowrank.recover(small, dense, batches_for_training(), steps=4)
     assert set(small.state_dict()) == keys

@@ -176,7 +176,7 @@ def test_a_plan_can_be_edited_by_hand(model):
     owner, *users = next(iter(decided.shared.values()))
     edited = decided.with_rank(owner.name, 6)
     assert edited[owner.name].rank == 6
-    assert {edited[user.name].down_of for user in users} in ({None}, {None, users[0].name})
+    assert {edited[user.name].shares_down_with for user in users} in ({None}, {None, users[0].name})
     assert Plan.from_json(edited.to_json()) == edited
     assert any("down of" in str(change) for change in decided.diff(edited))
     small = apply(copy.deepcopy(model), edited, stats)
@@ -186,7 +186,7 @@ def test_a_plan_can_be_edited_by_hand(model):
     alone = decided
     for user in users:
         alone = alone.with_rank(user.name, None)
-    assert alone[owner.name].down_of is None and owner.name not in alone.shared
+    assert alone[owner.name].shares_down_with is None and owner.name not in alone.shared
     same = decided.with_rank(owner.name, owner.rank)  # by hand, even to the same rank: a factor of its own
     assert owner.name not in same.shared
     assert all(same[user.name].relative_error is None for user in users)
@@ -256,7 +256,9 @@ def test_layers_that_do_not_read_the_same_input_cannot_share():
     model = bert()
     stats = calibrate(model, ids())
     other = "encoder.layer.1.attention.self.query"
-    decided = changed(plan(model, rank=4, stats=stats), "encoder.layer.0.intermediate.dense", down_of=other)
+    decided = changed(
+        plan(model, rank=4, stats=stats), "encoder.layer.0.intermediate.dense", shares_down_with=other
+    )
     with pytest.raises(StatsError, match="do not read the same input"):
         apply(model, decided, stats)
     assert not any(isinstance(module, LowRankLinear) for module in model.modules())
@@ -345,17 +347,19 @@ def test_a_shared_factor_is_coded_once_for_all_who_use_it(tiny_bert, scheme, sha
     assert torch.equal(found, other)
     least = 0.999 if scheme == "int8" else 0.9
     assert torch.cosine_similarity(found, expected, dim=-1).mean() > least
-    owners = {plan.down_of for plan in lowrank.hf.recorded(small) if plan.down_of is not None}
+    owners = {
+        plan.shares_down_with for plan in lowrank.hf.recorded(small) if plan.shares_down_with is not None
+    }
     assert owners
     for owner in owners:
-        assert isinstance(small.get_submodule(owner).down, lowrank.nn.SharedCodes)
+        assert isinstance(small.get_submodule(owner).down, lowrank.nn.SharedQuantizedDown)
     folder = lowrank.save(small, tmp_path / "small")
     assert (folder / "model.safetensors").stat().st_size == lowrank.report(small).checkpoint_bytes
     again = type(small).from_pretrained(folder).eval()
     with torch.no_grad():
         assert torch.equal(again(**data[0]).last_hidden_state, found)
     expected_readers, readers = (
-        [module.readers for module in model.modules() if isinstance(module, lowrank.nn.SharedCodes)]
+        [module.readers for module in model.modules() if isinstance(module, lowrank.nn.SharedQuantizedDown)]
         for model in (at_once, again)
     )
     assert readers == expected_readers
@@ -377,7 +381,7 @@ def test_coded_shared_factors_are_computed_once_per_forward_pass(tiny_bert, monk
     monkeypatch.setattr(lowrank.QuantizedLinear, "forward", counted)
     with torch.no_grad():
         small(**data[0])
-    shared = [module for module in small.modules() if isinstance(module, lowrank.nn.SharedCodes)]
+    shared = [module for module in small.modules() if isinstance(module, lowrank.nn.SharedQuantizedDown)]
     used = [module for module in shared if module.readers > 1]
     assert used
     assert all(sum(call is module for call in calls) == 1 for module in used)

@@ -28,7 +28,7 @@ from lowrank import (
     plan,
     report,
 )
-from lowrank.linalg import spectrum
+from lowrank.linalg import error_curve
 from lowrank.nn import LowRankLinear
 from lowrank.nn.shared import _results
 from lowrank.plans.plan import Plan
@@ -103,7 +103,7 @@ def test_the_layers_reach_what_is_planned(model, metric):
     for layer in decided.factorized:
         module, dense = small.get_submodule(layer.name), model.get_submodule(layer.name)
         assert module.relative_error == pytest.approx(layer.relative_error, rel=0.1)
-        own = spectrum(dense.weight, stats.metric(layer.name, metric, layer.has_bias)).relative_error(3)
+        own = error_curve(dense.weight, stats.metric(layer.name, metric, layer.has_bias)).relative_error(3)
         assert module.relative_error > own - 1e-6
         if metric in ("weight", "inputs"):
             side = stats.metric(layer.name, metric, layer.has_bias).inputs
@@ -235,12 +235,15 @@ def test_training_copying_and_decompressing_go_on(model):
 
 def test_gradients_of_a_shared_basis_are_the_sum_over_its_layers():
     small = compress(bert(), rank=4, data=ids(), share="layers", targets=["*.query"])
-    apart = copy.deepcopy(small)
-    user, owner = apart.get_submodule(QUERY.format(1)), apart.get_submodule(QUERY.format(0))
+    separately_saved = copy.deepcopy(small)
+    user, owner = (
+        separately_saved.get_submodule(QUERY.format(1)),
+        separately_saved.get_submodule(QUERY.format(0)),
+    )
     own = torch.nn.Linear(32, 4, bias=False)
     own.weight.data = owner.down.weight.data.clone()
     user._modules["down"] = own
-    for each in (small, apart):
+    for each in (small, separately_saved):
         each(**ids(1)[0])[0].square().sum().backward()
     both = owner.down.weight.grad + own.weight.grad
     torch.testing.assert_close(small.get_submodule(QUERY.format(0)).down.weight.grad, both)
@@ -263,8 +266,10 @@ def test_a_plan_can_be_edited_by_hand():
     stats = calibrate(model, ids())
     decided = plan(model, rank=4, stats=stats, share="layers", share_size=3)
     edited = decided.with_rank(QUERY.format(0), 6)
-    assert edited[QUERY.format(2)].down_of == QUERY.format(1) and not edited[QUERY.format(2)].same_input
-    assert edited[QUERY.format(1)].down_of is None and edited[QUERY.format(1)].same_input
+    assert (
+        edited[QUERY.format(2)].shares_down_with == QUERY.format(1) and not edited[QUERY.format(2)].same_input
+    )
+    assert edited[QUERY.format(1)].shares_down_with is None and edited[QUERY.format(1)].same_input
     assert Plan.from_json(edited.to_json()) == edited
     small = apply(copy.deepcopy(model), edited, stats)
     assert report(small).parameters == sum(p.numel() for p in small.parameters())
@@ -303,8 +308,8 @@ def test_a_basis_for_some_that_read_the_same_input_and_some_that_do_not_is_refus
     model = bert()
     stats = calibrate(model, ids())
     decided = plan(model, rank=4, stats=stats)
-    decided = changed(decided, QUERY.format(1), down_of=QUERY.format(0), same_input=False)
-    decided = changed(decided, "encoder.layer.0.attention.self.key", down_of=QUERY.format(0))
+    decided = changed(decided, QUERY.format(1), shares_down_with=QUERY.format(0), same_input=False)
+    decided = changed(decided, "encoder.layer.0.attention.self.key", shares_down_with=QUERY.format(0))
     with pytest.raises(PlanError, match="only some of the layers that use its down read the same input"):
         apply(model, decided, stats)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lowrank import LowRankLinear, apply, compress, decompress, plan, quantize
 from lowrank.errors import BudgetError, LowRankError, PlanError, RankError, TargetError, WeightError
 from lowrank.linalg import choose_solver
-from lowrank.nn import kind_of
+from lowrank.nn import layer_type_of
 from lowrank.plans.plan import LayerPlan, Plan
 from lowrank.surgery.inheritance import HOOKS as PLACES_OF_HOOKS
 
@@ -60,7 +60,7 @@ def frobenius_errors(model: nn.Module, dense: dict[str, Tensor]) -> dict[str, fl
 
 def dense_weights(model: nn.Module) -> dict[str, Tensor]:
     """Copies of every weight as ``(out, in)`` in float64, by layer name."""
-    kinds = {name: (m, kind_of(m)) for name, m in model.named_modules()}
+    kinds = {name: (m, layer_type_of(m)) for name, m in model.named_modules()}
     return {name: kind.weight(m).detach().double().clone() for name, (m, kind) in kinds.items() if kind}
 
 

@@ -20,13 +20,13 @@ from lowrank import (
     quantize,
     report,
 )
-from lowrank.allocation.quantization_error import outlooks_of
-from lowrank.calibration.embeddings import Lookups, nearest_product
+from lowrank.allocation.quantization_error import quantization_errors_of
+from lowrank.calibration.embeddings import EmbeddingStatistics, nearest_product
 from lowrank.errors import BudgetError, PlanError, TargetError
 from lowrank.inspection.targets import draft
 from lowrank.linalg import truncated_svd
 from lowrank.nn import TiedLinear
-from lowrank.plans.storage_formats import FLOAT, forms_of
+from lowrank.plans.storage_formats import FLOAT, storage_formats_of
 from lowrank.reports.evaluation import loss_increase
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
@@ -107,7 +107,7 @@ def test_tables_are_listed_only_where_a_target_spells_them(tiny_bert):
 @every_family
 def test_the_head_has_the_rank_of_its_table_and_no_parameters(build, table, head):
     plan = lowrank.plan(built(build), rank=16, targets=[table])
-    assert (plan[head].rank, plan[head].same_as, plan[head].parameters) == (16, table, 0)
+    assert (plan[head].rank, plan[head].tied_to, plan[head].parameters) == (16, table, 0)
     assert plan.kept_fraction == 16 * (ROWS + 64) / (ROWS * 64)  # the tied weight counts once
     assert f"uses the weight of {table}" in str(plan)
     assert Plan.from_json(plan.to_json()) == plan
@@ -140,8 +140,8 @@ def test_editing_the_table_edits_the_head():
     model = built(llama)
     plan = lowrank.plan(model, rank=16, targets=["*", "*embed_tokens"])
     edited = plan.with_rank("*embed_tokens", 8)
-    assert (edited["lm_head"].rank, edited["lm_head"].same_as) == (8, "model.embed_tokens")
-    assert edited.with_rank("*", None)["lm_head"].same_as == "model.embed_tokens"
+    assert (edited["lm_head"].rank, edited["lm_head"].tied_to) == (8, "model.embed_tokens")
+    assert edited.with_rank("*", None)["lm_head"].tied_to == "model.embed_tokens"
     with pytest.raises(TargetError, match=r"lm_head: has the rank of model\.embed_tokens"):
         plan.with_rank("lm_head", 8)
 
@@ -422,11 +422,11 @@ def test_rows_weigh_as_often_as_they_are_read(tiny_bert):
 
 def test_a_row_that_was_never_read_still_counts():
     counts = torch.tensor([10.0, 1.0, 1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
-    frequencies = Lookups(counts).frequencies
+    frequencies = EmbeddingStatistics(counts).frequencies
     assert float(frequencies.sum()) == pytest.approx(1)
     assert bool((frequencies > 0).all())
     assert bool((frequencies[:-1] >= frequencies[1:]).all())
-    assert 0 < Lookups(torch.ones(5, dtype=torch.float64)).pseudo_count <= 1
+    assert 0 < EmbeddingStatistics(torch.ones(5, dtype=torch.float64)).pseudo_count <= 1
 
 
 @pytest.mark.parametrize("name", ["untied", "llama", "bert"])
@@ -524,7 +524,7 @@ def test_a_budget_of_bytes_counts_coded_tables(targets, residual, quantize, tmp_
     stats = lowrank.calibrate(dense, batches_of(4), targets=targets)
     ask = {"quantize": quantize, "residual": residual, "targets": targets, "stats": stats}
     plan = lowrank.plan(dense, max_bytes=limit, **ask)
-    assert plan["lm_head"].same_as == "model.embed_tokens"
+    assert plan["lm_head"].tied_to == "model.embed_tokens"
     small = compress(dense, max_bytes=limit, **ask)
     tensors = [*small.parameters(), *small.buffers()]
     assert sum(tensor.numel() * tensor.element_size() for tensor in tensors) <= limit
@@ -538,7 +538,7 @@ def test_the_predicted_loss_of_a_coded_table_is_that_of_its_codes():
     model, table = built(llama), "model.embed_tokens"
     dense = model.model.embed_tokens.weight.detach().clone()
     drafted = draft(model, [table])
-    found = outlooks_of(model, drafted, forms_of("auto"), None, progress=False)
+    found = quantization_errors_of(model, drafted, storage_formats_of("auto"), None, progress=False)
     assert found.pop(FLOAT) == {}
     for form, outlooks in found.items():
         coded = quantize(copy.deepcopy(model), form.scheme.name, targets=[table]).model.embed_tokens

@@ -365,7 +365,7 @@ def test_a_plain_model_has_no_obstacles(mlp, tiny_bert):
 def test_the_code_of_a_model_is_read_once_for_each_stage(tiny_bert, monkeypatch):
     scans, find_readers = [], eligibility.find_readers
     monkeypatch.setattr(eligibility, "find_readers", lambda model: scans.append(model) or find_readers(model))
-    draft(tiny_bert, targets=["*.word_embeddings", "*"], apart=[])
+    draft(tiny_bert, targets=["*.word_embeddings", "*"], separately_saved=[])
     assert len(scans) == 1
     scans.clear()
     compress(tiny_bert, rank=4, targets=["*"])

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lowrank.allocation.solver import Curve, allocate, hull_segments
-from lowrank.linalg import Spectrum
-from lowrank.plans.plan import CodedWeight, LayerPlan, largest_shared_rank, parameters_per_shared_rank
-from lowrank.plans.storage_formats import FLOAT, TABLE, Form
+from lowrank.linalg import ErrorCurve
+from lowrank.plans.plan import LayerPlan, QuantizedWeight, largest_shared_rank, parameters_per_shared_rank
+from lowrank.plans.storage_formats import FLOAT, TABLE, StorageFormat
 
 
 class Group(NamedTuple):
@@ -32,11 +32,11 @@ class Group(NamedTuple):
     """
 
     names: tuple[str, ...]
-    joint: Mapping[tuple[str, ...], tuple[Spectrum, ...]]
+    joint: Mapping[tuple[str, ...], tuple[ErrorCurve, ...]]
 
 
 @dataclass(frozen=True)
-class Menu(Curve):
+class Candidates(Curve):
     """What one layer, or several with one ``down``, can become; the last point leaves the weights whole.
 
     Args:
@@ -47,7 +47,7 @@ class Menu(Curve):
 
     layers: tuple[LayerPlan, ...]
     ranks: np.ndarray[Any, Any]
-    forms: tuple[Form, ...]
+    forms: tuple[StorageFormat, ...]
 
     def layers_at(self, point: int) -> list[LayerPlan]:
         """Return the layers as they are at ``point``."""
@@ -60,7 +60,7 @@ class Menu(Curve):
             reason = "chosen whole by the allocator"
         return [layer.dense(reason) for layer in self.layers]
 
-    def codes_at(self, point: int, calibrated: Container[str]) -> list[CodedWeight]:
+    def codes_at(self, point: int, calibrated: Container[str]) -> list[QuantizedWeight]:
         """Return what is coded at ``point``; ``calibrated`` are the layers with statistics."""
         layers, form = self.layers_at(point), self.forms[point]
         return [
@@ -69,12 +69,12 @@ class Menu(Curve):
             for code in form.codes(layer, shared=len(layers) > 1, calibrated=layer.name in calibrated)
         ]
 
-    def priced(self, costs: np.ndarray[Any, Any]) -> Menu:
+    def priced(self, costs: np.ndarray[Any, Any]) -> Candidates:
         """Return the menu with other costs, less what another point beats."""
         return merged([replace(self, costs=costs)])
 
 
-def merged(menus: Sequence[Menu]) -> Menu:
+def merged(menus: Sequence[Candidates]) -> Candidates:
     """Return one menu of the same layers with the points of all, but for those that another one beats."""
     costs, losses, ranks = (
         np.concatenate([getattr(menu, part) for menu in menus]) for part in ("costs", "losses", "ranks")
@@ -96,7 +96,7 @@ def sharing(layers: Sequence[LayerPlan], rank: int, reason: str) -> list[LayerPl
     """Give ``layers`` a rank and, if they are several, one ``down``, which the first of them owns."""
     owner = layers[0].name
     return [
-        replace(layer, rank=rank, reason=reason, down_of=owner if number else None)
+        replace(layer, rank=rank, reason=reason, shares_down_with=owner if number else None)
         for number, layer in enumerate(layers)
     ]
 
@@ -114,11 +114,11 @@ class Costs:
 
     limit: float
     fixed: float
-    price: Callable[[Menu], Menu]
+    price: Callable[[Candidates], Candidates]
     say: Callable[[float], str]
 
 
-class Outlook(NamedTuple):
+class QuantizationError(NamedTuple):
     """What a form does to one layer, as shares of squared norms; nothing where it is floating point.
 
     Args:
@@ -129,22 +129,22 @@ class Outlook(NamedTuple):
 
     whole: float = 0.0
     factors: float = 0.0
-    corrected: Spectrum | None = None
+    corrected: ErrorCurve | None = None
 
 
-def menu_of(
+def candidates_of(
     layers: Sequence[LayerPlan],
-    spectra: Sequence[Spectrum],
+    error_curves: Sequence[ErrorCurve],
     scales: Sequence[float],
     round_to: int,
-    form: Form = FLOAT,
-    outlooks: Sequence[Outlook] = (),
-) -> Menu:
+    form: StorageFormat = FLOAT,
+    outlooks: Sequence[QuantizationError] = (),
+) -> Candidates:
     """List the ranks that save parameters, for one layer or for several with one ``down``.
 
     Args:
         layers: The layers.
-        spectra: The error of each, at every rank of their factorization.
+        error_curves: The error of each, at every rank of their factorization.
         scales: Factor from the squared error of each to the loss.
         round_to: Ranks are multiples of this, and of what the form needs.
         form: How all of them are stored.
@@ -153,14 +153,16 @@ def menu_of(
     step = math.lcm(round_to, form.rank_step)
     ranks = np.arange(step, largest_shared_rank(layers) + 1, step)
     losses = np.zeros(len(ranks) + 1)
-    for each, scale, outlook in zip(spectra, scales, outlooks or [Outlook()] * len(layers), strict=True):
+    for each, scale, outlook in zip(
+        error_curves, scales, outlooks or [QuantizationError()] * len(layers), strict=True
+    ):
         errors = outlook.corrected or each
         tail = errors.tail.numpy()[ranks]
         captured = errors.tail.numpy()[0] - tail
         losses[:-1] += (tail + outlook.factors * captured) * errors.scale**2 * scale
         losses[-1] += outlook.whole * each.squared_norm * scale
     dense = sum(layer.dense_parameters for layer in layers)
-    return Menu(
+    return Candidates(
         costs=np.append(ranks * parameters_per_shared_rank(layers), dense),
         losses=losses,
         layers=tuple(layers),
@@ -169,7 +171,9 @@ def menu_of(
     )
 
 
-def partitions(names: tuple[str, ...], menus: Mapping[tuple[str, ...], Menu]) -> Iterator[tuple[Menu, ...]]:
+def partitions(
+    names: tuple[str, ...], menus: Mapping[tuple[str, ...], Candidates]
+) -> Iterator[tuple[Candidates, ...]]:
     """Yield every way to divide layers into those that share ``down`` and those that do not.
 
     Args:
@@ -184,7 +188,7 @@ def partitions(names: tuple[str, ...], menus: Mapping[tuple[str, ...], Menu]) ->
             yield from ((menu, *others) for others in partitions(rest, menus))
 
 
-def best_partitions(groups: Sequence[Sequence[tuple[Menu, ...]]], limit: float) -> list[Menu]:
+def best_partitions(groups: Sequence[Sequence[tuple[Candidates, ...]]], limit: float) -> list[Candidates]:
     """Choose for each group, given all its partitions, the one that loses least within ``limit``.
 
     A Lagrangian sees only the lower convex hull of a partition's combinations. So it is the hulls that
@@ -204,7 +208,7 @@ def best_partitions(groups: Sequence[Sequence[tuple[Menu, ...]]], limit: float) 
     return [menu for parts, number in zip(origins, chosen, strict=True) for menu in parts[number]]
 
 
-def _hull_of_sums(menus: Sequence[Menu]) -> Iterator[tuple[float, float]]:
+def _hull_of_sums(menus: Sequence[Candidates]) -> Iterator[tuple[float, float]]:
     """Yield cost and loss along the lower convex hull of all combinations."""
     at = [0] * len(menus)
     steps = [(slope, i, stop) for i, menu in enumerate(menus) for slope, _, stop in hull_segments(menu)]

@@ -7,16 +7,16 @@ from collections.abc import Container, Iterable
 import numpy as np
 from torch import Tensor, nn
 
-from lowrank.allocation.candidates import Costs, Menu
-from lowrank.plans.plan import CodedWeight, Plan
-from lowrank.plans.storage_formats import coded_bytes, stored_bytes
+from lowrank.allocation.candidates import Candidates, Costs
+from lowrank.plans.plan import Plan, QuantizedWeight
+from lowrank.plans.storage_formats import quantized_bytes, stored_bytes
 
 
 def byte_costs(
     model: nn.Module,
     draft: Plan,
     max_bytes: int,
-    rest: Iterable[CodedWeight] = (),
+    rest: Iterable[QuantizedWeight] = (),
     calibrated: Container[str] = (),
 ) -> Costs:
     """Count bytes of the whole model's parameters and buffers, tied ones once.
@@ -37,15 +37,15 @@ def byte_costs(
         weights[layer.name] = module.weight  # type: ignore[assignment]
     tensors = [*model.parameters(), *model.buffers()]
     copies = {
-        owner: _bytes(model.get_submodule(x.name).weight for x in users if x.copied)  # type: ignore[misc]
+        owner: _bytes(model.get_submodule(x.name).weight for x in users if x.was_copy)  # type: ignore[misc]
         for owner, users in draft.equal.items()
     }
     fixed = _bytes(tensors) - _bytes(weights.values()) - sum(copies.values())
     for code in rest:
         weight: Tensor = model.get_submodule(code.name).weight  # type: ignore[assignment]
-        fixed += coded_bytes(code) - _bytes([weight])
+        fixed += quantized_bytes(code) - _bytes([weight])
 
-    def price(menu: Menu) -> Menu:
+    def price(menu: Candidates) -> Candidates:
         width = weights[menu.layers[0].name].element_size()
 
         def cost(point: int) -> int:
@@ -69,5 +69,5 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _belongs(code: CodedWeight, layer: str) -> bool:
+def _belongs(code: QuantizedWeight, layer: str) -> bool:
     return code.name == layer or code.name.rpartition(".")[0] == layer

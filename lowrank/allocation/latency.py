@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank import arguments
-from lowrank.allocation.candidates import Costs, Menu
+from lowrank.allocation.candidates import Candidates, Costs
 from lowrank.arguments import MODEL_OF, accepts, instance, number, whole
 from lowrank.errors import BudgetError, LowRankError
 from lowrank.files.atomic_file import replaced
@@ -79,7 +79,7 @@ class LatencyTable:
         """Return ``(rank, seconds)`` for a layer's shape, rank 0 for dense, measuring them if need be."""
         key = f"{layer.out_features}×{layer.in_features}@{tokens}"
         if key not in self.seconds:
-            largest = max(1, layer.largest_paying_rank)
+            largest = max(1, layer.largest_rank_that_saves)
             ranks = sorted({max(1, round(largest * (i + 1) / POINTS)) for i in range(POINTS)})
             self.seconds[key] = _measure(layer, tokens, ranks, like)
         return self.seconds[key]
@@ -162,7 +162,7 @@ def latency_costs(
         points[layer.name] = [table.of(layer, count, like) for count in tokens.get(layer.name, [])]  # type: ignore[arg-type]
     dense = sum(at[0][1] for calls in points.values() for at in calls)
 
-    def price(menu: Menu) -> Menu:
+    def price(menu: Candidates) -> Candidates:
         (layer,) = menu.layers
         costs = sum(
             (np.append(np.interp(menu.ranks[:-1], *_xy(at)), at[0][1]) for at in points[layer.name]),

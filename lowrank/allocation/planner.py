@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lowrank._transformers import plugin
 from lowrank.allocation.costs import byte_costs
 from lowrank.allocation.latency import LatencyTable, latency_costs, seconds_of
-from lowrank.allocation.quantization_error import outlooks_of, residual_errors
+from lowrank.allocation.quantization_error import correction_error_curve_of, quantization_errors_of
 from lowrank.allocation.selection import nothing_changes, select
 from lowrank.allocation.sharing import check_share, groups_of
 from lowrank.calibration.data import Batch, batches
@@ -27,13 +27,13 @@ from lowrank.inspection.eligibility import check_holder
 from lowrank.inspection.heads import heads_of, output_layer
 from lowrank.inspection.targets import draft, not_wanted, spells
 from lowrank.inspection.unplanned import with_reach
-from lowrank.linalg import Spectrum, spectrum
+from lowrank.linalg import ErrorCurve, error_curve
 from lowrank.linalg.matmul import without_autocast
 from lowrank.linalg.svd import check_options
-from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, QuantizedEmbedding, TiedLinear
+from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedEmbedding, QuantizedModule, TiedLinear
 from lowrank.plans.patterns import is_wildcard
-from lowrank.plans.plan import METRICS, Budget, CodedWeight, Plan
-from lowrank.plans.storage_formats import FLOAT, TABLE, Form, forms_of
+from lowrank.plans.plan import METRICS, Budget, Plan, QuantizedWeight
+from lowrank.plans.storage_formats import FLOAT, TABLE, StorageFormat, storage_formats_of
 from lowrank.surgery import replacement
 from lowrank.surgery.factorization import check_layer_of, matrix_of, metric_of, pooled
 
@@ -81,9 +81,9 @@ class Request:
             raise BudgetError("residual=True has factors of each layer's own: leave out share=.")
 
     @property
-    def forms(self) -> tuple[Form, ...]:
+    def forms(self) -> tuple[StorageFormat, ...]:
         """The forms in which layers may be stored."""
-        return forms_of(self.quantize, self.group_size, self.residual)
+        return storage_formats_of(self.quantize, self.group_size, self.residual)
 
     @property
     def rank_step(self) -> int:
@@ -118,9 +118,9 @@ def drafted(
     targets, too. Without ``equal``, equal weights are not looked for.
     """
     hf = plugin()
-    apart = None if not equal else hf.parts(model) if hf is not None else ()
+    separately_saved = None if not equal else hf.parts(model) if hf is not None else ()
     every = tables or len(request.forms) > 1
-    plan = draft(model, request.targets, request.ignore, heads, every, apart, request.overrule)
+    plan = draft(model, request.targets, request.ignore, heads, every, separately_saved, request.overrule)
     if request.residual and request.budget is not None and request.budget.kind == "rank":
         plan = plan.with_layers({x.name: replace(x, residual=True) for x in plan.targeted if x.kind != TABLE})
     metric = request.metric_with(stats)
@@ -176,7 +176,7 @@ def check_targeted(model: nn.Module, drafted: Plan, request: Request, heads: Map
     for layer in drafted:
         module = model.get_submodule(layer.name)
         own = module.owner if isinstance(module, TiedLinear) else module
-        if not isinstance(own, (LowRankLinear, LowRankEmbedding, Coded)):
+        if not isinstance(own, (LowRankLinear, LowRankEmbedding, QuantizedModule)):
             continue
         table = isinstance(own, (LowRankEmbedding, QuantizedEmbedding))
         if table and not any(spells(pattern, layer.name) for pattern in spelled):
@@ -217,7 +217,7 @@ def decide(
     predict: bool,
     progress: bool,
     timing: Timing,
-    rest: Sequence[CodedWeight] = (),
+    rest: Sequence[QuantizedWeight] = (),
 ) -> Plan:
     """Give every targeted layer of ``drafted`` a rank, or a reason to stay dense.
 
@@ -252,7 +252,9 @@ def decide(
     groups = groups_of(model, drafted, request.share, request.share_size, request.budget, stats, predict)
     forms = request.forms
     corrects = request.budget.kind == "rank" and request.residual
-    measured = spectra_of(model, drafted, stats, progress, forms[0] if corrects else FLOAT) if predict else {}
+    measured = (
+        error_curves_of(model, drafted, stats, progress, forms[0] if corrects else FLOAT) if predict else {}
+    )
     loss_per_square = held_out_ratio = None
     if stats is not None and drafted.metric == stats.best_metric():  # the one that was tried
         held_out_ratio = {name: held.ratio for name, held in stats.held_out.items()}
@@ -275,7 +277,7 @@ def decide(
     if request.budget.kind == "max_bytes":
         calibrated = stats.sources if stats is not None else ()
         costs = byte_costs(model, drafted, request.budget.value, rest, calibrated)
-        outlooks = outlooks_of(model, drafted, forms, stats, progress)
+        outlooks = quantization_errors_of(model, drafted, forms, stats, progress)
         decided = choose(costs=costs, outlooks=outlooks, calibrated=calibrated, rest=rest)
     elif request.budget.kind == "speedup":
         decided = _fast_enough(model, drafted, choose, request.budget.value, timing)
@@ -288,7 +290,7 @@ def decide(
 
 def _with_own_inputs(plan: Plan) -> Plan:
     """Say of the layers which use a ``down`` from another block that they do not read the same input."""
-    users = [layer for layer in plan.targeted if layer.down_of is not None]
+    users = [layer for layer in plan.targeted if layer.shares_down_with is not None]
     return plan.with_layers({layer.name: replace(layer, same_input=False) for layer in users})
 
 
@@ -341,9 +343,9 @@ def _latencies(model: nn.Module, decided: Plan, batch: Batch) -> tuple[float, fl
 
 
 @without_autocast()
-def spectra_of(
-    model: nn.Module, drafted: Plan, stats: Stats | None, progress: bool, form: Form = FLOAT
-) -> dict[str, Spectrum]:
+def error_curves_of(
+    model: nn.Module, drafted: Plan, stats: Stats | None, progress: bool, form: StorageFormat = FLOAT
+) -> dict[str, ErrorCurve]:
     """Decompose every targeted weight, or what ``form`` loses of it, under the plan's metric.
 
     Raises:
@@ -356,9 +358,11 @@ def spectra_of(
         weight = matrix_of(model.get_submodule(layer.name), layer, metric)
         try:
             if form.residual and form.scheme is not None and layer.kind != TABLE:
-                measured[layer.name] = residual_errors(model, layer, form.scheme, drafted.metric, stats)
+                measured[layer.name] = correction_error_curve_of(
+                    model, layer, form.scheme, drafted.metric, stats
+                )
             else:
-                measured[layer.name] = spectrum(weight, metric)
+                measured[layer.name] = error_curve(weight, metric)
         except WeightError as error:
             raise type(error)(f"{layer.name}: {error}") from error
     return measured

@@ -11,28 +11,35 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowrank.allocation.candidates import Outlook
+from lowrank.allocation.candidates import QuantizationError
 from lowrank.calibration.statistics import Stats
 from lowrank.errors import WeightError
-from lowrank.linalg import Scheme, Spectrum, factors_noise, lost_by_codes, residual_spectrum, whole_noise
+from lowrank.linalg import (
+    ErrorCurve,
+    Scheme,
+    correction_error_curve,
+    factors_quantization_error,
+    rounding_error_of,
+    weight_quantization_error,
+)
 from lowrank.linalg.matmul import without_autocast
-from lowrank.linalg.quantization_error import rows_noise, table_noise
+from lowrank.linalg.quantization_error import embedding_quantization_error, rows_quantization_error
 from lowrank.plans.plan import LayerPlan, Plan
-from lowrank.plans.storage_formats import FLOAT, INT8, TABLE, Form
+from lowrank.plans.storage_formats import FLOAT, INT8, TABLE, StorageFormat
 from lowrank.surgery.factorization import error_metric_of, input_moments, matrix_of, metric_of, weight_of
 from lowrank.surgery.quantization import check_holds
 
 
 @without_autocast()
-def outlooks_of(
-    model: nn.Module, drafted: Plan, forms: Sequence[Form], stats: Stats | None, progress: bool
-) -> dict[Form, dict[str, Outlook]]:
+def quantization_errors_of(
+    model: nn.Module, drafted: Plan, forms: Sequence[StorageFormat], stats: Stats | None, progress: bool
+) -> dict[StorageFormat, dict[str, QuantizationError]]:
     """Return by form what it does to the targeted layers; layers that do not fit are left out.
 
     Raises:
         WeightError: If a weight cannot be coded, with the layer's name.
     """
-    found: dict[Form, dict[str, Outlook]] = {form: {} for form in forms}
+    found: dict[StorageFormat, dict[str, QuantizationError]] = {form: {} for form in forms}
     bar = tqdm(drafted.targeted, desc="codes", unit="layer", disable=None if progress else True)
     for layer in bar:
         weight = weight_of(model.get_submodule(layer.name)).detach()
@@ -48,17 +55,17 @@ def outlooks_of(
     return found
 
 
-def residual_errors(
+def correction_error_curve_of(
     model: nn.Module, layer: LayerPlan, scheme: Scheme, metric: str, stats: Stats | None
-) -> Spectrum:
+) -> ErrorCurve:
     """Return the errors of one layer whose factors correct its coded weight."""
     weight = weight_of(model.get_submodule(layer.name)).detach()
     moments = input_moments(stats, layer) if metric != "weight" else None
-    lost = lost_by_codes(weight, scheme, moments)
-    return residual_spectrum(weight, lost, error_metric_of(layer, weight, metric, stats))
+    lost = rounding_error_of(weight, scheme, moments)
+    return correction_error_curve(weight, lost, error_metric_of(layer, weight, metric, stats))
 
 
-def _fits(form: Form, layer: LayerPlan, weight: Tensor) -> bool:
+def _fits(form: StorageFormat, layer: LayerPlan, weight: Tensor) -> bool:
     """Tell whether the layer's rows are whole groups, and in the range of the scales."""
     try:
         check_holds(form.scheme, weight)
@@ -68,8 +75,8 @@ def _fits(form: Form, layer: LayerPlan, weight: Tensor) -> bool:
 
 
 def _outlooks(
-    model: nn.Module, layer: LayerPlan, forms: Sequence[Form], metric: str, stats: Stats | None
-) -> dict[Form, Outlook]:
+    model: nn.Module, layer: LayerPlan, forms: Sequence[StorageFormat], metric: str, stats: Stats | None
+) -> dict[StorageFormat, QuantizationError]:
     """Return what each of ``forms`` does to one layer; each scheme codes its weight once."""
     if layer.kind == TABLE:
         return _outlooks_of_table(model.get_submodule(layer.name), layer, forms, metric, stats)
@@ -77,23 +84,25 @@ def _outlooks(
     how = error_metric_of(layer, weight, metric, stats)
     moments = input_moments(stats, layer) if metric != "weight" else None
     schemes = dict.fromkeys(form.scheme for form in forms if form.scheme is not None)
-    lost = {scheme: lost_by_codes(weight, scheme, moments) for scheme in schemes}
+    lost = {scheme: rounding_error_of(weight, scheme, moments) for scheme in schemes}
     found = {}
     for form in forms:
         assert form.scheme is not None
-        whole = whole_noise(weight, lost[form.scheme], form.scheme, how)
+        whole = weight_quantization_error(weight, lost[form.scheme], form.scheme, how)
         if form.residual:
-            found[form] = Outlook(whole, 0.0, residual_spectrum(weight, lost[form.scheme], how))
+            found[form] = QuantizationError(
+                whole, 0.0, correction_error_curve(weight, lost[form.scheme], how)
+            )
             continue
-        rank = layer.largest_paying_rank // 2 // form.rank_step * form.rank_step
-        noise = factors_noise(weight, rank, form.scheme, how, moments) if rank else 0.0
-        found[form] = Outlook(whole, noise)
+        rank = layer.largest_rank_that_saves // 2 // form.rank_step * form.rank_step
+        noise = factors_quantization_error(weight, rank, form.scheme, how, moments) if rank else 0.0
+        found[form] = QuantizationError(whole, noise)
     return found
 
 
 def _outlooks_of_table(
-    table: nn.Module, layer: LayerPlan, forms: Sequence[Form], metric: str, stats: Stats | None
-) -> dict[Form, Outlook]:
+    table: nn.Module, layer: LayerPlan, forms: Sequence[StorageFormat], metric: str, stats: Stats | None
+) -> dict[StorageFormat, QuantizationError]:
     """Return what each of ``forms`` does to a table, whose factors no form lets correct its codes."""
     how = metric_of(layer, metric, stats)
     matrix, weight = matrix_of(table, layer, how), weight_of(table).detach()
@@ -102,7 +111,9 @@ def _outlooks_of_table(
         assert form.scheme is not None
         factors = INT8 if form.residual else form.scheme
         step = factors.group_size or 1
-        rank = layer.largest_paying_rank // 2 // step * step
-        noise = table_noise(matrix, rank, factors, how) if rank else 0.0
-        found[form] = Outlook(rows_noise(matrix, lost_by_codes(weight, form.scheme), how), noise)
+        rank = layer.largest_rank_that_saves // 2 // step * step
+        noise = embedding_quantization_error(matrix, rank, factors, how) if rank else 0.0
+        found[form] = QuantizationError(
+            rows_quantization_error(matrix, rounding_error_of(weight, form.scheme), how), noise
+        )
     return found

@@ -26,12 +26,12 @@ from lowrank.inspection.heads import heads_of
 from lowrank.inspection.targets import check_patterns, left_alone, not_wanted, spells
 from lowrank.inspection.tied_weights import embeddings, is_copy, tied_heads
 from lowrank.linalg import Scheme
-from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, SharedDown
+from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedModule, SharedDown
 from lowrank.nn.integer_matmul import int4_obstacle
 from lowrank.plans.patterns import matches, no_match
-from lowrank.plans.plan import CodedWeight, LayerPlan, Plan
-from lowrank.plans.storage_formats import Form
-from lowrank.surgery.quantization import check_range, with_common_codes_uncentred
+from lowrank.plans.plan import LayerPlan, Plan, QuantizedWeight
+from lowrank.plans.storage_formats import StorageFormat
+from lowrank.surgery.quantization import check_range, without_shared_input_shifts
 
 
 def with_codes(
@@ -43,12 +43,13 @@ def with_codes(
     ignore: Sequence[str] | None = None,
     stats: Stats | None = None,
     heads: Mapping[str, str] | None = None,
-    apart: Sequence[str] = (),
+    separately_saved: Sequence[str] = (),
     optional: bool = False,
 ) -> Plan:
     """Return ``plan`` with what `lowrank.quantize` codes in ``model`` when the plan has been carried out.
 
-    With ``optional`` there may be nothing left to code. For ``apart`` see `lowrank.inspection.targets.draft`.
+    With ``optional`` there may be nothing left to code. For ``separately_saved`` see
+    `lowrank.inspection.targets.draft`.
 
     Raises:
         TargetError: If a pattern matches nothing, or names what cannot be coded.
@@ -61,7 +62,7 @@ def with_codes(
     check_patterns("ignore", ignore)
     in_heads = heads_of(model, heads)
     doubts = find_doubts(model, plan.overruled)
-    plan = plan.with_layers(_equal(model, plan, doubts, targets, ignore, in_heads, apart))
+    plan = plan.with_layers(_equal(model, plan, doubts, targets, ignore, in_heads, separately_saved))
     chosen = list(_chosen(model, plan, doubts, scheme, targets, ignore, stats, in_heads))
     if not chosen and not optional:
         raise LowRankError(
@@ -74,7 +75,7 @@ def with_codes(
             check_range(modules, code)
         except (SchemeError, WeightError) as error:
             raise type(error)(f"{code.name}: {error}") from error
-    return with_heads(model, with_common_codes_uncentred(replace(plan, codes=(*plan.codes, *chosen))))
+    return with_heads(model, without_shared_input_shifts(replace(plan, codes=(*plan.codes, *chosen))))
 
 
 def _equal(
@@ -84,20 +85,20 @@ def _equal(
     targets: Sequence[str] | None,
     ignore: Sequence[str] | None,
     heads: Mapping[str, Sequence[str]],
-    apart: Sequence[str],
+    separately_saved: Sequence[str],
 ) -> dict[str, LayerPlan]:
     """Return those layers of ``plan`` that stay whole and are going to use the codes of an equal one."""
     taken = plan.equal.keys()
     wanted = [
         layer.name
         for layer in plan
-        if (layer.rank, layer.same_as) == (None, None)
+        if (layer.rank, layer.tied_to) == (None, None)
         and layer.name not in taken
         and not_wanted(layer.name, targets, ignore or (), heads) is None
     ]
-    equal = find_equals(model, wanted, apart, doubts)
+    equal = find_equals(model, wanted, separately_saved, doubts)
     return {
-        name: replace(plan[name].following(owner), copied=is_copy(model, name, owner))
+        name: replace(plan[name].following(owner), was_copy=is_copy(model, name, owner))
         for name, owner in equal.items()
     }
 
@@ -126,7 +127,12 @@ def check_kernels(model: nn.Module, plan: Plan, slow: str) -> None:
     found: dict[str, list[str]] = {}
     for code in plan.codes:
         module = modules.get(code.name, modules.get(code.name.rpartition(".")[0]))
-        if code.group_size is None or code.kind == "embedding" or module is None or isinstance(module, Coded):
+        if (
+            code.group_size is None
+            or code.kind == "embedding"
+            or module is None
+            or isinstance(module, QuantizedModule)
+        ):
             continue
         device = next(itertools.chain(module.parameters(), module.buffers())).device
         reason = int4_obstacle(code.rows, code.columns, code.group_size, device)
@@ -154,7 +160,7 @@ def _chosen(
     ignore: Sequence[str] | None,
     stats: Stats | None,
     heads: Mapping[str, Sequence[str]],
-) -> Iterator[CodedWeight]:
+) -> Iterator[QuantizedWeight]:
     modules = dict([*linear_layers(model), *embeddings(model)])
     for pattern in [*check_patterns("targets", targets), *check_patterns("ignore", ignore)]:
         if not any(matches(name, pattern) for name in modules):
@@ -200,14 +206,14 @@ _PLAIN = (nn.Linear, SharedDown, nn.Embedding)
 
 def _linear(
     layer: LayerPlan, plan: Plan, scheme: Scheme, calibrated: bool, done: Container[str]
-) -> Iterator[CodedWeight]:
+) -> Iterator[QuantizedWeight]:
     """Yield what of a layer, or of its factors, is not coded by the plan already."""
-    form = Form(scheme, layer.residual)
+    form = StorageFormat(scheme, layer.residual)
     for code in form.codes(layer, shared=layer.name in plan.shared, calibrated=calibrated):
         if code.name not in done:
             yield code
 
 
-def _table(name: str, table: nn.Embedding, scheme: Scheme) -> CodedWeight:
+def _table(name: str, table: nn.Embedding, scheme: Scheme) -> QuantizedWeight:
     sizes = table.num_embeddings, table.embedding_dim
-    return CodedWeight(name, "embedding", *sizes, False, scheme.name, scheme.group_size)
+    return QuantizedWeight(name, "embedding", *sizes, False, scheme.name, scheme.group_size)

@@ -14,23 +14,23 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from lowrank.allocation.candidates import (
+    Candidates,
     Costs,
     Group,
-    Menu,
-    Outlook,
+    QuantizationError,
     best_partitions,
-    menu_of,
+    candidates_of,
     merged,
     partitions,
     sharing,
 )
 from lowrank.allocation.solver import allocate, uniform
 from lowrank.errors import BudgetError, RankError, TargetError
-from lowrank.linalg import Spectrum
+from lowrank.linalg import ErrorCurve
 from lowrank.plans.patterns import is_wildcard, matches, no_match
-from lowrank.plans.plan import Budget, CodedWeight, LayerPlan, Plan
+from lowrank.plans.plan import Budget, LayerPlan, Plan, QuantizedWeight
 from lowrank.plans.reach import shares
-from lowrank.plans.storage_formats import FLOAT, Form
+from lowrank.plans.storage_formats import FLOAT, StorageFormat
 from lowrank.surgery.factorization import importance
 
 ALLOCATIONS = ("global", "uniform")
@@ -39,7 +39,7 @@ ALLOCATIONS = ("global", "uniform")
 def select(
     draft: Plan,
     budget: Budget,
-    spectra: Mapping[str, Spectrum],
+    error_curves: Mapping[str, ErrorCurve],
     *,
     allocation: str = "global",
     round_to: int = 8,
@@ -50,16 +50,16 @@ def select(
     held_out_ratio: Mapping[str, float] | None = None,
     costs: Costs | None = None,
     groups: Sequence[Group] = (),
-    outlooks: Mapping[Form, Mapping[str, Outlook]] = MappingProxyType({FLOAT: {}}),
+    outlooks: Mapping[StorageFormat, Mapping[str, QuantizationError]] = MappingProxyType({FLOAT: {}}),
     calibrated: Container[str] = (),
-    rest: Sequence[CodedWeight] = (),
+    rest: Sequence[QuantizedWeight] = (),
 ) -> Plan:
     """Give every targeted layer of ``draft`` a rank, or the reason why it stays dense.
 
     Args:
         draft: The layers, from `lowrank.inspection.targets.draft`.
         budget: What may remain. An explicit rank is taken exactly; others are rounded.
-        spectra: The error at every rank, by layer name. With a ``rank`` budget nothing is decided by
+        error_curves: The error at every rank, by layer name. With a ``rank`` budget nothing is decided by
             them, so they may be missing; the predicted errors are then missing too.
         allocation: For ``keep``: ``"global"`` minimises the sum over layers of the squared relative
             error times the layer's parameters; ``"uniform"`` keeps the same fraction of every layer.
@@ -88,15 +88,15 @@ def select(
         raise BudgetError(f"allocation={allocation!r}: choose one of {', '.join(ALLOCATIONS)}.")
     if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1:
         raise BudgetError(f"round_to={round_to!r}: ranks are rounded to a positive whole number.")
-    codes: list[CodedWeight] = []
-    coded: dict[str, Outlook] = {}
+    codes: list[QuantizedWeight] = []
+    coded: dict[str, QuantizationError] = {}
     if budget.kind == "rank":
         layers = _sharing_at_rank(_by_rank(draft, budget.value, named, given_in), groups)
     elif budget.kind in ("energy", "error"):
-        layers = _by_error(draft, budget, spectra, round_to, tolerance)
+        layers = _by_error(draft, budget, error_curves, round_to, tolerance)
         layers = _sharing_within_error(draft, layers, budget, groups, round_to, tolerance)
     else:
-        menus = _menus(draft, spectra, round_to, loss_per_square, costs, groups, outlooks)
+        menus = _menus(draft, error_curves, round_to, loss_per_square, costs, groups, outlooks)
         if costs is None:
             chosen_points = _by_keep(draft, budget.value, menus, allocation, round_to)
         else:
@@ -105,37 +105,37 @@ def select(
         codes = [code for menu, point in chosen_points for code in menu.codes_at(point, calibrated)]
         forms = {layer.name: menu.forms[point] for menu, point in chosen_points for layer in menu.layers}
         coded = {name: outlooks[form][name] for name, form in forms.items() if form is not FLOAT}
-    known = {**spectra, **_joint_spectra(layers, groups)}
+    known = {**error_curves, **_joint_error_curves(layers, groups)}
     chosen = {
-        x.name: _with_error(x, known, loss_per_square, held_out_ratio, coded.get(x.name, Outlook()))
+        x.name: _with_error(x, known, loss_per_square, held_out_ratio, coded.get(x.name, QuantizationError()))
         for x in layers
     }
     plan = replace(draft, budget=str(budget), allocation=allocation, round_to=round_to, tolerance=tolerance)
     plan = replace(plan.with_layers(chosen), codes=(*plan.codes, *codes, *rest))
     if not plan.codes and not any(layer.rank for layer in chosen.values()):
-        raise BudgetError(nothing_changes(plan, budget, spectra))
+        raise BudgetError(nothing_changes(plan, budget, error_curves))
     return plan
 
 
 def _with_error(
     layer: LayerPlan,
-    spectra: Mapping[str, Spectrum],
+    error_curves: Mapping[str, ErrorCurve],
     loss_per_square: Mapping[str, float] | None,
     held_out_ratio: Mapping[str, float] | None,
-    outlook: Outlook,
+    outlook: QuantizationError,
 ) -> LayerPlan:
     """Return ``layer`` with its errors; those of coding count for the loss only."""
-    if layer.name not in spectra or (layer.rank is None and not outlook.whole):
+    if layer.name not in error_curves or (layer.rank is None and not outlook.whole):
         return layer
     own = outlook.corrected if layer.residual else None
-    spectrum, rank = own or spectra[layer.name], layer.rank
+    error_curve, rank = own or error_curves[layer.name], layer.rank
     if rank is None:
-        lost = outlook.whole * spectrum.squared_norm
+        lost = outlook.whole * error_curve.squared_norm
         return replace(layer, loss_increase=loss_per_square[layer.name] * lost) if loss_per_square else layer
-    error = spectrum.relative_error(rank)
+    error = error_curve.relative_error(rank)
     held = held_out_ratio.get(layer.name) if held_out_ratio is not None else None
-    squared = spectrum.squared_error(rank)
-    lost = squared + outlook.factors * (spectrum.squared_error(0) - squared)
+    squared = error_curve.squared_error(rank)
+    lost = squared + outlook.factors * (error_curve.squared_error(0) - squared)
     return replace(
         layer,
         relative_error=error,
@@ -144,7 +144,7 @@ def _with_error(
     )
 
 
-def nothing_changes(plan: Plan, budget: Budget, spectra: Mapping[str, Spectrum]) -> str:
+def nothing_changes(plan: Plan, budget: Budget, error_curves: Mapping[str, ErrorCurve]) -> str:
     """Say why no layer of ``plan`` has a rank, and what to do."""
     lines = [f"With {budget}, no layer of {plan.model} would change.", *reasons(plan)]
     if not plan.targeted and plan.model_parameters:
@@ -152,7 +152,7 @@ def nothing_changes(plan: Plan, budget: Budget, spectra: Mapping[str, Spectrum])
     if not plan.layers:
         advice = "It has no linear layer."
     elif plan.targeted:
-        advice = _LESS[budget.kind] + _nearest(plan, budget, spectra)
+        advice = _LESS[budget.kind] + _nearest(plan, budget, error_curves)
     elif plan.factorized or plan.codes:
         advice = "Call decompress(model) first, or start from the dense checkpoint."
     else:
@@ -171,17 +171,17 @@ def reasons(plan: Plan) -> list[str]:
     return [f"  {name}: {reason}" for (reason, _), name in list(examples.items())[:4]]
 
 
-def _nearest(plan: Plan, budget: Budget, spectra: Mapping[str, Spectrum]) -> str:
+def _nearest(plan: Plan, budget: Budget, error_curves: Mapping[str, ErrorCurve]) -> str:
     """Name the first budget at which a layer would change."""
     ranks = {
-        layer.name: layer.largest_paying_rank // plan.round_to * plan.round_to for layer in plan.targeted
+        layer.name: layer.largest_rank_that_saves // plan.round_to * plan.round_to for layer in plan.targeted
     }
     if budget.kind == "rank":
-        largest = max(layer.largest_paying_rank for layer in plan.targeted)
+        largest = max(layer.largest_rank_that_saves for layer in plan.targeted)
         return f" The largest that saves parameters is {largest}." if largest else ""
     if budget.kind not in ("error", "energy"):
         return ""
-    errors = {name: spectra[name].relative_error(rank) for name, rank in ranks.items() if rank}
+    errors = {name: error_curves[name].relative_error(rank) for name, rank in ranks.items() if rank}
     if not errors:
         return ""
     name = min(errors, key=errors.__getitem__)
@@ -227,27 +227,27 @@ def _at_rank(layer: LayerPlan, rank: int | None, named: bool, step: int) -> Laye
         raise RankError(
             f"{layer.name}: rank {rank} is above min(out, in) = {largest} of the weight "
             f"(out={layer.out_features}, in={layer.in_features}). Ranks that save parameters go up "
-            f"to {layer.largest_paying_rank}."
+            f"to {layer.largest_rank_that_saves}."
         )
     asked, rank = rank, max(rank // step, 1) * step
-    if rank > layer.largest_paying_rank:
+    if rank > layer.largest_rank_that_saves:
         what = "would not save parameters"
         if layer.residual:
             what = "takes no less than the weight, and pays for no correction"
-        return layer.dense(f"rank {rank} {what} (the largest that does: {layer.largest_paying_rank})")
+        return layer.dense(f"rank {rank} {what} (the largest that does: {layer.largest_rank_that_saves})")
     reason = "as asked" if rank == asked else f"{asked} as asked, in whole groups of {step}"
     return replace(layer, rank=rank, reason=reason)
 
 
 def _by_error(
-    draft: Plan, budget: Budget, spectra: Mapping[str, Spectrum], round_to: int, tolerance: float
+    draft: Plan, budget: Budget, error_curves: Mapping[str, ErrorCurve], round_to: int, tolerance: float
 ) -> list[LayerPlan]:
     bound = _error_bound(budget)
     layers = []
     for layer in draft.targeted:
-        needed = spectra[layer.name].smallest_rank(bound / (1 + tolerance))
+        needed = error_curves[layer.name].smallest_rank(bound / (1 + tolerance))
         rank = -(-needed // round_to) * round_to
-        if rank > layer.largest_paying_rank:
+        if rank > layer.largest_rank_that_saves:
             rounded = f", rounded to {rank}" if rank != needed else ""
             layers.append(
                 layer.dense(f"{budget} needs rank {needed}{rounded}, which would not save parameters")
@@ -282,7 +282,7 @@ def _sharing_within_error(
     for group in groups:
         taken: set[str] = set()
         for names, joint in sorted(group.joint.items(), key=lambda item: -len(item[0])):
-            needed = max(spectrum.smallest_rank(bound) for spectrum in joint)
+            needed = max(error_curve.smallest_rank(bound) for error_curve in joint)
             rank = -(-needed // round_to) * round_to
             small = sharing([draft[name] for name in names], rank, f"{budget} needs rank {needed}")
             fewer = sum(x.parameters for x in small) < sum(found[name].parameters for name in names)
@@ -292,12 +292,12 @@ def _sharing_within_error(
     return list(found.values())
 
 
-def _joint_spectra(layers: Sequence[LayerPlan], groups: Sequence[Group]) -> dict[str, Spectrum]:
+def _joint_error_curves(layers: Sequence[LayerPlan], groups: Sequence[Group]) -> dict[str, ErrorCurve]:
     """Return the errors of the layers that share ``down``, with those that they share it with."""
     users: dict[str, list[str]] = {}
     for layer in layers:
-        if layer.down_of is not None:
-            users.setdefault(layer.down_of, [layer.down_of]).append(layer.name)
+        if layer.shares_down_with is not None:
+            users.setdefault(layer.shares_down_with, [layer.shares_down_with]).append(layer.name)
     found = {}
     for names in map(tuple, users.values()):
         joint = next(group.joint[names] for group in groups if names in group.joint)
@@ -312,18 +312,20 @@ def _error_bound(budget: Budget) -> float:
 
 def _menus(
     draft: Plan,
-    spectra: Mapping[str, Spectrum],
+    error_curves: Mapping[str, ErrorCurve],
     round_to: int,
     loss_per_square: Mapping[str, float] | None,
     costs: Costs | None,
     groups: Sequence[Group],
-    outlooks: Mapping[Form, Mapping[str, Outlook]],
-) -> list[list[tuple[Menu, ...]]]:
+    outlooks: Mapping[StorageFormat, Mapping[str, QuantizationError]],
+) -> list[list[tuple[Candidates, ...]]]:
     """List what layers can become, priced: for each layer or group the ways to divide it, as menus."""
     weighs = loss_per_square or {}
-    scales = {x.name: importance(x, spectra[x.name].squared_norm, weighs.get(x.name)) for x in draft.targeted}
-    known = {(x.name,): (spectra[x.name],) for x in draft.targeted}
-    menus: dict[tuple[str, ...], Menu] = {}
+    scales = {
+        x.name: importance(x, error_curves[x.name].squared_norm, weighs.get(x.name)) for x in draft.targeted
+    }
+    known = {(x.name,): (error_curves[x.name],) for x in draft.targeted}
+    menus: dict[tuple[str, ...], Candidates] = {}
     for names, errors in itertools.chain(known.items(), *(group.joint.items() for group in groups)):
         layers, sizes = [draft[name] for name in names], [scales[name] for name in names]
         offers = []
@@ -332,8 +334,8 @@ def _menus(
                 continue  # factors that correct codes are each layer's own
             if form is not FLOAT and not all(name in outlook for name in names):
                 continue  # its rows are not whole groups
-            each = [outlook.get(name, Outlook()) for name in names]
-            menu = menu_of(layers, errors, sizes, round_to, form, each)
+            each = [outlook.get(name, QuantizationError()) for name in names]
+            menu = candidates_of(layers, errors, sizes, round_to, form, each)
             offers.append(menu if costs is None else costs.price(menu))
         menus[names] = merged(offers) if len(offers) > 1 else offers[0]
     grouped = {name for group in groups for name in group.names}
@@ -342,8 +344,12 @@ def _menus(
 
 
 def _by_keep(
-    draft: Plan, keep: float, menus: Sequence[Sequence[tuple[Menu, ...]]], allocation: str, round_to: int
-) -> list[tuple[Menu, int]]:
+    draft: Plan,
+    keep: float,
+    menus: Sequence[Sequence[tuple[Candidates, ...]]],
+    allocation: str,
+    round_to: int,
+) -> list[tuple[Candidates, int]]:
     total = sum(layer.dense_parameters for layer in draft.targeted)
     least = int(_least(menus))
     if least > keep * total:
@@ -357,8 +363,12 @@ def _by_keep(
 
 
 def _by_cost(
-    draft: Plan, budget: Budget, menus: Sequence[Sequence[tuple[Menu, ...]]], costs: Costs, allocation: str
-) -> list[tuple[Menu, int]]:
+    draft: Plan,
+    budget: Budget,
+    menus: Sequence[Sequence[tuple[Candidates, ...]]],
+    costs: Costs,
+    allocation: str,
+) -> list[tuple[Candidates, int]]:
     """Allocate under a cost other than parameters."""
     limit = costs.limit - costs.fixed
     least = _least(menus)
@@ -371,14 +381,14 @@ def _by_cost(
     return _within(menus, limit, allocation)
 
 
-def _least(menus: Sequence[Sequence[tuple[Menu, ...]]]) -> float:
+def _least(menus: Sequence[Sequence[tuple[Candidates, ...]]]) -> float:
     """Return the cost of the cheapest choices."""
     return sum(min(sum(float(menu.costs[0]) for menu in parts) for parts in choices) for choices in menus)
 
 
 def _within(
-    menus: Sequence[Sequence[tuple[Menu, ...]]], limit: float, allocation: str
-) -> list[tuple[Menu, int]]:
+    menus: Sequence[Sequence[tuple[Candidates, ...]]], limit: float, allocation: str
+) -> list[tuple[Candidates, int]]:
     parts = best_partitions(menus, limit)
     points = uniform(parts, limit) if allocation == "uniform" else allocate(parts, limit)
     return list(zip(parts, points, strict=True))

@@ -12,7 +12,7 @@ from lowrank.allocation.candidates import Group
 from lowrank.calibration.statistics import Stats
 from lowrank.errors import BudgetError, WeightError
 from lowrank.inspection.blocks import find_blocks
-from lowrank.linalg import Spectrum
+from lowrank.linalg import ErrorCurve
 from lowrank.linalg.matmul import without_autocast
 from lowrank.plans.plan import Budget, LayerPlan, Plan
 from lowrank.plans.storage_formats import TABLE
@@ -95,7 +95,7 @@ def groups_of(
 
 def _errors(
     model: nn.Module, layers: Sequence[LayerPlan], metric: str, stats: Stats | None, estimate: bool
-) -> tuple[Spectrum, ...]:
+) -> tuple[ErrorCurve, ...]:
     weights = [weight_of(model.get_submodule(layer.name)) for layer in layers]
     try:
         return joint_errors(layers, weights, metric, stats, estimate)

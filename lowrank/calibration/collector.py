@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowrank.calibration.data import HELD_OUT, Batch
-from lowrank.calibration.embeddings import LookupSums
-from lowrank.calibration.held_out import TrialRun, make_trials
+from lowrank.calibration.embeddings import EmbeddingCollector
+from lowrank.calibration.held_out import HeldOutValidation, trial_factorizations
 from lowrank.calibration.objectives import of_loss, self_supervised
 from lowrank.calibration.statistics import Fingerprint, Gradients, Moments, Stats
 from lowrank.errors import DataError, FewTokensWarning, StatsError, warn
@@ -26,7 +26,7 @@ from lowrank.inspection.devices import device_of
 from lowrank.inspection.fingerprints import fingerprint_of_layer, fingerprint_of_tokenizer
 from lowrank.linalg.matmul import without_autocast
 from lowrank.linalg.metric import products_of_pairs, squares, wide
-from lowrank.nn import kind_of
+from lowrank.nn import layer_type_of
 
 WIDEST = 8192
 """Features up to which the products of all pairs are kept (0.5 GB in float64); beyond, each with itself."""
@@ -61,7 +61,7 @@ def collect(
     differentiate = loss is not None
     tables = [name for name in layers if isinstance(model.get_submodule(name), nn.Embedding)]
     users = dict(heads or {}) if differentiate else {}  # without gradients, logits have another unit
-    lookups = LookupSums(model, tables, users, differentiate)
+    lookups = EmbeddingCollector(model, tables, users, differentiate)
     collector = _Collector(model, [name for name in layers if name not in tables], differentiate, lookups)
     held: list[Batch] = []
     held_tokens = terms = seen = 0
@@ -77,8 +77,8 @@ def collect(
                 collector.start(batch)
                 terms += _pass(model, batch, loss, generator)
                 bar.update()
-        trials = make_trials(model, collector.stats(tokenizer, terms), users) if held else {}
-        run = TrialRun(model, trials, differentiate)
+        trials = trial_factorizations(model, collector.stats(tokenizer, terms), users) if held else {}
+        run = HeldOutValidation(model, trials, differentiate)
         with run.listening(), collector.listening():
             for batch in held:
                 run.batch = batch
@@ -148,7 +148,7 @@ class _Collector:
     """Sums moments of inputs and products of gradients, one layer at a time, as the model runs."""
 
     def __init__(
-        self, model: nn.Module, layers: Collection[str], differentiate: bool, lookups: LookupSums
+        self, model: nn.Module, layers: Collection[str], differentiate: bool, lookups: EmbeddingCollector
     ) -> None:
         self._lookups = lookups
         self._layers = {name: model.get_submodule(name) for name in layers}
@@ -217,7 +217,7 @@ class _Collector:
     def _felt(self, name: str, layer: nn.Module, gradient: Tensor) -> None:
         """Add the gradient with respect to a layer's output, for a tall layer seen from its input."""
         assert self._batch is not None
-        kind = kind_of(layer)
+        kind = layer_type_of(layer)
         assert kind is not None
         weight = kind.weight(layer).detach()
         rows = self._batch.real(gradient.detach())
@@ -244,7 +244,7 @@ class _Collector:
             inputs[name] = Moments(sums.rows, sums.total.clone(), sums.products().clone())
         gradients = {}
         for name, sums in self._gradients.items():
-            kind = kind_of(self._layers[name])
+            kind = layer_type_of(self._layers[name])
             assert kind is not None
             tall = _is_tall(kind.weight(self._layers[name]))
             gradients[name] = Gradients(sums.rows, sums.products().clone(), tall)

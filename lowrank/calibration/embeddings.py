@@ -34,7 +34,7 @@ from lowrank.linalg.shrinkage import shrunk
 
 
 @dataclass(frozen=True, eq=False)
-class Lookups:
+class EmbeddingStatistics:
     """Sums over the tokens that a table was asked for; all float64.
 
     Args:
@@ -92,8 +92,8 @@ class Lookups:
         weights, moment = nearest_product([(self.frequencies, own), (smooth / self.tokens, hidden)])
         return Metric(Gram(moment), Diagonal(weights))
 
-    def __add__(self, other: Lookups) -> Lookups:
-        return Lookups(
+    def __add__(self, other: EmbeddingStatistics) -> EmbeddingStatistics:
+        return EmbeddingStatistics(
             self.counts + other.counts,
             _sum(self.gradients, other.gradients),
             _sum(self.head_gradients, other.head_gradients),
@@ -126,8 +126,8 @@ def nearest_product(terms: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]
     return weights, moment.reshape(terms[0][1].shape)
 
 
-class LookupSums:
-    """Sums, as the model runs, what `Lookups` holds of some tables.
+class EmbeddingCollector:
+    """Sums, as the model runs, what `EmbeddingStatistics` holds of some tables.
 
     Args:
         model: The model.
@@ -214,6 +214,8 @@ class LookupSums:
                 )
             sums[key] = sums[key] + value if key in sums else value
 
-    def sums(self) -> dict[str, Lookups]:
+    def sums(self) -> dict[str, EmbeddingStatistics]:
         """Return the sums so far."""
-        return {n: Lookups(**sums, head_tokens=self._answered[n]) for n, sums in self._sums.items()}
+        return {
+            n: EmbeddingStatistics(**sums, head_tokens=self._answered[n]) for n, sums in self._sums.items()
+        }

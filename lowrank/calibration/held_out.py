@@ -22,17 +22,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowrank.calibration.data import Batch
-from lowrank.calibration.statistics import Held, Stats
+from lowrank.calibration.statistics import HeldOutError, Stats
 from lowrank.errors import StatsError
 from lowrank.inspection.contexts import hooked
-from lowrank.linalg import Metric, spectrum, truncated_svd
+from lowrank.linalg import Metric, error_curve, truncated_svd
 from lowrank.linalg.matmul import without_autocast
 from lowrank.linalg.metric import squares, wide
-from lowrank.nn import kind_of
+from lowrank.nn import layer_type_of
 
 
 @dataclass(frozen=True, eq=False)
-class Trial:
+class TrialFactorization:
     """One layer's trial factorization: its output is ``L R x + shift``.
 
     Args:
@@ -56,7 +56,7 @@ class Trial:
         return outputs - (inputs @ self.right.T @ self.left.T + self.shift)
 
 
-class TableTrial(Trial):
+class EmbeddingTrial(TrialFactorization):
     """One table's trial factorization: it returns rows of ``L R``."""
 
     @without_autocast()
@@ -66,16 +66,18 @@ class TableTrial(Trial):
 
 
 @without_autocast()
-def make_trials(model: nn.Module, stats: Stats, heads: Mapping[str, str]) -> dict[str, Trial]:
+def trial_factorizations(
+    model: nn.Module, stats: Stats, heads: Mapping[str, str]
+) -> dict[str, TrialFactorization]:
     """Factorize every layer at half of its parameters; layers that are too small are left out.
 
     Of tables, ``heads`` says by name which layers are tied to them.
     """
-    made: dict[str, Trial] = {}
+    made: dict[str, TrialFactorization] = {}
     kind_of_metric = stats.best_metric()
     for name in stats.gradients or stats.sources:
         layer = model.get_submodule(name)
-        kind = kind_of(layer)
+        kind = layer_type_of(layer)
         assert kind is not None
         weight = kind.weight(layer).detach()
         rank = weight.numel() // (2 * sum(weight.shape))
@@ -86,7 +88,9 @@ def make_trials(model: nn.Module, stats: Stats, heads: Mapping[str, str]) -> dic
             shift = weight @ mean - left @ (right @ mean)
             bias: Tensor | None = layer.bias  # type: ignore[assignment]
             shift = shift if bias is None else shift + bias.detach()
-            made[name] = Trial(left, right, shift, spectrum(weight, metric).squared_error(rank))
+            made[name] = TrialFactorization(
+                left, right, shift, error_curve(weight, metric).squared_error(rank)
+            )
     for name in stats.tables:
         if stats.lacks(name, kind_of_metric) is None:
             made |= _trials_of_table(model, name, heads, stats.metric(name, kind_of_metric, centred=False))
@@ -95,7 +99,7 @@ def make_trials(model: nn.Module, stats: Stats, heads: Mapping[str, str]) -> dic
 
 def _trials_of_table(
     model: nn.Module, name: str, heads: Mapping[str, str], metric: Metric
-) -> dict[str, Trial]:
+) -> dict[str, TrialFactorization]:
     """Factorize a table, and try the factors on the layers that are tied to it, too."""
     weight: Tensor = model.get_submodule(name).weight.detach()  # type: ignore[operator,union-attr,assignment]
     rank = weight.numel() // (2 * sum(weight.shape))
@@ -103,21 +107,23 @@ def _trials_of_table(
         return {}
     left, right, *_ = truncated_svd(weight, rank, metric)
     nothing = weight.new_zeros(())
-    made: dict[str, Trial] = {}
-    made[name] = TableTrial(left, right, nothing, spectrum(weight, metric).squared_error(rank))
+    made: dict[str, TrialFactorization] = {}
+    made[name] = EmbeddingTrial(left, right, nothing, error_curve(weight, metric).squared_error(rank))
     for head in [head for head, table in heads.items() if table == name]:
         bias: Tensor | None = model.get_submodule(head).bias  # type: ignore[assignment]
-        made[head] = Trial(left, right, nothing if bias is None else bias.detach(), 0.0, name)
+        made[head] = TrialFactorization(left, right, nothing if bias is None else bias.detach(), 0.0, name)
     return made
 
 
-class TrialRun:
+class HeldOutValidation:
     """Sums the squared errors of the trials over tokens, as the model runs.
 
     With gradients an error counts as ``(gᵀ ΔW x)²``, else as ``‖ΔW x‖²``.
     """
 
-    def __init__(self, model: nn.Module, trials: Mapping[str, Trial], differentiate: bool) -> None:
+    def __init__(
+        self, model: nn.Module, trials: Mapping[str, TrialFactorization], differentiate: bool
+    ) -> None:
         self._model, self._trials, self._differentiate = model, trials, differentiate
         self._measured = dict.fromkeys(trials, 0.0)
         self._tokens = dict.fromkeys(trials, 0)
@@ -134,7 +140,7 @@ class TrialRun:
         with hooked(handles):
             yield
 
-    def _hook(self, name: str, trial: Trial) -> Callable[..., Tensor]:
+    def _hook(self, name: str, trial: TrialFactorization) -> Callable[..., Tensor]:
         def hook(layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor:
             inputs = (args[0] if args else kwargs["input"]).detach()
             error = trial.error(inputs, output.detach())
@@ -164,9 +170,9 @@ class TrialRun:
 
     def added_to(self, stats: Stats) -> Stats:
         """Return the statistics with what was measured, and what was predicted for the same tokens."""
-        held: dict[str, Held] = {}
+        held: dict[str, HeldOutError] = {}
         for name, trial in self._trials.items():
-            found = Held(self._measured[name], self._tokens[name] * trial.predicted)
+            found = HeldOutError(self._measured[name], self._tokens[name] * trial.predicted)
             owner = trial.table or name
             held[owner] = held[owner] + found if owner in held else found
         return replace(stats, held_out=held)

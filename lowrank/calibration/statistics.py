@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowrank.arguments import accepts, choice, flag, instance, number, path, refused, text, whole
-from lowrank.calibration.embeddings import Lookups
+from lowrank.calibration.embeddings import EmbeddingStatistics
 from lowrank.errors import CheckpointError, LowRankError, StatsError
 from lowrank.files.folders import settle, staged
 from lowrank.files.integrity import check_seal, digest_of, load_tensors, read_document, sealed
@@ -116,7 +116,7 @@ class Gradients:
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldOutError:
     """Squared error of a trial factorization, summed over tokens that calibration had not used.
 
     Args:
@@ -132,8 +132,8 @@ class Held:
         """Measured over predicted; 1 where nothing was predicted."""
         return min(MOST, max(1 / MOST, self.measured / self.predicted)) if self.predicted > 0 else 1.0
 
-    def __add__(self, other: Held) -> Held:
-        return Held(self.measured + other.measured, self.predicted + other.predicted)
+    def __add__(self, other: HeldOutError) -> HeldOutError:
+        return HeldOutError(self.measured + other.measured, self.predicted + other.predicted)
 
 
 @dataclass(frozen=True)
@@ -172,8 +172,8 @@ class Stats:
     gradients: Mapping[str, Gradients] = field(default_factory=dict)
     tokens: int = 0
     terms: int = 0
-    held_out: Mapping[str, Held] = field(default_factory=dict)
-    tables: Mapping[str, Lookups] = field(default_factory=dict)
+    held_out: Mapping[str, HeldOutError] = field(default_factory=dict)
+    tables: Mapping[str, EmbeddingStatistics] = field(default_factory=dict)
 
     def __contains__(self, layer: object) -> bool:
         return layer in self.sources or layer in self.tables
@@ -455,7 +455,7 @@ def _assembled(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> S
         for name, entry in structure["gradients"].items()
     }
     held = {
-        name: Held(*(_SUM(f"{field} of {name}", entry[field]) for field in ("measured", "predicted")))
+        name: HeldOutError(*(_SUM(f"{field} of {name}", entry[field]) for field in ("measured", "predicted")))
         for name, entry in structure["held_out"].items()
     }
     found = structure["fingerprint"]
@@ -473,10 +473,10 @@ def _assembled(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> S
     )
 
 
-def _tables(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Lookups]:
+def _tables(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, EmbeddingStatistics]:
     """Return the sums of embeddings, which were not there at first."""
     return {
-        name: Lookups(
+        name: EmbeddingStatistics(
             **{part: tensors[f"tables.{name}.{part}"] for part in entry["parts"]},
             head_tokens=_COUNT(f"head_tokens of {name}", entry["head_tokens"]),
         )

@@ -45,7 +45,7 @@ from lowrank.files.safetensors_header import (
 )
 from lowrank.inspection.eligibility import check_model, check_not_compiled
 from lowrank.inspection.targets import draft
-from lowrank.nn import Coded, LowRankEmbedding
+from lowrank.nn import LowRankEmbedding, QuantizedModule
 from lowrank.plans.plan import LayerPlan, Plan
 from lowrank.plans.storage_formats import scheme_of
 from lowrank.reports.model_card import module_card
@@ -145,7 +145,7 @@ def stored_shapes(layer: LayerPlan) -> dict[str, tuple[int, ...]]:
         f"{layer.name}.weight": (0,),
         f"{layer.name}.up.weight": (layer.out_features, rank),
     }
-    if layer.down_of is None:  # else it is stored with its owner
+    if layer.shares_down_with is None:  # else it is stored with its owner
         shapes[f"{layer.name}.down.weight"] = (rank, layer.in_features)
     return shapes
 
@@ -301,9 +301,9 @@ def _check_dtypes(file: Path, model: nn.Module, plan: Plan, header: Mapping[str,
 def _check_quantized(file: Path, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
     """Refuse values of quantized weights that quantizing never gives."""
     for code in plan.codes:
-        names = {part: f"{code.name}.{part}" for part in Coded.PARTS}
+        names = {part: f"{code.name}.{part}" for part in QuantizedModule.PARTS}
         parts = {part: tensors[name] for part, name in names.items() if name in tensors}
-        wrong = Coded.check_values(scheme_of(code), parts)
+        wrong = QuantizedModule.check_values(scheme_of(code), parts)
         if wrong is not None:
             raise CheckpointError(
                 f"{file}: the tensor {names[wrong]} has values that no coded weight has. The file is "

@@ -19,9 +19,16 @@ import torch
 from torch import nn
 
 from lowrank.distillation.distributed import agreed, process_number
-from lowrank.distillation.losses import Lesson
+from lowrank.distillation.losses import DistillationLoss
 from lowrank.distillation.snapshots import Snapshot
-from lowrank.distillation.trainer import Best, Course, Pace, Run, last_snapshot, mean_distance
+from lowrank.distillation.trainer import (
+    Best,
+    Trainer,
+    TrainingBudget,
+    TrainingConfig,
+    last_snapshot,
+    mean_distance,
+)
 from lowrank.errors import LowRankError
 from lowrank.inspection.contexts import training_only
 
@@ -29,7 +36,7 @@ EVALUATIONS = 2
 """How often a block looks at the held-out batches, beside the first time; each looks at the model, too."""
 
 
-class BlockRuns:
+class BlockwiseTrainer:
     """A training run for each block, and the best state of the whole model between them.
 
     Args:
@@ -47,10 +54,10 @@ class BlockRuns:
     def __init__(
         self,
         student: nn.Module,
-        lesson: Lesson,
+        lesson: DistillationLoss,
         blocks: Mapping[str, Sequence[nn.Parameter]],
-        pace: Pace,
-        course: Course,
+        pace: TrainingBudget,
+        course: TrainingConfig,
         folder: Path | None = None,
     ) -> None:
         if pace.steps is not None and pace.steps < len(blocks):
@@ -82,10 +89,10 @@ class BlockRuns:
         self._pace.reserved = (len(self._blocks) - self._done) * self._look_seconds
         return agreed(self._pace.progress(), self._device)
 
-    def _train_block(self, name: str, parameters: Sequence[nn.Parameter], pace: Pace) -> None:
+    def _train_block(self, name: str, parameters: Sequence[nn.Parameter], pace: TrainingBudget) -> None:
         course = replace(self._course, evaluations=EVALUATIONS, seed=self._course.seed + self._done)
         with training_only(self._student, parameters):
-            run = Run(partial(self._lesson.block_distance, name), parameters, pace, course)
+            run = Trainer(partial(self._lesson.block_distance, name), parameters, pace, course)
             run.train(f"recovering {name}")
             run.best.restore()
 

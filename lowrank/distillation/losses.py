@@ -123,7 +123,7 @@ def _named(outputs: Any) -> dict[str, Tensor]:
     return {str(k): v for k, v in named.items() if isinstance(v, Tensor) and v.is_floating_point()}
 
 
-class Lesson:
+class DistillationLoss:
     """Shows one batch to teacher and student, and tells how far apart they are.
 
     For a training loop of your own, also under `torch.nn.parallel.DistributedDataParallel` (pass the
@@ -140,7 +140,7 @@ class Lesson:
         >>> from lowrank.calibration.data import as_batch
         >>> teacher = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
         >>> model = lowrank.compress(copy.deepcopy(teacher), rank=8)
-        >>> lesson = Lesson(model, teacher)
+        >>> lesson = DistillationLoss(model, teacher)
         >>> with lesson.listening():
         ...     loss = lesson.distance(as_batch(torch.randn(4, 64)))
         >>> loss.requires_grad

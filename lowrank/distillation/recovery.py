@@ -20,7 +20,7 @@ from torch import nn
 from lowrank._transformers import check_tokenizer
 from lowrank.arguments import MODEL_OF, SEED, accepts, flag, function, instance, number, optional, path, whole
 from lowrank.calibration.data import Batch, batches
-from lowrank.distillation.blockwise import BlockRuns
+from lowrank.distillation.blockwise import BlockwiseTrainer
 from lowrank.distillation.distributed import (
     check_alike,
     check_whole,
@@ -29,8 +29,8 @@ from lowrank.distillation.distributed import (
     processes,
     unwrapped,
 )
-from lowrank.distillation.losses import Lesson
-from lowrank.distillation.trainer import Course, Pace, Run, check_finite_distance
+from lowrank.distillation.losses import DistillationLoss
+from lowrank.distillation.trainer import Trainer, TrainingBudget, TrainingConfig, check_finite_distance
 from lowrank.errors import CheckpointError, DataError, LowRankError
 from lowrank.files.folders import check_folder
 from lowrank.inspection.blocks import find_blocks
@@ -140,14 +140,16 @@ def recover(
     train, held = _split(every, held_out)
     _make_alike(student, every, device)
     mixed = _multiplies_bfloat16(device) if mixed_precision is None else mixed_precision
-    lesson = Lesson(student, teacher, hidden_weight, torch.autocast(device.type, torch.bfloat16, mixed))
-    course = Course(train, held, learning_rate, EVALUATIONS, seed, progress)
-    pace = Pace(minutes, steps)
+    lesson = DistillationLoss(
+        student, teacher, hidden_weight, torch.autocast(device.type, torch.bfloat16, mixed)
+    )
+    course = TrainingConfig(train, held, learning_rate, EVALUATIONS, seed, progress)
+    pace = TrainingBudget(minutes, steps)
     with _trained_codes(student, codes):
         if blockwise:
             blocks = _trainable_blocks(student, teacher)
             with training_only(student), eval_mode(teacher):
-                _finish(BlockRuns(student, lesson, blocks, pace, course, folder), held)
+                _finish(BlockwiseTrainer(student, lesson, blocks, pace, course, folder), held)
         else:
             parameters = trainable(student)
             if not parameters:
@@ -156,7 +158,7 @@ def recover(
                     "integers. Leave out codes=False, which keeps those of linear layers; or code less."
                 )
             with training_only(student, parameters), lesson.listening():
-                _finish(Run(lesson.distance, parameters, pace, course, folder), held)
+                _finish(Trainer(lesson.distance, parameters, pace, course, folder), held)
     return model
 
 
@@ -166,14 +168,14 @@ def _trained_codes(model: nn.Module, wanted: bool) -> Iterator[None]:
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)] if wanted else []
     try:
         for layer in layers:
-            layer.loosen()
+            layer.start_qat()
         yield
     finally:
         for layer in layers:
-            layer.fasten()
+            layer.finish_qat()
 
 
-def _finish(run: Run | BlockRuns, held: Sequence[Batch]) -> None:
+def _finish(run: Trainer | BlockwiseTrainer, held: Sequence[Batch]) -> None:
     """Train to the end, and leave the best state also where that is not reached."""
     check_finite_distance(run.best.value, held)
     try:

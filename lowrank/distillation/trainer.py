@@ -87,7 +87,7 @@ def check_finite_distance(distance: float, given: Sequence[Batch]) -> None:
 
 
 @dataclass
-class Pace:
+class TrainingBudget:
     """How much of the time, or of the steps, has passed."""
 
     minutes: float | None
@@ -105,13 +105,13 @@ class Pace:
         assert self.minutes is not None
         return (time.monotonic() - self._start + self.reserved) / (60 * self.minutes)
 
-    def part(self, number: int, parts: int) -> Pace:
+    def part(self, number: int, parts: int) -> TrainingBudget:
         """Return the pace of one of several parts: an even share of the steps, or of the time left."""
         if self.steps is not None:
-            return Pace(None, self.steps * (number + 1) // parts - self.steps * number // parts)
+            return TrainingBudget(None, self.steps * (number + 1) // parts - self.steps * number // parts)
         assert self.minutes is not None
         left = self.minutes * max(1e-9, 1 - self.progress())
-        return Pace(left / (parts - number), None)
+        return TrainingBudget(left / (parts - number), None)
 
     def go_on_from(self, steps: int, progress: float) -> None:
         """Count what an earlier run has done as passed."""
@@ -121,7 +121,7 @@ class Pace:
 
 
 @dataclass(frozen=True)
-class Course:
+class TrainingConfig:
     """What every run of one call has in common.
 
     Args:
@@ -141,7 +141,7 @@ class Course:
     progress: bool
 
 
-class Run:
+class Trainer:
     """A training run: what it has done, and what is best so far.
 
     Args:
@@ -156,8 +156,8 @@ class Run:
         self,
         distance: Distance,
         parameters: Sequence[nn.Parameter],
-        pace: Pace,
-        course: Course,
+        pace: TrainingBudget,
+        course: TrainingConfig,
         folder: Path | None = None,
     ) -> None:
         self._distance, self._parameters, self._pace = distance, parameters, pace

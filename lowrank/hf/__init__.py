@@ -357,8 +357,8 @@ def _localized(plan: Plan, model: PreTrainedModel) -> Plan:
     for layer in plan:
         name = translated(layer.name)
         if name is not None:
-            owner, table = translated(layer.down_of), translated(layer.same_as) or layer.same_as
-            layers.append(replace(layer, name=name, down_of=owner, same_as=table))
+            owner, table = translated(layer.shares_down_with), translated(layer.tied_to) or layer.tied_to
+            layers.append(replace(layer, name=name, shares_down_with=owner, tied_to=table))
     codes = []
     for code in plan.codes:
         parent, _, part = code.name.rpartition(".")

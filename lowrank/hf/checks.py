@@ -30,7 +30,7 @@ from lowrank.files.folders import TENSORS
 from lowrank.files.integrity import SEAL, check_is_text_table, check_seal, read_tensors, sealed
 from lowrank.files.json_file import read_json
 from lowrank.files.safetensors_header import DTYPE_NAMES, Stored, read_header
-from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, TiedLinear
+from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedModule, TiedLinear
 from lowrank.plans.plan import Plan
 
 CONFIG, SECTION = "config.json", "quantization_config"
@@ -51,7 +51,7 @@ LAYER_COUNTS = frozenset(
 MOST_LAYERS = 1000
 """Blocks that are built without a question, in seconds."""
 
-OWN = LowRankLinear, LowRankEmbedding, TiedLinear, Coded
+OWN = LowRankLinear, LowRankEmbedding, TiedLinear, QuantizedModule
 """Modules that `lowrank` puts into a model."""
 
 
@@ -115,7 +115,7 @@ def check_values(model: PreTrainedModel) -> None:
     )
     integrity.check_values(model, model.config.name_or_path, advice)
     for prefix, module in model.named_modules():
-        if isinstance(module, Coded) and not module.scale.is_meta:
+        if isinstance(module, QuantizedModule) and not module.scale.is_meta:
             state = module.state_dict()
             parts = {part: state[part] for part in module.PARTS if part in state}
             wrong = module.check_values(module.scheme, parts)
@@ -137,7 +137,7 @@ def check_shapes(headers: Mapping[str, Mapping[str, Stored]], plan: Plan) -> Non
         raise CheckpointError(f"{CONFIG}: {error}") from error
     replaced = {code.name for code in plan.codes} | {layer.name for layer in plan.tied}
     dense = {f"{layer.name}.weight" for layer in plan if layer.rank is None and layer.name not in replaced}
-    factorized = {layer.name for layer in plan if layer.rank is not None and layer.same_as is None}
+    factorized = {layer.name for layer in plan if layer.rank is not None and layer.tied_to is None}
     known = expected.keys() | {f"{name}.up.bias" for name in factorized}
     for file, header in headers.items():
         for name, stored in header.items():
@@ -204,7 +204,7 @@ def check_names_and_dtypes(
 def _is_code(model: nn.Module, name: str) -> bool:
     """Tell whether the tensor is the codes or the scales of a coded weight."""
     layer, _, part = name.rpartition(".")
-    return part in Coded.PARTS and isinstance(model.get_submodule(layer), Coded)
+    return part in QuantizedModule.PARTS and isinstance(model.get_submodule(layer), QuantizedModule)
 
 
 def _targets(

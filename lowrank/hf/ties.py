@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lowrank.errors import CheckpointError, LowRankError
-from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, QuantizedEmbedding, TiedLinear
+from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedEmbedding, QuantizedModule, TiedLinear
 from lowrank.plans.plan import LayerPlan, Plan
 
 _KEYS, _RESIZE = "_tied_weights_keys", "resize_token_embeddings"
@@ -64,7 +64,7 @@ def rewrite_ties(model: nn.Module) -> None:
 
 
 def _rewrite(part: PreTrainedModel) -> None:
-    ours = LowRankEmbedding, LowRankLinear, Coded, TiedLinear
+    ours = LowRankEmbedding, LowRankLinear, QuantizedModule, TiedLinear
     own = {n for n, m in part.named_modules() if isinstance(m, ours)}
 
     def is_dense(*pair: str) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from lowrank.calibration.data import Batch, as_batch
-from lowrank.distillation.losses import Lesson
+from lowrank.distillation.losses import DistillationLoss
 from lowrank.distillation.recovery import trainable
 
 
@@ -28,7 +28,7 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
 
     def __init__(self, *args: Any, teacher: nn.Module, hidden_weight: float = 1.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._lesson = Lesson(self.model, teacher.to(self.args.device), hidden_weight)
+        self._lesson = DistillationLoss(self.model, teacher.to(self.args.device), hidden_weight)
         chosen = {id(parameter) for parameter in trainable(self.model)}
         for parameter in self.model.parameters():
             parameter.requires_grad_(id(parameter) in chosen)

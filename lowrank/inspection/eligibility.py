@@ -16,7 +16,15 @@ from lowrank.inspection.dead_branches import names_set
 from lowrank.inspection.tied_weights import embeddings, equal_layers, place_of, tied_heads
 from lowrank.inspection.weight_reads import layers_read
 from lowrank.linalg.svd import FLOATING
-from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear, find_kind, kind_of
+from lowrank.nn import (
+    LowRankEmbedding,
+    LowRankLinear,
+    QuantizedLinear,
+    QuantizedModule,
+    TiedLinear,
+    find_layer_type,
+    layer_type_of,
+)
 
 
 def check_model(model: object) -> nn.Module:
@@ -80,9 +88,9 @@ def check_holder(model: object) -> nn.Module:
         TargetError: If it is a layer or a table.
     """
     module = check_not_compiled(check_model(model))
-    own = (nn.Linear, nn.Embedding, LowRankLinear, LowRankEmbedding, TiedLinear, Coded)
-    if isinstance(module, own) or kind_of(module) is not None:
-        made = isinstance(module, (LowRankLinear, LowRankEmbedding, TiedLinear, Coded))
+    own = (nn.Linear, nn.Embedding, LowRankLinear, LowRankEmbedding, TiedLinear, QuantizedModule)
+    if isinstance(module, own) or layer_type_of(module) is not None:
+        made = isinstance(module, (LowRankLinear, LowRankEmbedding, TiedLinear, QuantizedModule))
         way = (
             "its weight is model.dense_weight()"
             if made
@@ -105,7 +113,9 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             inside = name + "."
             if isinstance(module, LowRankLinear):
                 yield name, module
-        elif isinstance(module, (nn.Linear, QuantizedLinear, TiedLinear)) or kind_of(module) is not None:
+        elif (
+            isinstance(module, (nn.Linear, QuantizedLinear, TiedLinear)) or layer_type_of(module) is not None
+        ):
             yield name, module
 
 
@@ -116,7 +126,7 @@ def dense_elements(layer: nn.Module) -> int:
     if isinstance(layer, (LowRankLinear, TiedLinear)):
         return layer.in_features * layer.out_features
     weight: Tensor = layer.weight  # type: ignore[assignment]
-    return math.prod(layer.shape) if isinstance(layer, Coded) else weight.numel()
+    return math.prod(layer.shape) if isinstance(layer, QuantizedModule) else weight.numel()
 
 
 def other_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
@@ -136,7 +146,7 @@ def other_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Te
 
 
 def find_obstacles(
-    model: nn.Module, same_as: Mapping[str, str] | None = None, doubts: Mapping[str, str] | None = None
+    model: nn.Module, tied_to: Mapping[str, str] | None = None, doubts: Mapping[str, str] | None = None
 ) -> dict[str, str]:
     """Return ``{layer name: reason}`` for every linear layer that cannot be factorized.
 
@@ -144,31 +154,31 @@ def find_obstacles(
 
     Args:
         model: What has the layers.
-        same_as: ``{layer name: name of another}`` of layers that are replaced together with another, whose
+        tied_to: ``{layer name: name of another}`` of layers that are replaced together with another, whose
             weight they use; that they share one is then no obstacle.
         doubts: Those that count, from `find_doubts`; by default all.
     """
     obstacle = _finder(model, doubts)
     groups: dict[str, set[str]] = {}
-    for name, owner in (same_as or {}).items():
+    for name, owner in (tied_to or {}).items():
         groups.setdefault(owner, {f"{owner}.weight"}).add(f"{name}.weight")
     found = {}
     for name, module in linear_layers(model):
-        shared = groups.get((same_as or {}).get(name, name), ())
+        shared = groups.get((tied_to or {}).get(name, name), ())
         found[name] = obstacle(name, module, frozenset(shared))
     return {name: reason for name, reason in found.items() if reason}
 
 
 def find_equals(
-    model: nn.Module, wanted: Collection[str], apart: Sequence[str], doubts: Mapping[str, str]
+    model: nn.Module, wanted: Collection[str], separately_saved: Sequence[str], doubts: Mapping[str, str]
 ) -> dict[str, str]:
     """Return ``{layer name: name of the first}`` for linear layers whose weight is another's, or equal.
 
     Only layers of ``wanted`` are compared, in its order, and only those returned that can be replaced
-    together; for ``apart`` see `lowrank.inspection.tied_weights.equal_layers`, for
+    together; for ``separately_saved`` see `lowrank.inspection.tied_weights.equal_layers`, for
     ``doubts`` `find_obstacles`.
     """
-    groups = equal_layers(model, wanted, apart)
+    groups = equal_layers(model, wanted, separately_saved)
     obstacle = _finder(model, doubts) if groups else None
     found: dict[str, str] = {}
     for group in groups:
@@ -182,10 +192,10 @@ def find_equals(
 
 
 def find_all_obstacles(
-    model: nn.Module, same_as: Mapping[str, str], doubts: Mapping[str, str]
+    model: nn.Module, tied_to: Mapping[str, str], doubts: Mapping[str, str]
 ) -> dict[str, str]:
     """Return what `find_obstacles` and `find_embedding_obstacles` find."""
-    return find_obstacles(model, same_as, doubts) | find_embedding_obstacles(model, doubts)
+    return find_obstacles(model, tied_to, doubts) | find_embedding_obstacles(model, doubts)
 
 
 def find_embedding_obstacles(model: nn.Module, doubts: Mapping[str, str]) -> dict[str, str]:
@@ -236,7 +246,7 @@ def _doubt(layer: nn.Module, readers: Mapping[int, str]) -> str | None:
     if id(layer) in readers:
         return f"has its weight read by value in {readers[id(layer)]}"
     own = isinstance(layer, (LowRankLinear, QuantizedLinear, TiedLinear))
-    kind = find_kind(layer.kind) if own else kind_of(layer)  # type: ignore[arg-type]
+    kind = find_layer_type(layer.kind) if own else layer_type_of(layer)  # type: ignore[arg-type]
     if kind is not None and not kind.certain:
         return f"is a {kind.module.__name__}, which may compute something else than nn.Linear"
     return None
@@ -263,7 +273,7 @@ def _finder(model: nn.Module, doubts: Mapping[str, str] | None) -> Callable[...,
             return f"uses the weight of a {type(module.owner).__name__}, and is changed with that"
         if isinstance(module, (LowRankLinear, LowRankEmbedding)):
             return f"is factorized already, at rank {module.rank}; decompress(model) undoes that"
-        if isinstance(module, Coded):
+        if isinstance(module, QuantizedModule):
             return f"is quantized already ({module.scheme.name}); decompress(model) undoes that"
         if isinstance(module, nn.Embedding) and module.max_norm is not None:
             return "has a max_norm, so that reading changes it"
@@ -272,7 +282,7 @@ def _finder(model: nn.Module, doubts: Mapping[str, str] | None) -> Callable[...,
             return f"is used twice, also as {other}"
         if name in doubts:
             return doubts[name]
-        if kind_of(module) is None and type(module) is not nn.Embedding:
+        if layer_type_of(module) is None and type(module) is not nn.Embedding:
             return f"is a {type(module).__name__}, which may do something else than nn.Embedding"
         weight = module.weight
         if not isinstance(weight, nn.Parameter) or type(weight.data) is not Tensor:

@@ -25,9 +25,16 @@ from lowrank.inspection.eligibility import (
 )
 from lowrank.inspection.heads import heads_of
 from lowrank.inspection.tied_weights import embeddings, followers, is_copy, pads_with_zeros, tied_heads
-from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear, kind_of
+from lowrank.nn import (
+    LowRankEmbedding,
+    LowRankLinear,
+    QuantizedLinear,
+    QuantizedModule,
+    TiedLinear,
+    layer_type_of,
+)
 from lowrank.plans.patterns import matches, no_match
-from lowrank.plans.plan import CodedWeight, LayerPlan, Plan
+from lowrank.plans.plan import LayerPlan, Plan, QuantizedWeight
 
 
 def draft(
@@ -36,21 +43,23 @@ def draft(
     ignore: Sequence[str] | None = None,
     heads: Mapping[str, str] | None = None,
     tables: bool = False,
-    apart: Sequence[str] | None = None,
+    separately_saved: Sequence[str] | None = None,
     overrule: Sequence[str] | None = None,
 ) -> Plan:
     """List every linear layer of ``model`` as a plan without ranks.
 
     Args:
-        model: Any module, on any device; only names, shapes and dtypes are read, and weights with ``apart``.
+        model: Any module, on any device; only names, shapes and dtypes are read, and weights with
+            ``separately_saved``.
         targets: Unix-style patterns on module names; ``None`` means every layer but the heads. A head
             is a target only if a pattern spells its name (``"classifier"``, ``"lm_head*"``), and so is an
             embedding table (``"*.word_embeddings"``, ``"*embed*"``). A table and its tied heads are one.
         ignore: Patterns of layers to leave alone; they win over ``targets``.
         heads: ``{layer name: head}`` of layers that belong to a head, beside those that names tell.
         tables: Whether all embedding tables are targets, too, unless ``targets`` are given.
-        apart: Names of the modules within ``model`` that are saved on their own: of two equal weights one is
-            kept only where both are in the same of them. ``None`` does not look for equal weights.
+        separately_saved: Names of the modules within ``model`` that are saved on their own: of two equal
+            weights one is kept only where both are in the same of them. ``None`` does not look for equal
+            weights.
         overrule: Patterns of layers that may change although reading the model's code leaves a doubt.
 
     Returns:
@@ -83,9 +92,9 @@ def draft(
     users = followers(model) | {head: x for head, x in tied_heads(model).items() if x in targeted}
     equal: dict[str, str] = {}
     in_heads = heads_of(model, heads)
-    if apart is not None:
+    if separately_saved is not None:
         wanted = [name for name in layers if not_wanted(name, targets, ignore or (), in_heads) is None]
-        equal = find_equals(model, [name for name in wanted if name not in users], apart, counting)
+        equal = find_equals(model, [name for name in wanted if name not in users], separately_saved, counting)
     users |= equal
     blocked = find_obstacles(model, equal, counting)
     owners = {id(x.down): n for n, x in layers.items() if isinstance(x, LowRankLinear) and x.owns_down}
@@ -93,8 +102,8 @@ def draft(
         plan = _describe(name, module, owners)
         plan = replace(plan, overruled=True) if name in overruled else plan
         if name in users:
-            copied = is_copy(model, name, users[name]) if name in equal else plan.copied
-            plans[name] = replace(_following(plan, users[name]), copied=copied)
+            was_copy = is_copy(model, name, users[name]) if name in equal else plan.was_copy
+            plans[name] = replace(_following(plan, users[name]), was_copy=was_copy)
             continue
         reason = blocked.get(name)
         if reason and name in (targets or ()):
@@ -106,7 +115,7 @@ def draft(
         reason = reason or not_wanted(name, targets, ignore or (), in_heads)
         plans[name] = replace(plan, reason=reason or "", targeted=reason is None)
     ordered = tuple(plans[n] for n, _ in model.named_modules(remove_duplicate=False) if n in plans)
-    codes = tuple(described(n, m) for n, m in model.named_modules() if isinstance(m, Coded))
+    codes = tuple(described(n, m) for n, m in model.named_modules() if isinstance(m, QuantizedModule))
     return Plan(model=type(model).__name__, layers=ordered, codes=codes)
 
 
@@ -185,15 +194,15 @@ def _describe(name: str, module: nn.Module, owners: Mapping[int, str]) -> LayerP
             module.rank,
             module.relative_error,
             added_bias=module.added_bias,
-            down_of=None if module.owns_down else owners.get(id(module.down)),
+            shares_down_with=None if module.owns_down else owners.get(id(module.down)),
             residual=module.base is not None,
             same_input=module.same_input,
         )
     if isinstance(module, (QuantizedLinear, TiedLinear)):
         sizes = module.in_features, module.out_features
-        copied = isinstance(module, TiedLinear) and module.copied
-        return LayerPlan(name, module.kind, *sizes, module.bias is not None, copied=copied)
-    kind = kind_of(module)
+        was_copy = isinstance(module, TiedLinear) and module.was_copy
+        return LayerPlan(name, module.kind, *sizes, module.bias is not None, was_copy=was_copy)
+    kind = layer_type_of(module)
     bias = module.bias is not None
     assert kind is not None  # of a linear layer
     if not kind.certain:  # its weight may be packed
@@ -239,10 +248,12 @@ def not_wanted(
     return None
 
 
-def described(name: str, module: Coded) -> CodedWeight:
+def described(name: str, module: QuantizedModule) -> QuantizedWeight:
     """Describe a module that is coded."""
     kind, bias, flags = "embedding", False, (False, False)
     if isinstance(module, QuantizedLinear):
         kind, bias = module.kind, module.bias is not None
         flags = module.smooth is not None, module.center is not None
-    return CodedWeight(name, kind, *module.shape, bias, module.scheme.name, module.scheme.group_size, *flags)
+    return QuantizedWeight(
+        name, kind, *module.shape, bias, module.scheme.name, module.scheme.group_size, *flags
+    )

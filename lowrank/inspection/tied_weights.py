@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lowrank.inspection.fingerprints import fingerprint_of_layer
-from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, TiedLinear, kind_of
+from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedModule, TiedLinear, layer_type_of
 
 
 def embeddings(model: nn.Module) -> Iterator[tuple[str, nn.Embedding | LowRankEmbedding]]:
@@ -48,12 +48,14 @@ def followers(model: nn.Module) -> dict[str, str]:
 
     An owner outside of ``model`` has the name ``""``.
     """
-    owners = LowRankEmbedding, LowRankLinear, Coded
+    owners = LowRankEmbedding, LowRankLinear, QuantizedModule
     names = {id(m): n for n, m in model.named_modules() if isinstance(m, owners)}
     return {n: names.get(id(m.owner), "") for n, m in model.named_modules() if isinstance(m, TiedLinear)}
 
 
-def equal_layers(model: nn.Module, names: Iterable[str], apart: Sequence[str] = ()) -> list[list[str]]:
+def equal_layers(
+    model: nn.Module, names: Iterable[str], separately_saved: Sequence[str] = ()
+) -> list[list[str]]:
     """Group the linear layers among ``names`` whose weights are one parameter, or equal to the last element.
 
     Of each weight a sample is looked at, and all of it only where another has the same. A constant weight is
@@ -62,19 +64,19 @@ def equal_layers(model: nn.Module, names: Iterable[str], apart: Sequence[str] = 
     Args:
         model: What has them; on the meta device nothing is equal.
         names: The layers to compare; groups have their order.
-        apart: Names of modules within ``model`` that are saved on their own: nothing inside of one is
-            compared with what is outside.
+        separately_saved: Names of modules within ``model`` that are saved on their own: nothing inside of one
+            is compared with what is outside.
     """
     groups: dict[tuple[object, ...], list[list[str]]] = {}
     modules = dict(model.named_modules())
     for name in names:
-        kind = kind_of(modules[name]) if name in modules else None
+        kind = layer_type_of(modules[name]) if name in modules else None
         weight = modules[name].weight if kind is not None else None
         if kind is None or not isinstance(weight, nn.Parameter) or type(weight.data) is not Tensor:
             continue
         if is_lazy(weight) or weight.is_meta or not weight.is_floating_point() or not weight.numel():
             continue
-        home = max((part for part in apart if name.startswith(f"{part}.")), key=len, default="")
+        home = max((part for part in separately_saved if name.startswith(f"{part}.")), key=len, default="")
         key = home, kind.name, weight.dtype, weight.device, fingerprint_of_layer(modules[name])
         alike = groups.setdefault(key, [])
         group = next((one for one in alike if _are_equal(modules[one[0]].weight, weight)), None)  # type: ignore[arg-type]

@@ -1,26 +1,32 @@
 """The mathematics: pure functions of tensors that know nothing of modules or plans."""
 
-from lowrank.linalg.correction import Corrected, coded_with_residual, residual_spectrum
-from lowrank.linalg.error_curve import Spectrum, spectrum
-from lowrank.linalg.joint_error_curve import joint_spectra
+from lowrank.linalg.correction import Corrected, correction_error_curve, quantize_with_correction
+from lowrank.linalg.error_curve import ErrorCurve, error_curve
+from lowrank.linalg.joint_error_curve import joint_error_curves
 from lowrank.linalg.matmul import linear, product
 from lowrank.linalg.metric import Diagonal, Gram, Identity, Metric, PulledBack, Stacked
 from lowrank.linalg.quantization import (
     Scheme,
-    decode,
-    decode_smoothed,
-    encode,
-    encode_smoothed,
-    recode,
-    smoothing,
+    dequantize_scaled,
+    dequantize_weight,
+    quantize_scaled,
+    quantize_weight,
+    requantize,
+    smooth_scale_of,
 )
-from lowrank.linalg.quantization_error import factors_noise, lost_by_codes, rotated, whole_noise
-from lowrank.linalg.shared_basis import SharedFactors, basis_spectra, shared_basis
+from lowrank.linalg.quantization_error import (
+    factors_quantization_error,
+    rotated,
+    rounding_error_of,
+    weight_quantization_error,
+)
+from lowrank.linalg.shared_basis import SharedFactors, shared_basis, shared_basis_error_curves
 from lowrank.linalg.svd import Factors, choose_solver, truncated_svd
 
 __all__ = [
     "Corrected",
     "Diagonal",
+    "ErrorCurve",
     "Factors",
     "Gram",
     "Identity",
@@ -28,26 +34,25 @@ __all__ = [
     "PulledBack",
     "Scheme",
     "SharedFactors",
-    "Spectrum",
     "Stacked",
-    "basis_spectra",
     "choose_solver",
-    "coded_with_residual",
-    "decode",
-    "decode_smoothed",
-    "encode",
-    "encode_smoothed",
-    "factors_noise",
-    "joint_spectra",
+    "correction_error_curve",
+    "dequantize_scaled",
+    "dequantize_weight",
+    "error_curve",
+    "factors_quantization_error",
+    "joint_error_curves",
     "linear",
-    "lost_by_codes",
     "product",
-    "recode",
-    "residual_spectrum",
+    "quantize_scaled",
+    "quantize_weight",
+    "quantize_with_correction",
+    "requantize",
     "rotated",
+    "rounding_error_of",
     "shared_basis",
-    "smoothing",
-    "spectrum",
+    "shared_basis_error_curves",
+    "smooth_scale_of",
     "truncated_svd",
-    "whole_noise",
+    "weight_quantization_error",
 ]

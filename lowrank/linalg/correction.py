@@ -18,10 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank.linalg.error_curve import Spectrum, spectrum
+from lowrank.linalg.error_curve import ErrorCurve, error_curve
 from lowrank.linalg.matmul import product
 from lowrank.linalg.metric import Metric
-from lowrank.linalg.quantization import Scheme, decode_smoothed, encode_smoothed
+from lowrank.linalg.quantization import Scheme, dequantize_scaled, quantize_scaled
 from lowrank.linalg.svd import truncated_svd
 
 ROUNDS = 2
@@ -38,7 +38,7 @@ class Corrected(NamedTuple):
     relative_error: float  # ‖W − Q − LR‖ / ‖W‖ under the metric
 
 
-def coded_with_residual(
+def quantize_with_correction(
     weight: Tensor,
     rank: int,
     scheme: Scheme,
@@ -70,7 +70,7 @@ def coded_with_residual(
         RankError: If the rank is out of range.
 
     Example:
-        >>> found = coded_with_residual(torch.eye(32), 4, Scheme("int4"))
+        >>> found = quantize_with_correction(torch.eye(32), 4, Scheme("int4"))
         >>> tuple(found.left.shape), found.relative_error < 0.01
         ((32, 4), True)
     """
@@ -79,8 +79,8 @@ def coded_with_residual(
     low = torch.zeros_like(weight)
     norm = metric.squared_norm(weight)
     for _ in range(rounds):
-        codes, scale = encode_smoothed(weight - low, scheme, smooth, moments)
-        lost = weight - decode_smoothed(codes, scale, scheme, smooth)
+        codes, scale = quantize_scaled(weight - low, scheme, smooth, moments)
+        lost = weight - dequantize_scaled(codes, scale, scheme, smooth)
         left, right, *_ = truncated_svd(lost, rank, metric, tolerance=tolerance, seed=seed)
         low = product(left, right)
         error = math.sqrt(metric.squared_norm(lost - low) / norm) if norm > 0 else 0.0
@@ -90,13 +90,13 @@ def coded_with_residual(
     return best
 
 
-def residual_spectrum(weight: Tensor, lost: Tensor, metric: Metric = Metric()) -> Spectrum:
+def correction_error_curve(weight: Tensor, lost: Tensor, metric: Metric = Metric()) -> ErrorCurve:
     """Return the errors at every rank of factors that correct a coded weight, relative to ``‖W‖``.
 
     Args:
         weight: ``W (out, in)``.
-        lost: ``W − Q``, as `lowrank.linalg.lost_by_codes` gives it.
-        metric: As for `coded_with_residual`, whose first round this predicts.
+        lost: ``W − Q``, as `lowrank.linalg.rounding_error_of` gives it.
+        metric: As for `quantize_with_correction`, whose first round this predicts.
     """
-    found = spectrum(lost, metric)
+    found = error_curve(lost, metric)
     return replace(found, whole=metric.squared_norm(weight) / found.scale / found.scale)

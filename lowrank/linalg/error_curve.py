@@ -14,7 +14,7 @@ from lowrank.linalg.svd import checked_weight, rounding_of, small_side_gram
 
 
 @dataclass(frozen=True, eq=False)
-class Spectrum:
+class ErrorCurve:
     """Squared errors of the best factorization at every rank.
 
     Args:
@@ -68,7 +68,7 @@ class Spectrum:
         return (self.tail[:-1] - self.tail[1:]).clamp(min=0).sqrt() * self.scale
 
 
-def spectrum(weight: Tensor, metric: Metric = Metric()) -> Spectrum:
+def error_curve(weight: Tensor, metric: Metric = Metric()) -> ErrorCurve:
     """Return the squared error ``Σ_{i>k} σ_i²`` at every rank ``k``.
 
     The squared singular values are the eigenvalues of the Gram matrix of the smaller side. They are
@@ -80,17 +80,17 @@ def spectrum(weight: Tensor, metric: Metric = Metric()) -> Spectrum:
         metric: What the error measures.
 
     Returns:
-        A `Spectrum` on the CPU (some kilobytes, for decisions).
+        A `ErrorCurve` on the CPU (some kilobytes, for decisions).
 
     Raises:
         WeightError: If the weight is not a finite floating-point matrix.
 
     Example:
-        >>> spectrum(torch.diag(torch.tensor([3.0, 4.0]))).relative_error(1)
+        >>> error_curve(torch.diag(torch.tensor([3.0, 4.0]))).relative_error(1)
         0.6
     """
     matrix, scale = checked_weight(weight, metric.plain)
     squares = small_side_gram(matrix.to(torch.float64), metric)
     values = eigvalsh(squares).clamp(min=0)  # ascending
     tail = torch.cat([values.new_zeros(1), values.cumsum(0)]).flip(0)
-    return Spectrum(tail.cpu(), scale, rounding_of(weight.dtype))
+    return ErrorCurve(tail.cpu(), scale, rounding_of(weight.dtype))

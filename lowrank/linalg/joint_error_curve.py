@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from lowrank.linalg.eigen import eigh
-from lowrank.linalg.error_curve import Spectrum
+from lowrank.linalg.error_curve import ErrorCurve
 from lowrank.linalg.metric import Metric, Side, Stacked
 from lowrank.linalg.svd import checked_weight, rounding_of, small_side_gram
 
 
-def joint_spectra(weights: Sequence[Tensor], inputs: Side, outputs: Stacked) -> tuple[Spectrum, ...]:
+def joint_error_curves(weights: Sequence[Tensor], inputs: Side, outputs: Stacked) -> tuple[ErrorCurve, ...]:
     """Return the error of each weight at every rank of the joint factorization.
 
     Args:
@@ -28,7 +28,7 @@ def joint_spectra(weights: Sequence[Tensor], inputs: Side, outputs: Stacked) -> 
         outputs: The metrics of their outputs.
 
     Returns:
-        For each weight a `Spectrum` with ``min(Σ out, in) + 1`` errors, under its own metric: without
+        For each weight a `ErrorCurve` with ``min(Σ out, in) + 1`` errors, under its own metric: without
         the scale that it has in ``outputs``.
 
     Raises:
@@ -47,7 +47,7 @@ def joint_spectra(weights: Sequence[Tensor], inputs: Side, outputs: Stacked) -> 
             half = inputs.times_root(side.pull_back(part))
             captured.append((vectors * (inputs.times_root(half.T) @ vectors)).sum(0).clamp(min=0))
     rounding = rounding_of(weights[0].dtype)
-    return tuple(Spectrum(_tail(each).cpu(), scale, rounding) for each in captured)
+    return tuple(ErrorCurve(_tail(each).cpu(), scale, rounding) for each in captured)
 
 
 def _tail(captured: Tensor) -> Tensor:

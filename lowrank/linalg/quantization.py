@@ -80,7 +80,7 @@ class Scheme:
         return (torch.int8, torch.float32) if self.group_size is None else (torch.uint8, torch.float16)
 
 
-def encode(weight: Tensor, scheme: Scheme, moments: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_weight(weight: Tensor, scheme: Scheme, moments: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return codes and scales of ``weight (rows, columns)``, as `Scheme.shapes` and ``dtypes`` say.
 
     Args:
@@ -112,12 +112,12 @@ def encode(weight: Tensor, scheme: Scheme, moments: Tensor | None = None) -> tup
         found = _rounded_in_turn(
             weight, feedback, scheme.group_size, lambda group: (_searched(group)[1][:, None], 7)
         )
-        return joined(found.codes), torch.cat(found.scales, 1)
+        return pack_int4(found.codes), torch.cat(found.scales, 1)
     codes, scale = _searched(weight.reshape(len(weight), -1, scheme.group_size))
-    return joined(codes.flatten(1)), scale
+    return pack_int4(codes.flatten(1)), scale
 
 
-def smoothing(weight: Tensor, variances: Tensor) -> Tensor:
+def smooth_scale_of(weight: Tensor, variances: Tensor) -> Tensor:
     """Return by what to multiply the inputs, and divide the columns of ``weight (rows, columns)``.
 
     Half of the unevenness of the features goes into the weight, as in SmoothQuant (Xiao et al. 2022,
@@ -140,36 +140,38 @@ def smoothing(weight: Tensor, variances: Tensor) -> Tensor:
     return smooth.clamp(1e-2, 1e2).to(torch.float16)
 
 
-def encode_smoothed(
+def quantize_scaled(
     weight: Tensor, scheme: Scheme, smooth: Tensor | None = None, moments: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return codes and scales of ``W diag(s)⁻¹``, which reads ``s·x``; ``moments`` are those of ``x``."""
     exact = weight.detach().float()
     if smooth is None:
-        return encode(exact, scheme, moments)
+        return quantize_weight(exact, scheme, moments)
     scale = smooth.to(torch.float64)
-    return encode(
+    return quantize_weight(
         exact / smooth.float(), scheme, moments * scale[:, None] * scale if moments is not None else None
     )
 
 
-def decode_smoothed(codes: Tensor, scale: Tensor, scheme: Scheme, smooth: Tensor | None = None) -> Tensor:
-    """Return the weight ``(rows, columns)`` in float32 that `encode_smoothed` has coded."""
-    weight = decode(codes, scale, scheme)
+def dequantize_scaled(codes: Tensor, scale: Tensor, scheme: Scheme, smooth: Tensor | None = None) -> Tensor:
+    """Return the weight ``(rows, columns)`` in float32 that `quantize_scaled` has coded."""
+    weight = dequantize_weight(codes, scale, scheme)
     return weight if smooth is None else weight * smooth
 
 
-def recode(weight: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
-    """Return the codes nearest to ``weight (rows, columns)`` for scales that are given, as `encode` does."""
+def requantize(weight: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
+    """Return the codes nearest to ``weight (rows, columns)`` for given scales, as `quantize_weight` does."""
     if scheme.group_size is None:
         return (weight / scale).round_().clamp_(-127, 127).to(torch.int8)
     groups = weight.reshape(*scale.shape, scheme.group_size) / scale[..., None].to(weight.dtype)
-    return joined(groups.round_().clamp_(-8, 7).to(torch.int8).flatten(1))
+    return pack_int4(groups.round_().clamp_(-8, 7).to(torch.int8).flatten(1))
 
 
-def decode(codes: Tensor, scale: Tensor, scheme: Scheme, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize_weight(
+    codes: Tensor, scale: Tensor, scheme: Scheme, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Return ``scale · codes`` for any leading dimensions: ``(…, columns)``."""
-    return scaled(codes if scheme.group_size is None else split(codes), scale, dtype)
+    return scaled(codes if scheme.group_size is None else unpack_int4(codes), scale, dtype)
 
 
 def scaled(integers: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -240,18 +242,18 @@ def _searched(groups: Tensor) -> tuple[Tensor, Tensor]:
     return best_codes, best_scale[..., 0]
 
 
-def joined(integers: Tensor) -> Tensor:
+def pack_int4(integers: Tensor) -> Tensor:
     """Put two codes of int4, −8 … 7, into a byte: the even columns into the low half."""
     nibbles = (integers + 8).to(torch.uint8)
     return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
 
 
-def split(codes: Tensor) -> Tensor:
-    """Return what `joined` joined, as int8: ``(…, columns / 2)`` bytes become ``(…, columns)``."""
-    return torch.stack(halves(codes), dim=-1).flatten(-2).to(torch.int8) - 8
+def unpack_int4(codes: Tensor) -> Tensor:
+    """Return what `pack_int4` packed, as int8: ``(…, columns / 2)`` bytes become ``(…, columns)``."""
+    return torch.stack(nibbles(codes), dim=-1).flatten(-2).to(torch.int8) - 8
 
 
-def halves(codes: Tensor) -> tuple[Tensor, Tensor]:
+def nibbles(codes: Tensor) -> tuple[Tensor, Tensor]:
     """Return the low and the high four bits of bytes."""
     wide = codes.to(torch.int32)  # torch.onnx takes bytes for signed when they are shifted; // is slow
     return codes & 15, (wide >> 4).to(torch.uint8)

@@ -13,28 +13,37 @@ from torch import Tensor
 
 from lowrank.linalg.matmul import product
 from lowrank.linalg.metric import Metric, powers_of_two
-from lowrank.linalg.quantization import Scheme, decode, decode_smoothed, encode, encode_smoothed, smoothing
+from lowrank.linalg.quantization import (
+    Scheme,
+    dequantize_scaled,
+    dequantize_weight,
+    quantize_scaled,
+    quantize_weight,
+    smooth_scale_of,
+)
 from lowrank.linalg.svd import balanced, truncated_svd
 
 
-def lost_by_codes(weight: Tensor, scheme: Scheme, moments: Tensor | None = None) -> Tensor:
+def rounding_error_of(weight: Tensor, scheme: Scheme, moments: Tensor | None = None) -> Tensor:
     """Return ``W − Q`` in float32; with ``moments (in, in)`` of its inputs the layer scales these.
 
     int8 is rounded without error feedback here: its loss is small, and that costs a hundredth of the time.
     """
-    smooth = smoothing(weight, moments.diagonal()) if moments is not None else None
+    smooth = smooth_scale_of(weight, moments.diagonal()) if moments is not None else None
     used = moments if scheme.name != "int8" else None
-    return weight.detach().float() - decode_smoothed(
-        *encode_smoothed(weight, scheme, smooth, used), scheme, smooth
+    return weight.detach().float() - dequantize_scaled(
+        *quantize_scaled(weight, scheme, smooth, used), scheme, smooth
     )
 
 
-def whole_noise(weight: Tensor, lost: Tensor, scheme: Scheme, metric: Metric = Metric()) -> float:
+def weight_quantization_error(
+    weight: Tensor, lost: Tensor, scheme: Scheme, metric: Metric = Metric()
+) -> float:
     """Return the share of ``‖W‖²`` that a coded ``weight (out, in)`` loses, that of its inputs included."""
-    return _share(lost, weight, metric) + inputs_noise(weight.shape[1], scheme)
+    return _share(lost, weight, metric) + input_quantization_error(weight.shape[1], scheme)
 
 
-def factors_noise(
+def factors_quantization_error(
     weight: Tensor, rank: int, scheme: Scheme, metric: Metric = Metric(), moments: Tensor | None = None
 ) -> float:
     """Return the share of ``‖LR‖²`` that coding both factors loses, measured at one rank.
@@ -45,19 +54,27 @@ def factors_noise(
     left, right, *_ = truncated_svd(weight.detach().float(), rank, metric)
     low = product(left, right)
     left, right = rotated(left, right, seed=0)
-    right = right - lost_by_codes(right, scheme, moments)
+    right = right - rounding_error_of(right, scheme, moments)
     between = right.double() @ moments @ right.double().T if moments is not None else None
-    left = decode(*encode(left, scheme, between if scheme.name != "int8" else None), scheme)
+    left = dequantize_weight(
+        *quantize_weight(left, scheme, between if scheme.name != "int8" else None), scheme
+    )
     lost = low - product(left, right)
-    return _share(lost, low, metric) + inputs_noise(weight.shape[1], scheme) + inputs_noise(rank, scheme)
+    return (
+        _share(lost, low, metric)
+        + input_quantization_error(weight.shape[1], scheme)
+        + input_quantization_error(rank, scheme)
+    )
 
 
-def rows_noise(table: Tensor, lost: Tensor, metric: Metric = Metric()) -> float:
+def rows_quantization_error(table: Tensor, lost: Tensor, metric: Metric = Metric()) -> float:
     """Return the share of the norm of a ``table`` that codes lose; its rows are looked up, not multiplied."""
     return _share(lost, table, metric)
 
 
-def table_noise(table: Tensor, rank: int, scheme: Scheme, metric: Metric = Metric()) -> float:
+def embedding_quantization_error(
+    table: Tensor, rank: int, scheme: Scheme, metric: Metric = Metric()
+) -> float:
     """Return the share of ``‖LR‖²`` that coding the factors of ``table (rows, columns)`` loses, at one rank.
 
     Rows of ``L`` are coded and rows of ``Rᵀ``, after a rotation that evens the latter out.
@@ -65,11 +82,11 @@ def table_noise(table: Tensor, rank: int, scheme: Scheme, metric: Metric = Metri
     left, right, *_ = truncated_svd(table.detach().float(), rank, metric)
     low = product(left, right)
     up, down = rotated(right.T, left.T, seed=0)  # (columns, rank), (rank, rows)
-    up, down = up - lost_by_codes(up, scheme), down.T - lost_by_codes(down.T, scheme)
-    return _share(low - product(down, up.T), low, metric) + inputs_noise(rank, scheme)
+    up, down = up - rounding_error_of(up, scheme), down.T - rounding_error_of(down.T, scheme)
+    return _share(low - product(down, up.T), low, metric) + input_quantization_error(rank, scheme)
 
 
-def inputs_noise(features: int, scheme: Scheme) -> float:
+def input_quantization_error(features: int, scheme: Scheme) -> float:
     """Return the share that rounding the inputs loses, of those schemes that multiply integers."""
     return 2 * math.log(features + 1) / (12 * 127**2) if scheme.name == "int8" else 0.0
 

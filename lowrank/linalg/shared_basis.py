@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from lowrank.linalg.eigen import eigh
-from lowrank.linalg.error_curve import Spectrum
+from lowrank.linalg.error_curve import ErrorCurve
 from lowrank.linalg.metric import Diagonal, Gram, Identity, Metric, PulledBack
 from lowrank.linalg.svd import (
     balanced,
@@ -52,7 +52,7 @@ STEPS = 3
 """Steps of conjugate gradients per round; 15 gain less than half a percent over these."""
 
 KNOTS = (1 / 12, 1 / 4)
-"""At which parts of the largest rank that pays `basis_spectra` measures what alternating gains."""
+"""At which parts of the largest rank that pays `shared_basis_error_curves` measures the gain of alternating."""
 
 
 class SharedFactors(NamedTuple):
@@ -91,9 +91,9 @@ class _Fit(NamedTuple):
         return (self.seen * (member.pulled @ self.seen)).sum(0).clamp(min=0)
 
 
-def basis_spectra(
+def shared_basis_error_curves(
     weights: Sequence[Tensor], metrics: Sequence[Metric], scales: Sequence[float], refined: bool = True
-) -> tuple[Spectrum, ...]:
+) -> tuple[ErrorCurve, ...]:
     """Return the error of each weight at every rank of the shared basis.
 
     Args:
@@ -105,7 +105,7 @@ def basis_spectra(
             the one that `shared_basis` reaches with ``none_worse``.
 
     Returns:
-        For each weight a `Spectrum` with ``min(Σ out, in) + 1`` errors under its own metric, without its
+        For each weight a `ErrorCurve` with ``min(Σ out, in) + 1`` errors under its own metric, without its
         scale.
 
     Raises:
@@ -124,7 +124,7 @@ def basis_spectra(
             tails[number] = _scaled(tail, knots, [errors[number] for errors in found])
     rounding = rounding_of(weights[0].dtype)
     return tuple(
-        Spectrum((t / (s or 1.0)).cpu(), rounding=rounding) for t, s in zip(tails, scales, strict=True)
+        ErrorCurve((t / (s or 1.0)).cpu(), rounding=rounding) for t, s in zip(tails, scales, strict=True)
     )
 
 
@@ -143,7 +143,7 @@ def shared_basis(
         weights: Shapes ``(outᵢ, in)``, of one dtype and device.
         rank: ``1 <= rank <= in``.
         metrics: Of each.
-        scales: As for `basis_spectra`.
+        scales: As for `shared_basis_error_curves`.
         none_worse: Whether every weight's error must stay within what the basis of the summed moments leaves
             it. Else one may grow a little, where the sum falls.
 

@@ -1,24 +1,30 @@
 """Modules that run at inference. They know tensors, not plans."""
 
 from lowrank.nn.embedding import LowRankEmbedding
-from lowrank.nn.layer_types import DenseKind, find_kind, kind_named, kind_of, register
+from lowrank.nn.layer_types import (
+    LayerType,
+    find_layer_type,
+    layer_type_named,
+    layer_type_of,
+    register_layer_type,
+)
 from lowrank.nn.linear import LowRankLinear
-from lowrank.nn.quantized import Coded, QuantizedEmbedding, QuantizedLinear
-from lowrank.nn.shared import SharedCodes, SharedDown
+from lowrank.nn.quantized import QuantizedEmbedding, QuantizedLinear, QuantizedModule
+from lowrank.nn.shared import SharedDown, SharedQuantizedDown
 from lowrank.nn.tied import TiedLinear
 
 __all__ = [
-    "Coded",
-    "DenseKind",
+    "LayerType",
     "LowRankEmbedding",
     "LowRankLinear",
     "QuantizedEmbedding",
     "QuantizedLinear",
-    "SharedCodes",
+    "QuantizedModule",
     "SharedDown",
+    "SharedQuantizedDown",
     "TiedLinear",
-    "find_kind",
-    "kind_named",
-    "kind_of",
-    "register",
+    "find_layer_type",
+    "layer_type_named",
+    "layer_type_of",
+    "register_layer_type",
 ]

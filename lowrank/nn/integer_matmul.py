@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lowrank.linalg.matmul import is_compiled
-from lowrank.linalg.quantization import halves, split
+from lowrank.linalg.quantization import nibbles, unpack_int4
 
 PART = 2**20
 """Elements of the output that a CPU computes at a time, so that its integers stay in the cache."""
@@ -136,7 +136,7 @@ def int4_obstacle(rows: int, columns: int, group_size: int, device: torch.device
 def packed(codes: Tensor) -> Tensor:
     """Return int4 codes ``(out, in / 2)`` in the order of the device's kernel: the same bytes, no matrix."""
     if not codes.is_cuda:
-        integers = split(codes).to(torch.int32) + 8
+        integers = unpack_int4(codes).to(torch.int32) + 8
         return torch._convert_weight_to_int4pack_for_cpu(integers, 1).flatten()
     swapped = (codes >> 4) | (codes << 4)  # there even columns are the high halves
     tiles = next(tiles for tiles in (8, 4, 2) if codes.shape[1] % (8 * tiles) == 0)
@@ -156,9 +156,9 @@ def _from_cpu(codes: Tensor, columns: int) -> Tensor:
     """
     whole = len(codes) * 2 // columns // _BLOCK * _BLOCK
     blocks = codes[: whole * columns // 2].view(-1, columns, _BLOCK // 2)
-    top = torch.stack(halves(blocks), 1).transpose(2, 3).reshape(whole, columns)
+    top = torch.stack(nibbles(blocks), 1).transpose(2, 3).reshape(whole, columns)
     rest = codes[whole * columns // 2 :].view(columns, -1)
-    return torch.cat([top, torch.stack(halves(rest), -1).flatten(1).T])
+    return torch.cat([top, torch.stack(nibbles(rest), -1).flatten(1).T])
 
 
 def _from_cuda(codes: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ def _from_cuda(codes: Tensor) -> Tensor:
     """
     tiles, outer, _, pairs = codes.shape
     words = codes.contiguous().view(torch.uint8).view(tiles, outer, 8, 4, pairs, 4)
-    even, odd = (torch.stack(halves(half), -1).flatten(-2) for half in (words[..., :2], words[..., 2:]))
+    even, odd = (torch.stack(nibbles(half), -1).flatten(-2) for half in (words[..., :2], words[..., 2:]))
     bytes_ = torch.stack([even, odd], -1)  # (tile, outer, row, column, pair, apart, even or odd)
     return bytes_.permute(0, 2, 1, 4, 5, 3, 6)
 
@@ -216,7 +216,7 @@ def _int4_works(device: str) -> bool:
     generator = torch.Generator().manual_seed(0)
     for columns in (32, 64, 128):
         codes = torch.randint(256, (112, columns // 2), generator=generator, dtype=torch.uint8).to(device)
-        weight = split(codes)
+        weight = unpack_int4(codes)
         try:
             there = packed(codes)
             scales = scales_and_zeros(torch.ones(112, columns // 32, device=device))

@@ -1,8 +1,9 @@
 """The dense layers that can be factorized, as a table: how each one stores its weight.
 
 `torch.nn.Linear` stores ``(out, in)``; transformers' ``Conv1D`` stores ``(in, out)``. A new kind of
-layer is one call of `register`. Only exact types count: a subclass may compute something else. Subclasses
-of `torch.nn.Linear` that certainly do not are kinds of their own, so that `decompress` gives them back.
+layer is one call of `register_layer_type`. Only exact types count: a subclass may compute something else.
+Subclasses of `torch.nn.Linear` that certainly do not are kinds of their own, so that `decompress` gives them
+back.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def check_padding(index: object, rows: int) -> None:
 
 
 @dataclass(frozen=True)
-class DenseKind:
+class LayerType:
     """How one type of layer stores ``y = Wx + b``.
 
     Args:
@@ -68,49 +69,51 @@ class DenseKind:
         return layer
 
 
-_KINDS: dict[type[nn.Module], DenseKind] = {}
+_KINDS: dict[type[nn.Module], LayerType] = {}
 
 _CONV1D = "transformers.pytorch_utils.Conv1D"
 """Known by name, and registered when first seen: nothing here imports transformers."""
 
 
-def register(kind: DenseKind) -> None:
+def register_layer_type(kind: LayerType) -> None:
     """Make layers of type ``kind.module`` factorizable."""
     _KINDS[kind.module] = kind
 
 
-def kind_of(module: nn.Module) -> DenseKind | None:
+def layer_type_of(module: nn.Module) -> LayerType | None:
     """Return how ``module`` stores its weight; ``None`` if it is of no kind of linear layer."""
     cls = type(module)
     if cls not in _KINDS and _place_of(cls) == _CONV1D:
-        register(_conv1d(cls))
+        register_layer_type(_conv1d(cls))
     elif cls not in _KINDS and issubclass(cls, nn.Linear):
         kind = _subclass(cls)
         if not kind.certain:  # not registered: parametrizing makes a new class for each layer
             return kind
-        register(kind)
+        register_layer_type(kind)
     return _KINDS.get(cls)
 
 
-def kind_named(name: str) -> DenseKind:
+def layer_type_named(name: str) -> LayerType:
     """Return the kind called ``name``.
 
     Raises:
         LowRankError: If no such kind is registered.
     """
-    kind = find_kind(name)
+    kind = find_layer_type(name)
     if kind is None:
-        raise LowRankError(f'No kind of dense layer is called "{name}" here. Call lowrank.nn.register first.')
+        raise LowRankError(
+            f'No kind of dense layer is called "{name}" here. Call lowrank.nn.register_layer_type first.'
+        )
     return kind
 
 
-def find_kind(name: str) -> DenseKind | None:
+def find_layer_type(name: str) -> LayerType | None:
     """Return the kind called ``name``, if it is registered; of a class that was defined anew, the last."""
     return next((kind for kind in reversed(_KINDS.values()) if kind.name == name), None)
 
 
-register(
-    DenseKind(
+register_layer_type(
+    LayerType(
         name="linear",
         module=nn.Linear,
         transposed=False,
@@ -121,23 +124,23 @@ register(
 )
 
 
-def _conv1d(cls: type[nn.Module]) -> DenseKind:
+def _conv1d(cls: type[nn.Module]) -> LayerType:
     def build(in_features: int, out_features: int, bias: bool) -> nn.Module:
         with torch.device("meta"):
             return cls(out_features, in_features)
 
-    return DenseKind(name="conv1d", module=cls, transposed=True, build=build)
+    return LayerType(name="conv1d", module=cls, transposed=True, build=build)
 
 
 def _place_of(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _subclass(cls: type[nn.Module]) -> DenseKind:
+def _subclass(cls: type[nn.Module]) -> LayerType:
     """Describe a subclass of `torch.nn.Linear`, by its short name unless another class has that."""
     others = {kind.name for kind in _KINDS.values() if _place_of(kind.module) != _place_of(cls)}
     name = _place_of(cls) if cls.__name__ in others | {"embedding"} else cls.__name__
-    return DenseKind(
+    return LayerType(
         name=name,
         module=cls,
         transposed=False,

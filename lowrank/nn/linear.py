@@ -11,8 +11,8 @@ from lowrank.arguments import accepts, flag, instance, optional, text, whole
 from lowrank.errors import LowRankError, RankError, WeightError
 from lowrank.linalg import linear, truncated_svd
 from lowrank.linalg.matmul import is_compiled, without_autocast
-from lowrank.nn.layer_types import FLOATING_DTYPE, MATRIX, PARAMETER, kind_of
-from lowrank.nn.quantized import Coded, QuantizedLinear
+from lowrank.nn.layer_types import FLOATING_DTYPE, MATRIX, PARAMETER, layer_type_of
+from lowrank.nn.quantized import QuantizedLinear, QuantizedModule
 from lowrank.nn.shared import SharedDown
 
 
@@ -31,7 +31,7 @@ class LowRankLinear(nn.Module):
         rank: Inner size.
         bias: Whether to add a bias ``(out,)``.
         kind: Name of the dense layer that it stands for (`lowrank.nn.layer_types`).
-        shared: Whether ``down`` is to serve other layers too (`use_down_of`). The rank may then exceed
+        shared: Whether ``down`` is to serve other layers too (`share_down_with`). The rank may then exceed
             ``out_features``, up to ``in_features``.
         device, dtype: As for `torch.nn.Linear`.
 
@@ -139,7 +139,7 @@ class LowRankLinear(nn.Module):
             >>> small(torch.zeros(2, 64)).shape
             torch.Size([2, 32])
         """
-        kind = kind_of(layer)
+        kind = layer_type_of(layer)
         if kind is None or not kind.certain:
             raise WeightError(f"{type(layer).__name__} is not a linear layer that can be factorized.")
         left, right, error, _ = truncated_svd(kind.weight(layer), rank, seed=seed)
@@ -148,7 +148,7 @@ class LowRankLinear(nn.Module):
         return new.train(layer.training)
 
     @accepts(same_input=flag)
-    def use_down_of(self, owner: LowRankLinear, same_input: bool = True) -> None:
+    def share_down_with(self, owner: LowRankLinear, same_input: bool = True) -> None:
         """Use the ``down`` of ``owner`` from now on, which must have been made ``shared``.
 
         It is not registered here: its parameters move, train and are saved with the owner.
@@ -169,7 +169,7 @@ class LowRankLinear(nn.Module):
 
     @property
     def down(self) -> nn.Linear:
-        """The first factor; another layer's, as that layer has it now, after `use_down_of`."""
+        """The first factor; another layer's, as that layer has it now, after `share_down_with`."""
         own = self._modules.get("down")
         return own if own is not None else self.__dict__["_owner"].down  # type: ignore[return-value]
 
@@ -235,7 +235,7 @@ def _check_factors(left: Tensor, right: Tensor) -> None:
 
 def decoded_weight(factor: nn.Module) -> Tensor:
     """Return the weight of a factor in floating point, whether it is coded or not."""
-    weight: Tensor = factor.dense_weight() if isinstance(factor, Coded) else factor.weight  # type: ignore[assignment]
+    weight: Tensor = factor.dense_weight() if isinstance(factor, QuantizedModule) else factor.weight  # type: ignore[assignment]
     return weight
 
 

@@ -22,16 +22,16 @@ from torch import Tensor, nn
 from lowrank import arguments
 from lowrank.arguments import accepts, flag, instance, optional, text, whole
 from lowrank.errors import SchemeError, WeightError
-from lowrank.linalg import Scheme, decode, encode, encode_smoothed, linear, recode
+from lowrank.linalg import Scheme, dequantize_weight, linear, quantize_scaled, quantize_weight, requantize
 from lowrank.linalg.matmul import is_compiled, is_transformed, without_autocast
-from lowrank.linalg.quantization import joined, scaled
+from lowrank.linalg.quantization import pack_int4, scaled
 from lowrank.nn import integer_matmul
 from lowrank.nn.layer_types import FLOATING_DTYPE, MATRIX, PARAMETER, TENSOR, check_padding
 
 _SCHEME = instance(Scheme, 'a Scheme, such as Scheme("int8")', SchemeError)
 
 
-class Coded(nn.Module):
+class QuantizedModule(nn.Module):
     """A module with a weight ``(rows, columns)`` as integers. Its buffer ``weight`` has no elements.
 
     That buffer answers code that reads ``weight.dtype`` or ``.device``, and makes a load without
@@ -90,7 +90,7 @@ class Coded(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """Return ``scale · codes``, ``(rows, columns)``, in the dtype of ``weight``."""
-        return decode(self.codes, self.scale, self.scheme, self.weight.dtype)
+        return dequantize_weight(self.codes, self.scale, self.scheme, self.weight.dtype)
 
     def by_integers(
         self, input: Tensor, bias: Tensor | None, smooth: Tensor | None = None, center: Tensor | None = None
@@ -127,7 +127,7 @@ class Coded(nn.Module):
         self.weight = torch.empty(self.weight.shape, device=self.codes.device, dtype=dtype)
 
 
-class QuantizedLinear(Coded):
+class QuantizedLinear(QuantizedModule):
     """Compute ``y = Wx + b`` with ``W ≈ scale · codes``.
 
     Args:
@@ -223,7 +223,7 @@ class QuantizedLinear(Coded):
                     f"{name} has shape {tuple(given.shape)}: give {wanted}, for {inputs} inputs."
                 )
         layer = cls(inputs, weight.shape[0], False, scheme, kind=kind, device="meta")
-        layer._take(encode_smoothed(weight, scheme, smooth, moments), weight.dtype)
+        layer._take(quantize_scaled(weight, scheme, smooth, moments), weight.dtype)
         layer.smooth, layer.center = smooth, center
         layer.register_parameter("bias", bias)
         return layer
@@ -237,7 +237,7 @@ class QuantizedLinear(Coded):
         dtype: torch.dtype,
         smooth: Tensor | None = None,
     ) -> QuantizedLinear:
-        """Wrap what `encode_smoothed` gave, without a bias; the layer computes in ``dtype``."""
+        """Wrap what `quantize_scaled` gave, without a bias; the layer computes in ``dtype``."""
         columns = codes.shape[1] * (1 if scheme.group_size is None else 2)
         layer = cls(columns, len(codes), False, scheme, device="meta")
         layer._take((codes, scale), dtype)
@@ -280,10 +280,10 @@ class QuantizedLinear(Coded):
             return self._trained_weight()
         codes = self.codes
         if _as_stored(codes):
-            return decode(codes, self.scale, self.scheme)
+            return dequantize_weight(codes, self.scale, self.scheme)
         return scaled(integer_matmul.unpacked(codes, *self.shape), self.scale)
 
-    def loosen(self) -> None:
+    def start_qat(self) -> None:
         """Let the codes be trained: from now on they are a floating-point weight, ``latent``, rounded.
 
         The gradient passes the rounding as if it were not there; the scales stay. Source: straight-through
@@ -291,17 +291,17 @@ class QuantizedLinear(Coded):
         """
         self.latent = nn.Parameter(self._decoded().detach())
 
-    def fasten(self) -> None:
-        """Round what `loosen` has made trainable to codes again."""
+    def finish_qat(self) -> None:
+        """Round what `start_qat` has made trainable to codes again."""
         if self.latent is not None:
-            self.codes = recode(self.latent.detach(), self.scale, self.scheme)
+            self.codes = requantize(self.latent.detach(), self.scale, self.scheme)
             self.latent = None
 
     def _trained_weight(self) -> Tensor:
         assert self.latent is not None
         with torch.no_grad():
-            codes = recode(self.latent, self.scale, self.scheme)
-            rounding = decode(codes, self.scale, self.scheme) - self.latent
+            codes = requantize(self.latent, self.scale, self.scheme)
+            rounding = dequantize_weight(codes, self.scale, self.scheme) - self.latent
         return self.latent + rounding
 
     def dense_weight(self) -> Tensor:
@@ -365,7 +365,7 @@ class QuantizedLinear(Coded):
         """Bring int4 codes back into the order in which they are stored, if a kernel has them in its own."""
         self._kernel_scales = None
         if not _as_stored(self.codes):
-            self.codes = joined(integer_matmul.unpacked(self.codes, *self.shape))
+            self.codes = pack_int4(integer_matmul.unpacked(self.codes, *self.shape))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.restore()  # the order is that of one device
@@ -374,7 +374,7 @@ class QuantizedLinear(Coded):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not _as_stored(self.codes):
-            destination[f"{prefix}codes"] = joined(integer_matmul.unpacked(self.codes, *self.shape))
+            destination[f"{prefix}codes"] = pack_int4(integer_matmul.unpacked(self.codes, *self.shape))
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.restore()
@@ -384,7 +384,7 @@ class QuantizedLinear(Coded):
         """Return what copies and pickles hold: the codes as they are stored."""
         state = self.__dict__ | {"_buffers": dict(self._buffers), "_kernel_scales": None}
         if not _as_stored(self.codes):
-            state["_buffers"]["codes"] = joined(integer_matmul.unpacked(self.codes, *self.shape))
+            state["_buffers"]["codes"] = pack_int4(integer_matmul.unpacked(self.codes, *self.shape))
         return state
 
     def extra_repr(self) -> str:
@@ -395,7 +395,7 @@ class QuantizedLinear(Coded):
         )
 
 
-class QuantizedEmbedding(Coded):
+class QuantizedEmbedding(QuantizedModule):
     """Look up rows of ``scale · codes``, as `torch.nn.Embedding` does; only the rows asked for are decoded.
 
     Args:
@@ -442,13 +442,13 @@ class QuantizedEmbedding(Coded):
             raise WeightError("an embedding with max_norm changes its weight as it is read.")
         sizes = table.num_embeddings, table.embedding_dim
         new = cls(*sizes, scheme, padding_idx=table.padding_idx, device="meta")
-        new._take(encode(table.weight, scheme), table.weight.dtype)
+        new._take(quantize_weight(table.weight, scheme), table.weight.dtype)
         return new
 
     def forward(self, input: Tensor) -> Tensor:
         """Map indices ``(…)`` to rows ``(…, embedding_dim)``."""
         codes, scale = (nn.functional.embedding(input, table) for table in (self.codes, self.scale))
-        return decode(codes, scale, self.scheme, self.weight.dtype)
+        return dequantize_weight(codes, scale, self.scheme, self.weight.dtype)
 
     def extra_repr(self) -> str:
         """Describe the table as `torch.nn.Embedding` does, with its scheme."""

@@ -1,4 +1,5 @@
-"""`SharedDown`, `SharedCodes`: one ``down`` for layers that read the same input, computed once per pass.
+"""`SharedDown`, `SharedQuantizedDown`: one ``down`` for layers that read the same input, computed once per
+pass.
 
 The layers call it one after another with the same tensor. The first call computes, the others get its
 result, and the last one lets go of it. A result serves only while nothing has changed: input and
@@ -72,7 +73,7 @@ class SharedDown(nn.Linear, _Shared):
         return _computed_once(self, self.weight, input, lambda: linear(input, self.weight))
 
 
-class SharedCodes(QuantizedLinear, _Shared):
+class SharedQuantizedDown(QuantizedLinear, _Shared):
     """The same with ``R`` as integers."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -80,7 +81,7 @@ class SharedCodes(QuantizedLinear, _Shared):
         given = self.codes if self.latent is None else self.latent
         if _is_exported(input):
             return super().forward(input)
-        return _computed_once(self, given, input, lambda: super(SharedCodes, self).forward(input))
+        return _computed_once(self, given, input, lambda: super(SharedQuantizedDown, self).forward(input))
 
 
 def _is_exported(input: Tensor) -> bool:

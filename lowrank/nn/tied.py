@@ -27,7 +27,7 @@ class TiedLinear(nn.Module):
         owner: The embedding or linear layer.
         bias: The layer's own, ``(out,)``, or ``None``.
         kind: Name of the dense layer that it stands for (`lowrank.nn.layer_types`).
-        copied: Whether that layer had a weight of its own, equal to the owner's; if not, they were tied.
+        was_copy: Whether that layer had a weight of its own, equal to the owner's; if not, they were tied.
 
     Attributes:
         trainable: Whether that layer's weight had gradients, as it will have when it is dense again.
@@ -42,12 +42,12 @@ class TiedLinear(nn.Module):
         bias: nn.Parameter | None = None,
         *,
         kind: str = "linear",
-        copied: bool = False,
+        was_copy: bool = False,
     ) -> None:
         super().__init__()
         self.__dict__["_owner"] = owner
         self.in_features, self.out_features = _sizes(owner)
-        self.kind, self.copied = kind, copied
+        self.kind, self.was_copy = kind, was_copy
         like: Tensor = owner.weight  # type: ignore[assignment]
         self.register_buffer("weight", like.new_empty(self.out_features, 0))
         self.register_parameter("bias", bias)

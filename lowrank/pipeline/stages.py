@@ -28,7 +28,7 @@ from lowrank.linalg import Scheme
 from lowrank.plans.plan import Plan
 from lowrank.plans.storage_formats import INT8
 from lowrank.surgery.overruled import check_reads, check_subclasses
-from lowrank.surgery.quantization import with_common_codes_uncentred
+from lowrank.surgery.quantization import without_shared_input_shifts
 
 
 def quantized_plan(
@@ -42,14 +42,14 @@ def quantized_plan(
 ) -> Plan:
     """Return ``plan`` with the weights that ``scheme`` is to store as integers."""
     hf = plugin()
-    apart = hf.parts(model) if hf is not None else ()
+    separately_saved = hf.parts(model) if hf is not None else ()
     found = quantization_targets.with_codes(
         *(model, plan, scheme),
         targets=targets,
         ignore=ignore,
         stats=stats,
         heads=known_heads(model),
-        apart=apart,
+        separately_saved=separately_saved,
         optional=optional,
     )
     return found.without_needless_ties()
@@ -126,4 +126,4 @@ def decided(
     ignored = [*(request.ignore or ()), *(layer.name for layer in layers.targeted)]
     rest = quantized_plan(model, replace(layers, codes=()), scheme, None, ignored, stats, optional=True).codes
     chosen = decide(model, layers, request, stats, predict, progress, timing, rest)
-    return with_common_codes_uncentred(quantization_targets.with_heads(model, chosen)).without_needless_ties()
+    return without_shared_input_shifts(quantization_targets.with_heads(model, chosen)).without_needless_ties()

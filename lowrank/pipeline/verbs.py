@@ -21,8 +21,8 @@ from lowrank.allocation.planner import (
     Timing,
     check_targeted,
     drafted,
+    error_curves_of,
     known_heads,
-    spectra_of,
 )
 from lowrank.allocation.selection import reasons
 from lowrank.arguments import (
@@ -53,7 +53,7 @@ from lowrank.errors import (
 from lowrank.inspection.eligibility import check_model
 from lowrank.inspection.targets import draft
 from lowrank.inspection.unplanned import with_reach
-from lowrank.linalg import Scheme, Spectrum
+from lowrank.linalg import ErrorCurve, Scheme
 from lowrank.nn import TiedLinear
 from lowrank.pipeline.stages import (
     check_overruled,
@@ -402,7 +402,7 @@ def calibrate(
     names += [name for name in layers.owners if not isinstance(model.get_submodule(name), TiedLinear)]
     if not names:
         raise TargetError("\n".join([f"No layer of {layers.model} is there to calibrate.", *reasons(layers)]))
-    heads = {layer.name: layer.same_as for layer in layers if layer.same_as is not None}
+    heads = {layer.name: layer.tied_to for layer in layers if layer.tied_to is not None}
     return collect(model, names, stream, loss, heads=heads, tokenizer=tokenizer, seed=seed, progress=progress)
 
 
@@ -537,7 +537,7 @@ def apply(
             there = Path(spill) if spill is not None else None
             stream = stream_of(model, data, tokenizer, batch_size=enough_batches(data))
             fitted = apply_anchored(model, plan, stats, stream, seed=seed, spill=there, progress=progress)
-            replacement.encode(model, plan, stats, seed=seed, progress=progress)
+            replacement.quantize_weights(model, plan, stats, seed=seed, progress=progress)
             plan = plan.with_layers(
                 {name: replace(plan[name], reason=f"{plan[name].reason}; fitted anew") for name in fitted}
             )
@@ -571,7 +571,7 @@ def decompress(model: nn.Module) -> nn.Module:
 
 
 @accepts(stats=_STATS, metric=text(BudgetError), add_bias=flag, progress=flag)
-def spectra(
+def error_curves(
     model: nn.Module,
     *,
     stats: Stats | None = None,
@@ -580,7 +580,7 @@ def spectra(
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
     progress: bool = False,
-) -> dict[str, Spectrum]:
+) -> dict[str, ErrorCurve]:
     """Decompose every targeted weight once: its error at every rank, by layer name.
 
     The arguments are those of `compress`.
@@ -590,4 +590,4 @@ def spectra(
     """
     request = Request(metric=metric, add_bias=add_bias, targets=targets, ignore=ignore)
     layers = drafted(model, request, stats, known_heads(model))
-    return spectra_of(model, layers, pooled(stats, layers), progress)
+    return error_curves_of(model, layers, pooled(stats, layers), progress)

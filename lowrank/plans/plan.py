@@ -136,19 +136,19 @@ class LayerPlan:
         relative_error: ``‖W − LR‖ / ‖W‖`` at that rank under the plan's metric; ``None`` until measured.
         held_out_error: The same on tokens that calibration had not used, as a trial factorization fared
             there; ``None`` without statistics.
-        down_of: The layer whose ``down`` this one uses; ``None`` if it has its own.
+        shares_down_with: The layer whose ``down`` this one uses; ``None`` if it has its own.
         same_input: Whether that layer reads the same input, so that one product serves both; if not, they
             are of adjacent blocks, and have a basis in common.
-        same_as: The table or linear layer whose weight this one uses, its factors or codes if it has some;
+        tied_to: The table or linear layer whose weight this one uses, its factors or codes if it has some;
             ``None`` if it has a weight of its own. The rank is then that of the other.
-        copied: Whether it has an equal weight of its own until then; if not, they are tied.
+        was_copy: Whether it has an equal weight of its own until then; if not, they are tied.
         reason: Why the layer has this rank, or why it stays dense.
         targeted: Whether the layer may change and counts for `keep`; if not, `reason` says why.
         added_bias: Whether the factorized layer gets a bias that the dense one has not.
         loss_increase: Predicted increase of the objective per term (a sample, or a token of a language
             model); ``None`` unless the metric is ``"loss"``.
         residual: Whether the weight stays, as integers, and the factors correct what these lost:
-            ``W ≈ Q + LR``. The plan then has a `CodedWeight` called ``"….base"``.
+            ``W ≈ Q + LR``. The plan then has a `QuantizedWeight` called ``"….base"``.
         overruled: Whether the layer may change although reading the model's code leaves a doubt, which the
             user has overruled.
     """
@@ -165,11 +165,11 @@ class LayerPlan:
     added_bias: bool = False
     loss_increase: float | None = None
     held_out_error: float | None = None
-    down_of: str | None = None
+    shares_down_with: str | None = None
     residual: bool = False
-    same_as: str | None = None
+    tied_to: str | None = None
     same_input: bool = True
-    copied: bool = False
+    was_copy: bool = False
     overruled: bool = False
 
     def __post_init__(self) -> None:
@@ -196,7 +196,7 @@ class LayerPlan:
     @property
     def parameters(self) -> int:
         """Parameters of the weight, or of its two factors, after applying; 0 where another has them."""
-        if self.same_as is not None:
+        if self.tied_to is not None:
             return 0
         return self.dense_parameters if self.rank is None else self.parameters_at(self.rank)
 
@@ -205,11 +205,11 @@ class LayerPlan:
 
         Those of a residual are in addition to the weight's.
         """
-        factors = rank * (self.out_features + (self.in_features if self.down_of is None else 0))
+        factors = rank * (self.out_features + (self.in_features if self.shares_down_with is None else 0))
         return factors + (self.dense_parameters if self.residual else 0)
 
     @property
-    def largest_paying_rank(self) -> int:
+    def largest_rank_that_saves(self) -> int:
         """The largest rank with fewer parameters than the dense weight; 0 if there is none."""
         return (self.dense_parameters - 1) // (self.in_features + self.out_features)
 
@@ -224,7 +224,7 @@ class LayerPlan:
 
     def following(self, owner: str) -> LayerPlan:
         """Return this layer with the weight of ``owner`` in place of its own."""
-        return replace(self, same_as=owner, reason=f"uses the weight of {owner}", targeted=False)
+        return replace(self, tied_to=owner, reason=f"uses the weight of {owner}", targeted=False)
 
     def edited(self, rank: int | None, reason: str) -> LayerPlan:
         """Return this layer with another rank, which nothing is known of yet, and a factor of its own."""
@@ -236,7 +236,7 @@ class LayerPlan:
             relative_error=None,
             loss_increase=None,
             held_out_error=None,
-            down_of=None,
+            shares_down_with=None,
             residual=False,
             same_input=True,
         )
@@ -254,7 +254,7 @@ def parameters_per_shared_rank(layers: Sequence[LayerPlan]) -> int:
 
 
 @dataclass(frozen=True)
-class CodedWeight:
+class QuantizedWeight:
     """A weight that is stored as integers, after whatever was factorized.
 
     Args:
@@ -324,7 +324,7 @@ class Plan:
     allocation: str = "global"
     round_to: int = 8
     tolerance: float = 1e-3
-    codes: tuple[CodedWeight, ...] = ()
+    codes: tuple[QuantizedWeight, ...] = ()
     model_parameters: int | None = None
     unplanned: tuple[UnplannedWeight, ...] = ()
     _index: dict[str, LayerPlan] = field(init=False, repr=False, compare=False)
@@ -339,7 +339,7 @@ class Plan:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         ranks = {layer.name: layer.rank for layer in self.layers}
         layers = (
-            layer if layer.same_as not in ranks else replace(layer, rank=ranks[layer.same_as])
+            layer if layer.tied_to not in ranks else replace(layer, rank=ranks[layer.tied_to])
             for layer in self.layers
         )
         object.__setattr__(self, "layers", tuple(layers))
@@ -371,20 +371,20 @@ class Plan:
     @property
     def factorized(self) -> tuple[LayerPlan, ...]:
         """The layers that have a rank of their own, those included that are factorized already."""
-        return tuple(layer for layer in self.layers if layer.rank is not None and layer.same_as is None)
+        return tuple(layer for layer in self.layers if layer.rank is not None and layer.tied_to is None)
 
     @property
     def tied(self) -> tuple[LayerPlan, ...]:
         """The layers that use the factors or codes of a table, or of another layer."""
         compressed = {x.name for x in self.factorized} | {code.name for code in self.codes}
-        return tuple(layer for layer in self.layers if layer.same_as in compressed)
+        return tuple(layer for layer in self.layers if layer.tied_to in compressed)
 
     @property
     def equal(self) -> dict[str, tuple[LayerPlan, ...]]:
         """By name of a linear layer, the other linear layers that use its weight."""
         users: dict[str, list[LayerPlan]] = {}
         for layer in self.layers:
-            owner = self._index.get(layer.same_as) if layer.same_as is not None else None
+            owner = self._index.get(layer.tied_to) if layer.tied_to is not None else None
             if owner is not None and owner.kind != "embedding":
                 users.setdefault(owner.name, []).append(layer)
         return {name: tuple(layers) for name, layers in users.items()}
@@ -409,8 +409,8 @@ class Plan:
         """By owner of a ``down``, the layers that use it, the owner first; it need not be in the plan."""
         users: dict[str, list[LayerPlan]] = {}
         for layer in self.factorized:
-            if layer.down_of is not None:
-                users.setdefault(layer.down_of, []).append(layer)
+            if layer.shares_down_with is not None:
+                users.setdefault(layer.shares_down_with, []).append(layer)
         return {
             name: (*((self._index[name],) if name in self._index else ()), *layers)
             for name, layers in users.items()
@@ -432,7 +432,7 @@ class Plan:
     def reachable_parameters(self) -> int:
         """Parameters of the dense weights that the plan may change, and of those that it codes."""
         coded = {code.name for code in self.codes}
-        layers = [x for x in self.layers if x.targeted or x.name in coded or (x.rank and not x.same_as)]
+        layers = [x for x in self.layers if x.targeted or x.name in coded or (x.rank and not x.tied_to)]
         tables = [code for code in self.codes if code.kind == "embedding" and not self._has(code)]
         return sum(x.dense_parameters for x in layers) + sum(code.rows * code.columns for code in tables)
 
@@ -456,7 +456,7 @@ class Plan:
             "stays; targets=['*'] says that you know."
         )
 
-    def _has(self, code: CodedWeight) -> bool:
+    def _has(self, code: QuantizedWeight) -> bool:
         """Tell whether ``code`` is that of a layer or table in the plan, or of its factor."""
         return _coded_layer(code, self._index) in self._index
 
@@ -476,11 +476,11 @@ class Plan:
         changed = {layer.name for layer in self.tied}
         layers = {
             layer.name: replace(
-                layer, same_as=None, copied=False, reason=self[name].reason, targeted=self[name].targeted
+                layer, tied_to=None, was_copy=False, reason=self[name].reason, targeted=self[name].targeted
             )
             for name, users in self.equal.items()
             for layer in users
-            if layer.copied and layer.name not in changed
+            if layer.was_copy and layer.name not in changed
         }
         return self.with_layers(layers)
 
@@ -494,7 +494,7 @@ class Plan:
         layers = {}
         for layer in found:
             planned = self._index.get(layer.name)
-            if planned is not None and (planned.rank, planned.same_as) == (layer.rank, layer.same_as):
+            if planned is not None and (planned.rank, planned.tied_to) == (layer.rank, layer.tied_to):
                 layers[layer.name] = replace(planned, relative_error=layer.relative_error)
         layers_now = found.with_layers(layers).layers
         done = replace(self, model=found.model, layers=layers_now, codes=found.codes)
@@ -526,12 +526,12 @@ class Plan:
         chosen = [layer for layer in self.layers if matches(layer.name, pattern)]
         if not chosen:
             raise no_match(pattern, list(self._index), "layers of the plan")
-        used = next((layer for layer in chosen if layer.same_as is not None), None)
+        used = next((layer for layer in chosen if layer.tied_to is not None), None)
         if used is not None and len(chosen) == 1:
             raise TargetError(
-                f"{used.name}: has the rank of {used.same_as}, whose weight it uses. Name that."
+                f"{used.name}: has the rank of {used.tied_to}, whose weight it uses. Name that."
             )
-        chosen = [layer for layer in chosen if layer.same_as is None and layer.dense_parameters]
+        chosen = [layer for layer in chosen if layer.tied_to is None and layer.dense_parameters]
         if not chosen and used is None:
             raise TargetError(f"{pattern}: the layers that it matches have no elements, and stay.")
         reason = "left dense by hand" if rank is None else "set by hand"
@@ -556,7 +556,7 @@ class Plan:
                     owner = None if layer is left[0] else left[0].name
                     alone = layer.edited(layer.rank, layer.reason)
                     same = layer.same_input or owner is None
-                    layers[layer.name] = replace(alone, down_of=owner, same_input=same)
+                    layers[layer.name] = replace(alone, shares_down_with=owner, same_input=same)
         return self.with_layers(layers)._without_codes(layers)
 
     def diff(self, other: Plan) -> list[Change]:
@@ -660,10 +660,11 @@ class Plan:
                 layer.name,
                 f"{layer.out_features}×{layer.in_features}",
                 "dense" if layer.rank is None else str(layer.rank),
-                *([schemes.get(layer.same_as or layer.name, "float")] if self.codes else []),
+                *([schemes.get(layer.tied_to or layer.name, "float")] if self.codes else []),
                 f"{layer.kept_fraction:.0%}",
                 "" if layer.relative_error is None else f"{layer.relative_error:.4f}",
-                layer.reason + (f"; down of {layer.down_of}" if layer.down_of is not None else ""),
+                layer.reason
+                + (f"; down of {layer.shares_down_with}" if layer.shares_down_with is not None else ""),
             )
             for layer in self.layers
         ]
@@ -699,7 +700,7 @@ def _check_plan(name: str, value: object) -> None:
     instance(Plan, "a Plan, from plan(model, ...)", PlanError)(name, value)
 
 
-def _coded_layer(code: CodedWeight, layers: Container[str]) -> str:
+def _coded_layer(code: QuantizedWeight, layers: Container[str]) -> str:
     """Return the name of the layer or table that ``code`` is of, or of whose factor."""
     parent = code.name.rpartition(".")[0]
     return code.name if code.name in layers or parent not in layers else parent
@@ -715,12 +716,12 @@ def _summary(layer: LayerPlan | None) -> str:
     if layer.rank is None:
         return "dense"
     kind = "residual of rank" if layer.residual else "rank"
-    shared = layer.down_of or layer.same_as
-    what = "down" if layer.down_of is not None else "weight"
+    shared = layer.shares_down_with or layer.tied_to
+    what = "down" if layer.shares_down_with is not None else "weight"
     return f"{kind} {layer.rank}" + (f", {what} of {shared}" if shared is not None else "")
 
 
-_LISTS: dict[str, type] = {"layers": LayerPlan, "codes": CodedWeight, "unplanned": UnplannedWeight}
+_LISTS: dict[str, type] = {"layers": LayerPlan, "codes": QuantizedWeight, "unplanned": UnplannedWeight}
 """The fields of a plan that are lists, and what of."""
 
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -769,18 +770,20 @@ def _layer_from_dict(data: object) -> LayerPlan:
     return LayerPlan(**values)
 
 
-def _code_from_dict(data: object) -> CodedWeight:
+def _code_from_dict(data: object) -> QuantizedWeight:
     if not isinstance(data, dict) or not isinstance(data.get("name"), str):
         raise PlanError('The plan has a coded weight without a "name".')
-    values = _typed(CodedWeight, data, data["name"])
+    values = _typed(QuantizedWeight, data, data["name"])
     missing = (
-        {field.name for field in fields(CodedWeight)} - {"group_size", "smooth", "centred"} - values.keys()
+        {field.name for field in fields(QuantizedWeight)}
+        - {"group_size", "smooth", "centred"}
+        - values.keys()
     )
     if missing:
         raise PlanError(f"{data['name']}: the plan lacks {', '.join(sorted(missing))}.")
     if values["rows"] < 1 or values["columns"] < 1:
         raise PlanError(f"{data['name']}: rows and columns must be positive.")
-    return CodedWeight(**values)
+    return QuantizedWeight(**values)
 
 
 def _unplanned_from_dict(data: object) -> UnplannedWeight:

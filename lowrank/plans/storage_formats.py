@@ -1,6 +1,6 @@
 """The forms in which a plan can store a layer: as it is, as factors, as integers, and combinations.
 
-A form turns a layer's entry in the plan into `CodedWeight`s, and these into bytes. Codes come after
+A form turns a layer's entry in the plan into `QuantizedWeight`s, and these into bytes. Codes come after
 factors and never before: factors of a coded weight would carry its rounding along. The exception is the
 residual, where factors correct what a coded weight has lost; they are int8 then, whatever the weight is.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from lowrank.errors import SchemeError
 from lowrank.linalg import Scheme
-from lowrank.plans.plan import CodedWeight, LayerPlan
+from lowrank.plans.plan import LayerPlan, QuantizedWeight
 
 INT8 = Scheme("int8")
 
@@ -22,7 +22,7 @@ TABLE = "embedding"
 
 
 @dataclass(frozen=True)
-class Form:
+class StorageFormat:
     """How weights are stored, be they factorized or whole.
 
     Args:
@@ -39,7 +39,9 @@ class Form:
         grouped = self.scheme is not None and not self.residual
         return (self.scheme.group_size or 1) if grouped and self.scheme is not None else 1
 
-    def codes(self, layer: LayerPlan, *, shared: bool = False, calibrated: bool = False) -> list[CodedWeight]:
+    def codes(
+        self, layer: LayerPlan, *, shared: bool = False, calibrated: bool = False
+    ) -> list[QuantizedWeight]:
         """Return what is coded of ``layer``, as the plan has it.
 
         Args:
@@ -59,7 +61,7 @@ class Form:
         if self.residual:
             sizes = layer.out_features, layer.in_features
             made.append(_coded(f"{layer.name}.base", "linear", sizes, False, self.scheme, calibrated, False))
-        if layer.down_of is None:
+        if layer.shares_down_with is None:
             sizes = layer.rank, layer.in_features
             centred = layer.has_bias and not shared
             made.append(_coded(f"{layer.name}.down", "linear", sizes, False, factors, calibrated, centred))
@@ -68,11 +70,13 @@ class Form:
         return made
 
 
-FLOAT = Form()
+FLOAT = StorageFormat()
 """Weights and factors stay floating point."""
 
 
-def forms_of(quantize: str | None, group_size: int | None = None, residual: bool = False) -> tuple[Form, ...]:
+def storage_formats_of(
+    quantize: str | None, group_size: int | None = None, residual: bool = False
+) -> tuple[StorageFormat, ...]:
     """Return the forms that a request allows.
 
     Args:
@@ -91,18 +95,18 @@ def forms_of(quantize: str | None, group_size: int | None = None, residual: bool
         return (FLOAT,)
     if quantize == "auto":
         int4 = Scheme("int4", group_size)
-        return FLOAT, Form(INT8), Form(int4), Form(int4, residual=True)
-    return (Form(Scheme(quantize, group_size), residual),)
+        return FLOAT, StorageFormat(INT8), StorageFormat(int4), StorageFormat(int4, residual=True)
+    return (StorageFormat(Scheme(quantize, group_size), residual),)
 
 
-def scheme_of(code: CodedWeight) -> Scheme:
+def scheme_of(code: QuantizedWeight) -> Scheme:
     """Return the scheme that ``code`` names; raises `SchemeError` if there is none, or it does not divide."""
     scheme = Scheme(code.scheme, code.group_size)
     scheme.check(code.rows, code.columns)
     return scheme
 
 
-def coded_bytes(code: CodedWeight) -> int:
+def quantized_bytes(code: QuantizedWeight) -> int:
     """Return the bytes of codes, scales, and what is done to inputs."""
     scheme = scheme_of(code)
     shapes = scheme.shapes(code.rows, code.columns)
@@ -112,30 +116,30 @@ def coded_bytes(code: CodedWeight) -> int:
     return stored + 2 * code.columns * (code.smooth + code.centred)
 
 
-def stored_bytes(layer: LayerPlan, codes: Iterable[CodedWeight], width: int) -> int:
+def stored_bytes(layer: LayerPlan, codes: Iterable[QuantizedWeight], width: int) -> int:
     """Return the bytes of a layer's weight or factors, of which ``codes`` are coded.
 
     The bias that the dense layer has is left out.
 
     Args:
         layer: Its entry, with the rank that it will have.
-        codes: As `Form.codes` gave them.
+        codes: As `StorageFormat.codes` gave them.
         width: Bytes of an element in floating point.
     """
     codes = list(codes)
     coded = sum(code.rows * code.columns for code in codes)
     added = width * layer.bias_features if layer.added_bias and layer.rank is not None else 0
-    return sum(map(coded_bytes, codes)) + width * (layer.parameters - coded) + added
+    return sum(map(quantized_bytes, codes)) + width * (layer.parameters - coded) + added
 
 
-def _coded_table(layer: LayerPlan, scheme: Scheme) -> list[CodedWeight]:
+def _coded_table(layer: LayerPlan, scheme: Scheme) -> list[QuantizedWeight]:
     """Describe a coded table, or its coded factors."""
     how = scheme.name, scheme.group_size
     if layer.rank is None:
-        return [CodedWeight(layer.name, TABLE, layer.out_features, layer.in_features, False, *how)]
+        return [QuantizedWeight(layer.name, TABLE, layer.out_features, layer.in_features, False, *how)]
     return [
-        CodedWeight(f"{layer.name}.down", TABLE, layer.out_features, layer.rank, False, *how),
-        CodedWeight(f"{layer.name}.up", "linear", layer.in_features, layer.rank, layer.has_bias, *how),
+        QuantizedWeight(f"{layer.name}.down", TABLE, layer.out_features, layer.rank, False, *how),
+        QuantizedWeight(f"{layer.name}.up", "linear", layer.in_features, layer.rank, layer.has_bias, *how),
     ]
 
 
@@ -147,7 +151,7 @@ def _coded(
     scheme: Scheme,
     smooth: bool,
     takes_mean: bool,
-) -> CodedWeight:
+) -> QuantizedWeight:
     """Describe a coded weight; only integers that meet integer inputs gain from taking their mean away."""
     centred = smooth and takes_mean and scheme.name == "int8"
-    return CodedWeight(name, kind, *sizes, bias, scheme.name, scheme.group_size, smooth, centred)
+    return QuantizedWeight(name, kind, *sizes, bias, scheme.name, scheme.group_size, smooth, centred)

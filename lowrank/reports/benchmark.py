@@ -25,7 +25,7 @@ from lowrank.errors import DataError, LowRankError
 from lowrank.inspection.contexts import check_has_data, eval_mode, hooked
 from lowrank.inspection.devices import device_of, dtype_of
 from lowrank.inspection.eligibility import check_model
-from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear, kind_of
+from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear, layer_type_of
 from lowrank.plans.formatting import format_bytes, format_table, to_json
 
 
@@ -227,7 +227,7 @@ def _theory(dense: nn.Module, small: nn.Module) -> float:
     """Return the MACs of the replaced layers and all other matrices, dense over small."""
 
     def matrices(model: nn.Module) -> int:
-        floating = sum(m.weight.numel() for m in model.modules() if kind_of(m) is not None)  # type: ignore[misc,operator]
+        floating = sum(m.weight.numel() for m in model.modules() if layer_type_of(m) is not None)  # type: ignore[misc,operator]
         tied = sum(m.macs for m in model.modules() if isinstance(m, TiedLinear))
         coded = sum(math.prod(m.shape) for m in model.modules() if isinstance(m, QuantizedLinear))
         return floating + coded + tied

@@ -11,7 +11,7 @@ from lowrank import arguments
 from lowrank.arguments import accepts, instance, optional
 from lowrank.errors import LowRankError
 from lowrank.files.atomic_file import replaced
-from lowrank.linalg import Spectrum
+from lowrank.linalg import ErrorCurve
 from lowrank.plans.plan import Plan
 
 if TYPE_CHECKING:
@@ -46,17 +46,17 @@ def plot_ranks(plan: Plan, path: str | Path | None = None) -> Figure:
 
 
 @accepts(
-    spectra=instance(Mapping, "what lowrank.spectra(model) returns"),
+    error_curves=instance(Mapping, "what lowrank.error_curves(model) returns"),
     plan=optional(instance(Plan, "a Plan, from plan(model, ...)")),
     path=optional(arguments.path()),
 )
-def plot_spectra(
-    spectra: Mapping[str, Spectrum], plan: Plan | None = None, path: str | Path | None = None
+def plot_error_curves(
+    error_curves: Mapping[str, ErrorCurve], plan: Plan | None = None, path: str | Path | None = None
 ) -> Figure:
     """Draw each layer's relative error against its rank, coloured by role; a plan's ranks are marked.
 
     Args:
-        spectra: By layer name, from `lowrank.spectra`.
+        error_curves: By layer name, from `lowrank.error_curves`.
         plan: Marks its ranks on the curves.
         path: Where to write the picture. ``None`` writes nothing.
 
@@ -68,9 +68,9 @@ def plot_spectra(
         CheckpointError: If the picture cannot be written.
     """
     figure, axes = _figure(height=4.5)
-    roles = list(dict.fromkeys(map(_role, spectra)))
-    for name, spectrum in spectra.items():
-        errors = (spectrum.tail / spectrum.tail[0].clamp(min=1e-300)).sqrt().numpy()
+    roles = list(dict.fromkeys(map(_role, error_curves)))
+    for name, error_curve in error_curves.items():
+        errors = (error_curve.tail / error_curve.tail[0].clamp(min=1e-300)).sqrt().numpy()
         color = f"C{roles.index(_role(name)) % 10}"
         (line,) = axes.plot(errors, color=color, linewidth=0.8, alpha=0.7)
         line.set_label(_role(name) if _role(name) not in axes.get_legend_handles_labels()[1] else None)

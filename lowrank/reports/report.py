@@ -17,7 +17,7 @@ from lowrank.files.safetensors_header import safetensors_bytes, stored_tensors
 from lowrank.inspection.eligibility import check_model
 from lowrank.inspection.targets import draft
 from lowrank.inspection.unplanned import with_reach
-from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear
+from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedLinear, QuantizedModule, TiedLinear
 from lowrank.plans.formatting import format_bytes, format_table, to_json
 from lowrank.plans.plan import LayerPlan, Plan
 from lowrank.plans.reach import UnplannedWeight, describe_reach
@@ -40,7 +40,7 @@ class LayerReport:
         scheme: How the weight or factors are coded, such as ``"int8"``, or ``"int4 + int8"`` for a
             coded weight with factors that correct it; ``None`` if nothing is.
         kind: ``"linear"``, ``"conv1d"``, or ``"embedding"`` for a factorized table, whose rows are looked up.
-        same_as: The table or layer whose weight it uses; parameters and bytes are counted there, here none.
+        tied_to: The table or layer whose weight it uses; parameters and bytes are counted there, here none.
         macs: Multiply-accumulates per token as the layer is now; looking up takes none.
     """
 
@@ -55,7 +55,7 @@ class LayerReport:
     added_parameters: int = 0
     scheme: str | None = None
     kind: str = "linear"
-    same_as: str | None = None
+    tied_to: str | None = None
     macs: int = 0
 
     @property
@@ -65,7 +65,7 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
-class CodedReport:
+class QuantizedReport:
     """One weight that is stored as integers: of a layer, a factor or an embedding.
 
     Attributes:
@@ -110,14 +110,14 @@ class Report:
     checkpoint_bytes: int
     loss_increase_predicted: float | None = None
     loss_increase_measured: float | None = None
-    coded: tuple[CodedReport, ...] = ()
+    coded: tuple[QuantizedReport, ...] = ()
     reachable_parameters: int = 0
     unplanned: tuple[UnplannedWeight, ...] = ()
 
     @property
     def factorized(self) -> tuple[LayerReport, ...]:
         """The layers with a rank of their own."""
-        return tuple(layer for layer in self.layers if layer.rank is not None and layer.same_as is None)
+        return tuple(layer for layer in self.layers if layer.rank is not None and layer.tied_to is None)
 
     @property
     def kept_fraction(self) -> float:
@@ -228,7 +228,7 @@ def report(
         tensors, _ = stored_tensors(model)
     if plan is None and hf is not None:
         plan = hf.recorded(model)
-    coded = tuple(_describe_code(n, m) for n, m in model.named_modules() if isinstance(m, Coded))
+    coded = tuple(_describe_code(n, m) for n, m in model.named_modules() if isinstance(m, QuantizedModule))
     factors = {f"{layer.name}.down" for layer in layers}
     tables = [code for code in coded if code.runs_on == "lookup" and code.name not in factors]
     parameters = sum(p.numel() for p in model.parameters()) + sum(code.elements for code in coded)
@@ -257,10 +257,10 @@ def report(
     )
 
 
-def _describe_code(name: str, module: Coded) -> CodedReport:
+def _describe_code(name: str, module: QuantizedModule) -> QuantizedReport:
     runs_on = module.runs_on() if isinstance(module, QuantizedLinear) else "lookup"
     elements = math.prod(module.shape)
-    return CodedReport(
+    return QuantizedReport(
         name,
         module.scheme.name,
         elements,
@@ -279,8 +279,10 @@ def _describe(model: nn.Module, layer: LayerPlan) -> LayerReport:
     elif isinstance(module, LowRankLinear):
         own = (module.base, module.up, module.down if module.owns_down else None)
         parts = [part for part in own if part is not None]
-    schemes = dict.fromkeys(part.scheme.name if isinstance(part, Coded) else "float" for part in parts)
-    before = layer.dense_parameters if layer.same_as is None or layer.copied else 0
+    schemes = dict.fromkeys(
+        part.scheme.name if isinstance(part, QuantizedModule) else "float" for part in parts
+    )
+    before = layer.dense_parameters if layer.tied_to is None or layer.was_copy else 0
     return LayerReport(
         name=layer.name,
         shape=(layer.out_features, layer.in_features),
@@ -291,9 +293,9 @@ def _describe(model: nn.Module, layer: LayerPlan) -> LayerReport:
         bytes_before=before * width,
         bytes=sum(_stored_bytes(part) for part in parts),
         added_parameters=layer.bias_features if layer.added_bias else 0,
-        scheme=" + ".join(schemes) if any(isinstance(part, Coded) for part in parts) else None,
+        scheme=" + ".join(schemes) if any(isinstance(part, QuantizedModule) for part in parts) else None,
         kind=layer.kind,
-        same_as=layer.same_as,
+        tied_to=layer.tied_to,
         macs=_macs(layer, module),
     )
 
@@ -307,7 +309,7 @@ def _macs(layer: LayerPlan, module: nn.Module) -> int:
 
 
 def _stored_bytes(module: nn.Module) -> int:
-    if isinstance(module, Coded):
+    if isinstance(module, QuantizedModule):
         return module.stored_bytes
     weight: Tensor = module.weight  # type: ignore[assignment]
     return weight.numel() * weight.element_size()

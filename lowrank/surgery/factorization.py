@@ -18,23 +18,23 @@ from lowrank.inspection.fingerprints import fingerprint_of_layer
 from lowrank.inspection.tied_weights import pads_with_zeros
 from lowrank.linalg import (
     Diagonal,
+    ErrorCurve,
     Factors,
     Metric,
     PulledBack,
     SharedFactors,
-    Spectrum,
     Stacked,
-    basis_spectra,
-    coded_with_residual,
-    joint_spectra,
+    joint_error_curves,
+    quantize_with_correction,
     shared_basis,
-    smoothing,
+    shared_basis_error_curves,
+    smooth_scale_of,
     truncated_svd,
 )
 from lowrank.linalg.metric import Side, wide
 from lowrank.linalg.svd import small_side_gram
-from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear, kind_of
-from lowrank.plans.plan import CodedWeight, LayerPlan, Plan
+from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear, layer_type_of
+from lowrank.plans.plan import LayerPlan, Plan, QuantizedWeight
 from lowrank.plans.storage_formats import scheme_of
 
 
@@ -132,7 +132,7 @@ def joint_errors(
     metric: str,
     stats: Stats | None,
     estimate: bool = False,
-) -> tuple[Spectrum, ...]:
+) -> tuple[ErrorCurve, ...]:
     """Return the error of each layer at every rank of the first factor that they would share.
 
     Args:
@@ -140,12 +140,13 @@ def joint_errors(
         weights: Their weights ``(out, in)``.
         metric: One of `lowrank.plans.plan.METRICS`.
         stats: The statistics, unless the metric is ``"weight"``.
-        estimate: Whether errors may be estimates where bounds are known (`lowrank.linalg.basis_spectra`).
+        estimate: Whether errors may be estimates where bounds are known
+            (`lowrank.linalg.shared_basis_error_curves`).
     """
     each, scales = _metrics_and_scales(layers, weights, metric, stats)
     if _one_metric_of_inputs(layers, metric):
-        return joint_spectra(weights, *_stacked(weights, each, scales))
-    return basis_spectra(weights, each, scales, refined=estimate)
+        return joint_error_curves(weights, *_stacked(weights, each, scales))
+    return shared_basis_error_curves(weights, each, scales, refined=estimate)
 
 
 def _one_metric_of_inputs(layers: Sequence[LayerPlan], metric: str) -> bool:
@@ -197,7 +198,7 @@ def factorized(
 def corrected(
     dense: nn.Module,
     layer: LayerPlan,
-    code: CodedWeight,
+    code: QuantizedWeight,
     plan: Plan,
     stats: Stats | None = None,
     seed: int = 0,
@@ -214,8 +215,8 @@ def corrected(
     smooth = None
     if code.smooth:
         assert stats is not None  # checked
-        smooth = smoothing(weight, stats.moments(layer.name).variances(layer.has_bias))
-    found = coded_with_residual(
+        smooth = smooth_scale_of(weight, stats.moments(layer.name).variances(layer.has_bias))
+    found = quantize_with_correction(
         *(weight, layer.rank, scheme, metric, moments), smooth=smooth, tolerance=plan.tolerance, seed=seed
     )
     base = QuantizedLinear.from_codes(found.codes, found.scale, scheme, weight.dtype, smooth)
@@ -259,7 +260,7 @@ def jointly_factorized(
     for module, layer, left, error in zip(dense, layers, lefts, errors, strict=True):
         new = _layer(module, layer, left, right, error, plan, stats, shared=True)
         if made:
-            new.use_down_of(made[0], layer.same_input)
+            new.share_down_with(made[0], layer.same_input)
         made.append(new)
     return made
 
@@ -275,7 +276,9 @@ def _joint_factors(
     inputs, outputs = _stacked(weights, each, scales)
     stack = torch.cat([weight.detach() for weight in weights])
     left, right, *_ = truncated_svd(stack, rank, Metric(inputs, outputs), tolerance=plan.tolerance, seed=seed)
-    errors = tuple(spectrum.relative_error(rank) for spectrum in joint_spectra(weights, inputs, outputs))
+    errors = tuple(
+        error_curve.relative_error(rank) for error_curve in joint_error_curves(weights, inputs, outputs)
+    )
     return SharedFactors(tuple(part.contiguous() for part in outputs.split(left)), right, errors)
 
 
@@ -283,7 +286,7 @@ def weight_of(dense: nn.Module) -> Tensor:
     """Return the weight ``(out, in)`` of a layer that can be factorized, or of a table."""
     if isinstance(dense, nn.Embedding):
         return dense.weight
-    kind = kind_of(dense)
+    kind = layer_type_of(dense)
     assert kind is not None  # drafted as a target
     return kind.weight(dense)
 
@@ -355,7 +358,7 @@ def follower(
     if stats is not None and plan.metric != "weight" and bias is not None:
         lost = _lost(dense, owner.up.weight.detach(), owner.down.weight.detach(), owner.base)
         bias = _with_mean(bias, lost, stats.moments(layer.name).mean, bias.dtype)
-    return TiedLinear(owner, bias, kind=layer.kind, copied=layer.copied)
+    return TiedLinear(owner, bias, kind=layer.kind, was_copy=layer.was_copy)
 
 
 def _lost(dense: nn.Module, left: Tensor, right: Tensor, base: QuantizedLinear | None) -> Tensor:

@@ -26,7 +26,7 @@ _ONCE = "once each, in the order in which they are stored. Leave it out."
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class Streams:
+class CachedHiddenStates:
     """One batch on its way through the blocks, in both models.
 
     Args:

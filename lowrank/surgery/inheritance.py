@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.module import _WrappedHook
 
 from lowrank.errors import LowRankError
-from lowrank.nn import Coded, SharedCodes, SharedDown, TiedLinear
+from lowrank.nn import QuantizedModule, SharedDown, SharedQuantizedDown, TiedLinear
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -18,10 +18,10 @@ HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
 
 def adopt(new: _Module, old: nn.Module) -> _Module:
     """Carry over what is known of the old layer: training mode, frozen weights, hooks, who reads a factor."""
-    if isinstance(new, SharedCodes) and isinstance(old, (SharedDown, SharedCodes)):
+    if isinstance(new, SharedQuantizedDown) and isinstance(old, (SharedDown, SharedQuantizedDown)):
         new.expect(old.readers)
     trainable = _is_trainable(old)
-    if isinstance(new, (Coded, TiedLinear)):
+    if isinstance(new, (QuantizedModule, TiedLinear)):
         new.trainable = trainable
     had_bias = any(name.endswith("bias") for name, _ in old.named_parameters())
     for name, parameter in new.named_parameters():
@@ -39,7 +39,7 @@ def adopt(new: _Module, old: nn.Module) -> _Module:
 def _is_trainable(module: nn.Module) -> bool:
     """Tell whether every weight of ``module`` has gradients, or had some before it was coded."""
     flags = [p.requires_grad for name, p in module.named_parameters() if name.endswith("weight")]
-    flags += [part.trainable for part in module.modules() if isinstance(part, (Coded, TiedLinear))]
+    flags += [part.trainable for part in module.modules() if isinstance(part, (QuantizedModule, TiedLinear))]
     return all(flags)
 
 

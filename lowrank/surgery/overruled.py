@@ -19,7 +19,7 @@ from lowrank.calibration.data import Batch
 from lowrank.errors import DataError, TargetError
 from lowrank.inspection.contexts import evaluating
 from lowrank.inspection.eligibility import find_readers
-from lowrank.nn import kind_of
+from lowrank.nn import layer_type_of
 from lowrank.plans.plan import Plan
 from lowrank.surgery.replacement import replace_module
 
@@ -32,7 +32,7 @@ def check_subclasses(model: nn.Module, plan: Plan) -> None:
     """
     layers = {name: layer for name, layer in model.named_modules() if name in plan.overruled}
     for name, layer in layers.items():
-        kind = kind_of(layer)
+        kind = layer_type_of(layer)
         if kind is None or kind.certain:
             continue
         weight: Tensor = layer.weight.detach()  # type: ignore[union-attr,operator,assignment]

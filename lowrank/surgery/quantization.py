@@ -21,20 +21,20 @@ from torch import Tensor, nn
 from lowrank.calibration.statistics import Moments, Stats
 from lowrank.errors import PlanError, StatsError, WeightError
 from lowrank.inspection.targets import described
-from lowrank.linalg import Scheme, rotated, smoothing
+from lowrank.linalg import Scheme, rotated, smooth_scale_of
 from lowrank.linalg.svd import checked_weight
 from lowrank.nn import (
-    Coded,
     LowRankEmbedding,
     LowRankLinear,
     QuantizedEmbedding,
     QuantizedLinear,
-    SharedCodes,
+    QuantizedModule,
     SharedDown,
-    kind_named,
-    kind_of,
+    SharedQuantizedDown,
+    layer_type_named,
+    layer_type_of,
 )
-from lowrank.plans.plan import CodedWeight, LayerPlan, Plan
+from lowrank.plans.plan import LayerPlan, Plan, QuantizedWeight
 from lowrank.plans.storage_formats import scheme_of
 from lowrank.surgery.factorization import check_layer_of
 
@@ -42,7 +42,7 @@ PARTS = ("base", "down", "up")
 """What a `LowRankLinear` can hold that is coded on its own, by its name within the layer."""
 
 
-def base_of(plan: Plan, layer: LayerPlan) -> CodedWeight:
+def base_of(plan: Plan, layer: LayerPlan) -> QuantizedWeight:
     """Return how the weight is coded that the factors of ``layer`` correct.
 
     Raises:
@@ -76,19 +76,19 @@ def check_codes(
             base_of(plan, layer)
     for code in plan.codes:
         module = modules.get(code.name)
-        if code.name in plan and plan[code.name].same_as is not None:
+        if code.name in plan and plan[code.name].tied_to is not None:
             raise PlanError(
-                f"{code.name}: by the plan it uses the weight of {plan[code.name].same_as}. Code that."
+                f"{code.name}: by the plan it uses the weight of {plan[code.name].tied_to}. Code that."
             )
         try:
             scheme_of(code)
-            if not loading and module is not None and not isinstance(module, Coded):
+            if not loading and module is not None and not isinstance(module, QuantizedModule):
                 checked_weight(module.weight)  # type: ignore[arg-type]
             if not loading:
                 check_range(modules, code)
         except WeightError as error:
             raise type(error)(f"{code.name}: {error}") from error
-        if isinstance(module, Coded):
+        if isinstance(module, QuantizedModule):
             if described(code.name, module) != code:
                 raise PlanError(
                     f"{code.name}: coded already, and otherwise than the plan says ({code.scheme}). "
@@ -112,14 +112,14 @@ def check_codes(
             _check_stats(code, modules, plan, stats)
 
 
-def _serves_several(code: CodedWeight, plan: Plan) -> bool:
+def _serves_several(code: QuantizedWeight, plan: Plan) -> bool:
     """Tell whether several layers use the codes: the mean of one's inputs is not that of another's."""
     layer = code.name.rpartition(".")[0]
     readers = (code.name, layer, *(reader.name for reader in plan.shared.get(layer, ())))
     return any(name in plan.equal for name in readers)
 
 
-def with_common_codes_uncentred(plan: Plan) -> Plan:
+def without_shared_input_shifts(plan: Plan) -> Plan:
     """Return ``plan`` with inputs centred only where one layer uses the weight."""
     codes = (replace(code, centred=False) if _serves_several(code, plan) else code for code in plan.codes)
     return replace(plan, codes=tuple(codes))
@@ -129,7 +129,7 @@ LARGEST_INT4, SMALLEST_INT4 = 2e5, 1e-5
 """Largest element of weights whose scales under int4 float16 can hold, with room for what scales inputs."""
 
 
-def check_range(modules: Mapping[str, nn.Module], code: CodedWeight) -> None:
+def check_range(modules: Mapping[str, nn.Module], code: QuantizedWeight) -> None:
     """Refuse weights, or factors of weights, that ``code``'s scheme cannot hold.
 
     Raises:
@@ -140,7 +140,12 @@ def check_range(modules: Mapping[str, nn.Module], code: CodedWeight) -> None:
     layer = modules.get(code.name, modules.get(parent) if part in PARTS else None)
     weight = getattr(layer, "weight", None)
     scheme = scheme_of(code)
-    if isinstance(weight, Tensor) and not isinstance(layer, Coded) and weight.numel() and not weight.is_meta:
+    if (
+        isinstance(weight, Tensor)
+        and not isinstance(layer, QuantizedModule)
+        and weight.numel()
+        and not weight.is_meta
+    ):
         checked_weight(weight)
         check_holds(scheme, weight)
 
@@ -176,12 +181,12 @@ def _shape_after(
                 return "embedding", layer.out_features, rank, False
             return "linear", layer.in_features, rank, layer.has_bias
         if part == "down":
-            return ("linear", rank, layer.in_features, False) if layer.down_of is None else None
+            return ("linear", rank, layer.in_features, False) if layer.shares_down_with is None else None
         return "linear", layer.out_features, rank, layer.has_bias
     module = modules.get(name)
     if isinstance(module, nn.Embedding) and (name not in plan or plan[name].rank is None):
         return "embedding", module.num_embeddings, module.embedding_dim, False
-    kind = kind_of(module) if module is not None else None
+    kind = layer_type_of(module) if module is not None else None
     if module is None or kind is None or (name in plan and plan[name].rank is not None):
         return None
     rows, columns = kind.weight(module).shape
@@ -189,7 +194,7 @@ def _shape_after(
 
 
 def _check_stats(
-    code: CodedWeight, modules: Mapping[str, nn.Module], plan: Plan, stats: Stats | None
+    code: QuantizedWeight, modules: Mapping[str, nn.Module], plan: Plan, stats: Stats | None
 ) -> None:
     """Refuse to scale inputs without statistics, or by those of another model."""
     parent, _, part = code.name.rpartition(".")
@@ -200,7 +205,7 @@ def _check_stats(
             f"{code.name}: the plan scales this layer's inputs by their statistics: pass "
             "stats=calibrate(model, data)."
         )
-    if kind_of(modules[reader]) is not None:
+    if layer_type_of(modules[reader]) is not None:
         check_layer_of(modules[reader], reader, stats)
     features = len(stats.inputs[stats.sources[reader]].total)
     if features != code.columns:
@@ -211,7 +216,9 @@ def _check_stats(
 
 
 @torch.no_grad()
-def coded(model: nn.Module, code: CodedWeight, stats: Stats | None) -> tuple[Coded, Tensor | None]:
+def quantized_module(
+    model: nn.Module, code: QuantizedWeight, stats: Stats | None
+) -> tuple[QuantizedModule, Tensor | None]:
     """Return the module to put in place of ``model``'s ``code.name``.
 
     Returns:
@@ -221,7 +228,7 @@ def coded(model: nn.Module, code: CodedWeight, stats: Stats | None) -> tuple[Cod
     scheme, module = scheme_of(code), model.get_submodule(code.name)
     if isinstance(module, nn.Embedding):
         return QuantizedEmbedding.from_embedding(module, scheme), None
-    kind = kind_named("linear") if isinstance(module, SharedDown) else kind_of(module)
+    kind = layer_type_named("linear") if isinstance(module, SharedDown) else layer_type_of(module)
     assert kind is not None  # checked
     weight = kind.weight(module)
     bias: nn.Parameter | None = module.bias  # type: ignore[assignment]
@@ -259,7 +266,7 @@ def coded(model: nn.Module, code: CodedWeight, stats: Stats | None) -> tuple[Cod
 
 def _scaling(weight: Tensor, moments: Moments, centred: bool) -> tuple[Tensor, Tensor | None]:
     """Return by what to scale the inputs, and what to take from them then, within the range of float16."""
-    smooth = smoothing(weight, moments.variances(centred))
+    smooth = smooth_scale_of(weight, moments.variances(centred))
     if not centred:
         return smooth, None
     center = moments.mean.to(weight.device) * smooth.double()
@@ -276,7 +283,7 @@ def _between(layer: LowRankLinear, inputs: Moments) -> Tensor | None:
     """Return the second moment ``R C Rᵀ`` of what an ``up`` reads, if that is known."""
     down: nn.Module = layer.down
     centred = isinstance(down, QuantizedLinear) and down.center is not None
-    right: Tensor = down.dense_weight() if isinstance(down, Coded) else down.weight  # type: ignore[assignment]
+    right: Tensor = down.dense_weight() if isinstance(down, QuantizedModule) else down.weight  # type: ignore[assignment]
     second = _second(inputs, centred, right.device)
     return None if second is None else right.double() @ second @ right.double().T
 
@@ -302,7 +309,7 @@ def readers_of(model: nn.Module, layer: LowRankLinear) -> dict[str, LowRankLinea
 
 
 def _like(module: nn.Module) -> type[QuantizedLinear]:
-    return SharedCodes if isinstance(module, SharedDown) else QuantizedLinear
+    return SharedQuantizedDown if isinstance(module, SharedDown) else QuantizedLinear
 
 
 def _of_all(model: nn.Module, layer: nn.Module, stats: Stats) -> Moments:

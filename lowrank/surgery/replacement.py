@@ -1,4 +1,4 @@
-"""The only file that replaces modules: `apply` a plan, `encode` weights, or `decompress` a model.
+"""The only file that replaces modules: `apply` a plan, `quantize_weights` weights, or `decompress` a model.
 
 Everything is validated before anything is swapped. Then layer after layer is factorized
 (`lowrank.surgery.factorization`), swapped, and its dense weight freed, so that the extra memory is
@@ -24,19 +24,19 @@ from lowrank.inspection.tied_weights import equal_layers, followers, tied_heads
 from lowrank.linalg.matmul import without_autocast
 from lowrank.linalg.svd import check_options, checked_weight
 from lowrank.nn import (
-    Coded,
     LowRankEmbedding,
     LowRankLinear,
     QuantizedEmbedding,
     QuantizedLinear,
-    SharedCodes,
+    QuantizedModule,
     SharedDown,
+    SharedQuantizedDown,
     TiedLinear,
-    kind_named,
-    kind_of,
-    register,
+    layer_type_named,
+    layer_type_of,
+    register_layer_type,
 )
-from lowrank.plans.plan import CodedWeight, LayerPlan, Plan, largest_shared_rank
+from lowrank.plans.plan import LayerPlan, Plan, QuantizedWeight, largest_shared_rank
 from lowrank.plans.storage_formats import scheme_of
 from lowrank.surgery.factorization import (
     check_stats,
@@ -48,7 +48,7 @@ from lowrank.surgery.factorization import (
     weight_of,
 )
 from lowrank.surgery.inheritance import adopt, check_no_hooks
-from lowrank.surgery.quantization import base_of, check_codes, coded, readers_of, rotate
+from lowrank.surgery.quantization import base_of, check_codes, quantized_module, readers_of, rotate
 
 _Factorized = LowRankLinear, LowRankEmbedding
 
@@ -73,7 +73,7 @@ def apply(
             with uninterrupted():
                 _factorize(model, layers, plan, joint, seed)  # whose dense weights are gone when it returns
             bar.update(len(layers))
-    encode(model, plan, stats, seed=seed, progress=progress)
+    quantize_weights(model, plan, stats, seed=seed, progress=progress)
     return model
 
 
@@ -105,12 +105,12 @@ def _all_or_none(model: nn.Module, plan: Plan, todo: Sequence[LayerPlan]) -> Ite
 
 
 @without_autocast()
-def encode(
+def quantize_weights(
     model: nn.Module, plan: Plan, stats: Stats | None = None, *, seed: int = 0, progress: bool = False
 ) -> None:
     """Put integers in place of the weights that ``plan`` codes, which `check_request` has accepted."""
     stats = pooled(stats, plan, centred=False)
-    todo = [code for code in plan.codes if not isinstance(model.get_submodule(code.name), Coded)]
+    todo = [code for code in plan.codes if not isinstance(model.get_submodule(code.name), QuantizedModule)]
     todo.sort(key=lambda code: code.name.endswith(".up"))  # a down needs its up in floating point
     names = {code.name for code in todo}
     for name, module in model.named_modules():
@@ -121,13 +121,13 @@ def encode(
                     rotate(list(readers.values()), seed)
     for code in tqdm(todo, desc="coding", unit="weight", disable=None if progress else True):
         with uninterrupted():
-            _encode(model, code, plan, stats)
+            _quantize_weight(model, code, plan, stats)
 
 
-def _encode(model: nn.Module, code: CodedWeight, plan: Plan, stats: Stats | None) -> None:
+def _quantize_weight(model: nn.Module, code: QuantizedWeight, plan: Plan, stats: Stats | None) -> None:
     """Put integers in place of one weight, and let a bias take up the mean of its inputs."""
     old = model.get_submodule(code.name)
-    new, mean = coded(model, code, stats)
+    new, mean = quantized_module(model, code, stats)
     replace_module(model, code.name, adopt(new, old))
     _follow(model, plan, code.name)
     if mean is not None:
@@ -156,9 +156,9 @@ def register_overruled(model: nn.Module, plan: Plan) -> None:
     """Let the classes of the layers that ``plan`` overrules be found again by their names."""
     modules = dict(model.named_modules())
     for name in plan.overruled & modules.keys():
-        kind = kind_of(modules[name])
+        kind = layer_type_of(modules[name])
         if kind is not None:
-            register(kind)
+            register_layer_type(kind)
 
 
 def _factorize(
@@ -189,10 +189,10 @@ def _follow(model: nn.Module, plan: Plan, owner: str) -> None:
     """Let the layers that use the weight of the module called ``owner`` use it as it is now."""
     whole = model.get_submodule(owner)
     for layer in plan.layers:
-        old = model.get_submodule(layer.name) if layer.same_as == owner else None
+        old = model.get_submodule(layer.name) if layer.tied_to == owner else None
         if old is not None and not isinstance(old, TiedLinear):
             bias: nn.Parameter | None = old.bias  # type: ignore[assignment]
-            new = TiedLinear(whole, bias, kind=layer.kind, copied=layer.copied)  # type: ignore[arg-type]
+            new = TiedLinear(whole, bias, kind=layer.kind, was_copy=layer.was_copy)  # type: ignore[arg-type]
             replace_module(model, layer.name, adopt(new, old))
 
 
@@ -200,7 +200,7 @@ def _together(plan: Plan, todo: Sequence[LayerPlan]) -> Iterator[tuple[LayerPlan
     """Yield the layers one by one, but those that share a ``down`` together, its owner first."""
     shared = plan.shared
     for layer in todo:
-        if layer.down_of is None:
+        if layer.shares_down_with is None:
             yield shared.get(layer.name, (layer,))
 
 
@@ -245,7 +245,7 @@ def restructure(model: nn.Module, plan: Plan) -> nn.Module:
         if isinstance(dense, nn.Embedding):
             replace_module(model, layer.name, adopt(_table_without_data(layer, dense), dense))
             continue
-        kind = kind_of(dense)
+        kind = layer_type_of(dense)
         assert kind is not None  # _validate has refused everything else
         weight = kind.weight(dense)
         bias: nn.Parameter | None = dense.bias  # type: ignore[assignment]
@@ -256,19 +256,19 @@ def restructure(model: nn.Module, plan: Plan) -> nn.Module:
             torch.empty(layer.rank or 0, layer.in_features, device="meta", dtype=weight.dtype),
             bias,
             kind=layer.kind,
-            shared=layer.down_of is not None or layer.name in shared,
+            shared=layer.shares_down_with is not None or layer.name in shared,
             relative_error=layer.relative_error,
             added_bias=layer.added_bias,
             base=_empty_linear(base_of(plan, layer), weight.dtype) if layer.residual else None,
         )
-        if layer.down_of is not None:
-            new.use_down_of(model.get_submodule(layer.down_of), layer.same_input)  # type: ignore[arg-type]
+        if layer.shares_down_with is not None:
+            new.share_down_with(model.get_submodule(layer.shares_down_with), layer.same_input)  # type: ignore[arg-type]
         replace_module(model, layer.name, adopt(new, dense))
     for code in plan.codes:
         old = model.get_submodule(code.name)
-        if not isinstance(old, Coded):
+        if not isinstance(old, QuantizedModule):
             replace_module(model, code.name, adopt(_without_data(code, old), old))
-    for owner in {layer.same_as for layer in plan.tied}:
+    for owner in {layer.tied_to for layer in plan.tied}:
         _follow(model, plan, owner)  # type: ignore[arg-type]
     return model
 
@@ -284,7 +284,7 @@ def _table_without_data(layer: LayerPlan, dense: nn.Embedding) -> LowRankEmbeddi
     return new
 
 
-def _without_data(code: CodedWeight, old: nn.Module) -> Coded:
+def _without_data(code: QuantizedWeight, old: nn.Module) -> QuantizedModule:
     """Make the module that ``code`` describes, on the meta device; a bias stays."""
     scheme = scheme_of(code)
     dtype: torch.dtype = old.weight.dtype  # type: ignore[assignment,union-attr]
@@ -293,14 +293,14 @@ def _without_data(code: CodedWeight, old: nn.Module) -> Coded:
         return QuantizedEmbedding(
             code.rows, code.columns, scheme, padding_idx=padding, device="meta", dtype=dtype
         )
-    new = _empty_linear(code, dtype, SharedCodes if isinstance(old, SharedDown) else QuantizedLinear)
+    new = _empty_linear(code, dtype, SharedQuantizedDown if isinstance(old, SharedDown) else QuantizedLinear)
     bias: nn.Parameter | None = old.bias  # type: ignore[assignment]
     new.register_parameter("bias", bias)
     return new
 
 
 def _empty_linear(
-    code: CodedWeight, dtype: torch.dtype, cls: type[QuantizedLinear] = QuantizedLinear
+    code: QuantizedWeight, dtype: torch.dtype, cls: type[QuantizedLinear] = QuantizedLinear
 ) -> QuantizedLinear:
     flags = {"smooth": code.smooth, "centred": code.centred}
     sizes, scheme = (code.columns, code.rows), scheme_of(code)
@@ -325,18 +325,22 @@ def decompress(model: nn.Module) -> nn.Module:
         )
     for name, module in model.named_modules():
         if isinstance(module, (LowRankLinear, QuantizedLinear)):
-            kind_named(module.kind)  # all are known, or nothing changes
+            layer_type_named(module.kind)  # all are known, or nothing changes
         if isinstance(module, _Factorized):
             check_no_hooks(name, module)
-    for cls in (LowRankLinear, LowRankEmbedding, Coded):  # what consists of coded parts before these
+    for cls in (
+        LowRankLinear,
+        LowRankEmbedding,
+        QuantizedModule,
+    ):  # what consists of coded parts before these
         for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, cls)]:
             replace_module(model, name, adopt(_dense_form(module), module))
     for name, owner in users.items():
         whole, user = model.get_submodule(owner), model.get_submodule(name)
         assert isinstance(user, TiedLinear)
-        layer = adopt(kind_named(user.kind).layer(weight_of(whole).detach(), user.bias), user)
+        layer = adopt(layer_type_named(user.kind).layer(weight_of(whole).detach(), user.bias), user)
         weight: nn.Parameter = whole.weight  # type: ignore[assignment]
-        own = nn.Parameter(weight.detach().clone(), user.trainable) if user.copied else weight
+        own = nn.Parameter(weight.detach().clone(), user.trainable) if user.was_copy else weight
         layer.weight = own
         replace_module(model, name, layer)
     return model
@@ -346,7 +350,7 @@ def decompress(model: nn.Module) -> nn.Module:
 def _dense_form(module: nn.Module) -> nn.Module:
     """Make the dense layer or table that ``module`` stands for."""
     if isinstance(module, (LowRankLinear, QuantizedLinear)):
-        return kind_named(module.kind).layer(module.dense_weight(), module.dense_bias())
+        return layer_type_named(module.kind).layer(module.dense_weight(), module.dense_bias())
     assert isinstance(module, (LowRankEmbedding, QuantizedEmbedding))
     sizes = module.num_embeddings, module.embedding_dim
     return nn.Embedding(*sizes, module.padding_idx, _weight=module.dense_weight(), _freeze=False)
@@ -375,7 +379,7 @@ def _validate(
         _check_heads(model, plan)
     for layer in plan:
         module = modules.get(layer.name)
-        if layer.same_as is not None:
+        if layer.tied_to is not None:
             _check_follower(layer, plan, modules)
             if layer.name in equal and not loading:
                 _check_equal(model, layer, plan, blocked)
@@ -398,9 +402,9 @@ def _validate(
             continue
         if layer.name in blocked:
             raise PlanError(f"{layer.name}: this layer must stay dense: it {blocked[layer.name]}.")
-        _check_layer(module, layer, shared=layer.down_of is not None or layer.name in shared)
+        _check_layer(module, layer, shared=layer.shares_down_with is not None or layer.name in shared)
         if not loading:  # a checkpoint's ranks and weights are as they are
-            if layer.down_of is None and layer.name not in shared:
+            if layer.shares_down_with is None and layer.name not in shared:
                 _check_pays(layer)
             _check_weight(module, layer)
         todo.append(layer)
@@ -414,8 +418,8 @@ def _check_shared(
 ) -> None:
     """Check that ``layers`` can use the ``down`` of the layer called ``name``, the first of them."""
     owner = layers[0]
-    for layer in (layer for layer in layers if layer.down_of == name):
-        if owner.name != name or owner.down_of is not None:
+    for layer in (layer for layer in layers if layer.shares_down_with == name):
+        if owner.name != name or owner.shares_down_with is not None:
             raise PlanError(
                 f"{layer.name}: is to use the down of {name}, which has none of its own in the plan."
             )
@@ -424,7 +428,7 @@ def _check_shared(
                 f"{layer.name}: is to use the down of {name}, but has rank {layer.rank} and "
                 f"{layer.in_features} inputs where that has rank {owner.rank} and {owner.in_features}."
             )
-    if len({layer.same_input for layer in layers if layer.down_of is not None}) > 1:
+    if len({layer.same_input for layer in layers if layer.shares_down_with is not None}) > 1:
         raise PlanError(
             f"{name}: by the plan only some of the layers that use its down read the same input. "
             "Set same_input of all of them, or of none."
@@ -452,7 +456,7 @@ def _check_heads(model: nn.Module, plan: Plan) -> None:
     """Check that no table is replaced without the heads that are tied to it."""
     compressed = {layer.name for layer in plan.factorized} | {code.name for code in plan.codes}
     for head, table in tied_heads(model).items():
-        if table in compressed and (head not in plan or plan[head].same_as != table):
+        if table in compressed and (head not in plan or plan[head].tied_to != table):
             raise PlanError(
                 f"{table}: the plan changes this table, but not {head}, which is tied to it. Make the plan "
                 f"for this model, so that {head} is the same as {table} in it."
@@ -461,25 +465,25 @@ def _check_heads(model: nn.Module, plan: Plan) -> None:
 
 def _check_follower(layer: LayerPlan, plan: Plan, modules: Mapping[str, nn.Module]) -> None:
     """Check that ``layer`` can use the weight of what the plan names."""
-    module, table = modules.get(layer.name), modules.get(layer.same_as or "")
+    module, table = modules.get(layer.name), modules.get(layer.tied_to or "")
     if isinstance(module, TiedLinear):
         if module.owner is not table:
-            raise PlanError(f"{layer.name}: the plan says that it uses {layer.same_as}, but it uses another.")
+            raise PlanError(f"{layer.name}: the plan says that it uses {layer.tied_to}, but it uses another.")
         return
-    owners = nn.Embedding, *_Factorized, Coded
-    if table is None or not (isinstance(table, owners) or kind_of(table) is not None):
+    owners = nn.Embedding, *_Factorized, QuantizedModule
+    if table is None or not (isinstance(table, owners) or layer_type_of(table) is not None):
         raise PlanError(
-            f"{layer.name}: is to use the weight of {layer.same_as}, which is no table or linear layer here."
+            f"{layer.name}: is to use the weight of {layer.tied_to}, which is no table or linear layer here."
         )
-    if module is None or (layer.rank is not None and layer.same_as not in plan):
+    if module is None or (layer.rank is not None and layer.tied_to not in plan):
         raise PlanError(
-            f"{layer.name}: the model or the plan lacks it, or {layer.same_as}, which it is to use."
+            f"{layer.name}: the model or the plan lacks it, or {layer.tied_to}, which it is to use."
         )
     _check_layer(module, replace(layer, rank=None), shared=False)
     rows, columns = _sizes(table)
     if (layer.out_features, layer.in_features) != (rows, columns):
         raise PlanError(
-            f"{layer.name}: is to use the weight of {layer.same_as}, which has another shape: "
+            f"{layer.name}: is to use the weight of {layer.tied_to}, which has another shape: "
             f"{rows} rows of {columns}."
         )
 
@@ -490,7 +494,7 @@ def _sizes(owner: nn.Module) -> tuple[int, int]:
         return owner.out_features, owner.in_features
     if isinstance(owner, LowRankEmbedding):
         return owner.num_embeddings, owner.embedding_dim
-    if isinstance(owner, Coded):
+    if isinstance(owner, QuantizedModule):
         return owner.shape
     rows, columns = weight_of(owner).shape
     return rows, columns
@@ -498,19 +502,19 @@ def _sizes(owner: nn.Module) -> tuple[int, int]:
 
 def _check_equal(model: nn.Module, layer: LayerPlan, plan: Plan, blocked: Mapping[str, str]) -> None:
     """Check that a linear layer has the weight that it is to use of another, if that is to change."""
-    owner = layer.same_as or ""
+    owner = layer.tied_to or ""
     if layer not in plan.tied or isinstance(model.get_submodule(layer.name), TiedLinear):
         return
     if layer.name in blocked:
         raise PlanError(f"{layer.name}: cannot use the weight of {owner}: it {blocked[layer.name]}.")
-    if plan[owner].same_as is not None or not equal_layers(model, [owner, layer.name]):
+    if plan[owner].tied_to is not None or not equal_layers(model, [owner, layer.name]):
         raise PlanError(
             f"{layer.name}: is to use the weight of {owner}, but has another. Make the plan for this model."
         )
 
 
 def _check_layer(module: nn.Module, layer: LayerPlan, shared: bool) -> None:
-    kind = kind_of(module)
+    kind = layer_type_of(module)
     name = LowRankEmbedding.kind if isinstance(module, nn.Embedding) else getattr(kind, "name", None)
     if name != layer.kind:
         raise PlanError(f"{layer.name}: the plan says {layer.kind}, the model has a {type(module).__name__}.")
@@ -530,12 +534,12 @@ def _check_layer(module: nn.Module, layer: LayerPlan, shared: bool) -> None:
 
 def _check_pays(layer: LayerPlan) -> None:
     rank = layer.rank or 0
-    if rank > layer.largest_paying_rank:
+    if rank > layer.largest_rank_that_saves:
         raise PlanError(
             f"{layer.name}: rank {rank} does not save parameters.\n"
             f"  The weight (out={layer.out_features}, in={layer.in_features}) has "
             f"{layer.dense_parameters:,} parameters; rank {rank} needs {layer.parameters_at(rank):,}.\n"
-            f"  Use a rank of at most {layer.largest_paying_rank}, or keep this layer dense."
+            f"  Use a rank of at most {layer.largest_rank_that_saves}, or keep this layer dense."
         )
 
 

@@ -44,7 +44,7 @@ from lowrank.inspection.contexts import eval_mode
 from lowrank.linalg.ridge import Regression
 from lowrank.nn import LowRankLinear
 from lowrank.plans.plan import Plan
-from lowrank.surgery.hidden_states import Streams
+from lowrank.surgery.hidden_states import CachedHiddenStates
 from lowrank.surgery.replacement import apply, check_request, register_overruled
 from lowrank.surgery.residual_adds import Listener
 
@@ -99,7 +99,7 @@ def apply_anchored(
     fitted: set[str] = set()
     with contextlib.ExitStack() as stack:
         folder = None if spill is None else stack.enter_context(_folder_in(spill))
-        streams = [Streams(batch, folder) for batch in batches]
+        streams = [CachedHiddenStates(batch, folder) for batch in batches]
         if len(streams) < HELD_OUT:
             raise DataError(
                 f"sequential=True needs {HELD_OUT} batches or more, one of them to see what it gains; there "
@@ -142,7 +142,7 @@ def _folder_in(spill: Path) -> Iterator[Path]:
 
 
 def _part(plan: Plan, names: Sequence[str]) -> Plan:
-    layers = tuple(layer for layer in plan if layer.name in names or layer.same_as in names)
+    layers = tuple(layer for layer in plan if layer.name in names or layer.tied_to in names)
     return replace(plan, layers=layers, codes=())
 
 
@@ -157,7 +157,9 @@ def _check_shared(plan: Plan, inside: Mapping[str, str]) -> None:
                 )
 
 
-def _check_sums(blocks: Mapping[str, nn.Module], inside: Mapping[str, str], first: Streams) -> None:
+def _check_sums(
+    blocks: Mapping[str, nn.Module], inside: Mapping[str, str], first: CachedHiddenStates
+) -> None:
     """Refuse a model that adds something, but never a layer's output as it is."""
     hidden, adds = first.dense.clone(), False
     for number, (name, block) in enumerate(blocks.items()):
@@ -177,7 +179,11 @@ def _check_sums(blocks: Mapping[str, nn.Module], inside: Mapping[str, str], firs
 
 
 def _refit(
-    dense: nn.Module, small: nn.Module, names: Sequence[str], streams: Sequence[Streams], number: int
+    dense: nn.Module,
+    small: nn.Module,
+    names: Sequence[str],
+    streams: Sequence[CachedHiddenStates],
+    number: int,
 ) -> list[str]:
     """Fit the second factors of a block's layers anew, in the order in which they run; return which."""
     stages, sums = _stages(small, names, streams[0], number)
@@ -207,7 +213,7 @@ def _alike(name: str, dense: Listener, small: Listener) -> bool:
 
 
 def _stages(
-    small: nn.Module, names: Sequence[str], first: Streams, number: int
+    small: nn.Module, names: Sequence[str], first: CachedHiddenStates, number: int
 ) -> tuple[list[list[str]], set[str]]:
     """Return the layers to fit, those that read the same input together, in the order in which they run.
 

@@ -227,9 +227,12 @@ def quantize(session: Session, random: Random) -> None:
     done, _ = session.call(lowrank.quantize, session.model, **arguments)
     if done:
         if arguments["scheme"] == "int8" and before is not None and finite(before):
-            apart = distance(_outputs(session) or [], before)
+            separately_saved = distance(_outputs(session) or [], before)
             few = "stats" in arguments and session.stats is not None and session.stats.tokens < FEWEST_TOKENS
-            demand(few or apart < 0.1, f"int8 moves the outputs by {apart:.3g} of their size.")
+            demand(
+                few or separately_saved < 0.1,
+                f"int8 moves the outputs by {separately_saved:.3g} of their size.",
+            )
         session.check(random)
 
 
@@ -256,8 +259,11 @@ def decompress(session: Session, random: Random) -> None:
         demand(not _compressed(session.model), "decompress leaves layers.")
         after = _outputs(session)
         if before is not None and after is not None and finite(before):
-            apart = distance(after, before)
-            demand(apart < 0.1, f"decompress moves the outputs by {apart:.3g} of their size.")
+            separately_saved = distance(after, before)
+            demand(
+                separately_saved < 0.1,
+                f"decompress moves the outputs by {separately_saved:.3g} of their size.",
+            )
         _as_dense(session)
         session.check(random)
 
@@ -368,12 +374,12 @@ def load(session: Session, random: Random) -> None:
         session.check(random)
 
 
-def spectra(session: Session, random: Random) -> None:
+def error_curves(session: Session, random: Random) -> None:
     """Decompose every weight."""
     arguments: Arguments = selection(random, session.layers)
     arguments |= {"stats": session.stats} if session.stats is not None and maybe(random, 0.5) else {}
     arguments = spoiled(random, arguments, ("stats", "metric", "add_bias", "progress"))
-    session.call(lowrank.spectra, session.model, reads=True, **arguments)
+    session.call(lowrank.error_curves, session.model, reads=True, **arguments)
 
 
 def benchmark(session: Session, random: Random) -> None:
@@ -450,7 +456,7 @@ def train(session: Session, random: Random) -> None:
 
 STEPS: tuple[tuple[Step, int], ...] = (
     *((compress, 20), (plan, 10), (edit, 5), (store_plan, 2), (apply, 8), (calibrate, 9), (store_stats, 2)),
-    *((quantize, 10), (decompress, 9), (recover, 5), (report, 6), (save, 6), (load, 5), (spectra, 3)),
+    *((quantize, 10), (decompress, 9), (recover, 5), (report, 6), (save, 6), (load, 5), (error_curves, 3)),
     *((benchmark, 2), (misuse, 2), (unknown, 1), (train, 6)),
 )
 """What can be called, and how often beside the others."""

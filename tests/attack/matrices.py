@@ -30,10 +30,10 @@ from lowrank.linalg import (
     Metric,
     PulledBack,
     Scheme,
-    coded_with_residual,
-    decode,
+    dequantize_weight,
+    error_curve,
+    quantize_with_correction,
     shared_basis,
-    spectrum,
     truncated_svd,
 )
 from lowrank.nn import QuantizedLinear, integer_matmul
@@ -165,7 +165,7 @@ def factored(draw: Draw) -> str:
     half = torch.finfo(given.weight.dtype).eps if given.weight.dtype in DTYPES[2:] else 0.0
     _close(
         "spectrum's error",
-        spectrum(given.weight, given.metric).relative_error(rank),
+        error_curve(given.weight, given.metric).relative_error(rank),
         least,
         1e-3,
         allowed + half,
@@ -179,8 +179,8 @@ def corrected(draw: Draw) -> str:
     scheme = draw.of(Scheme("int8"), Scheme("int4", 2))
     rank = draw.choose.randint(1, min(given.weight.shape))
     moments = draw.of(None, given.inputs @ given.inputs.T)
-    found = coded_with_residual(given.weight, rank, scheme, given.metric, moments)
-    base = decode(found.codes, found.scale, scheme)
+    found = quantize_with_correction(given.weight, rank, scheme, given.metric, moments)
+    base = dequantize_weight(found.codes, found.scale, scheme)
     error = given.error(base.double() + found.left.double() @ found.right.double())
     allowed = given.allowed(found.left, found.right, base)
     _close("the error that coded_with_residual states", found.relative_error, error, 2e-3, allowed)
@@ -210,7 +210,7 @@ def multiplied(draw: Draw) -> str:
         scheme = Scheme("int4", 2)
     layer = QuantizedLinear.from_weight(weight, draw.of(bias, None), scheme)
     inputs = (draw.gaussian(tokens, columns) * draw.of(1.0, 0.0, draw.scales(tokens, 1, digits=7))).float()
-    decoded = decode(layer.codes, layer.scale, scheme).double()
+    decoded = dequantize_weight(layer.codes, layer.scale, scheme).double()
     exact = inputs.double() @ decoded.T + (layer.bias.double() if layer.bias is not None else 0.0)
     rounded = inputs.double().abs() @ decoded.abs().T + bias.double().abs()
     step = integer_matmul.SMALLEST_STEP + inputs.double().abs().amax(1, keepdim=True) / 127

@@ -245,7 +245,7 @@ def call_compress(model: nn.Module, data: Any, tokenizer: Any, rng: random.Rando
 
 
 def call_sequential(model: nn.Module, data: Any, tokenizer: Any, rng: random.Random) -> Any:
-    more = {"stats": known(kind_of(model))} if rng.random() < 0.5 else {}
+    more = {"stats": known(layer_type_of(model))} if rng.random() < 0.5 else {}
     return lowrank.compress(
         model, keep=0.5, data=data, tokenizer=tokenizer, round_to=1, sequential=True, **more
     )
@@ -253,11 +253,11 @@ def call_sequential(model: nn.Module, data: Any, tokenizer: Any, rng: random.Ran
 
 def call_recover(model: nn.Module, data: Any, tokenizer: Any, rng: random.Random) -> Any:
     options: dict[str, Any] = rng.choice([{}, {"hidden_weight": 0}, {"held_out": 1}, {"batch_size": 1}])
-    return lowrank.recover(model, dense(kind_of(model)), data, tokenizer, steps=1, **options)
+    return lowrank.recover(model, dense(layer_type_of(model)), data, tokenizer, steps=1, **options)
 
 
 def call_measure(model: nn.Module, data: Any, tokenizer: Any, rng: random.Random) -> Any:
-    teacher = dense(kind_of(model))
+    teacher = dense(layer_type_of(model))
     if rng.random() < 0.5 or not isinstance(data, list):
         return measures.loss_increase(model, teacher, data, tokenizer)
     text = " ".join(item for item in data if isinstance(item, str))
@@ -283,7 +283,7 @@ CALLS = {
 ONLY_LOOKING = ("calibrate", "measure")
 
 
-def kind_of(model: nn.Module) -> str:
+def layer_type_of(model: nn.Module) -> str:
     """Return the kind of a model of `dense`, also compressed."""
     return {"BertModel": "bert", "LlamaForCausalLM": "llama"}.get(type(model).__name__, "mlp")
 

@@ -20,10 +20,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 from zoo import Batch, Specimen
 
 import lowrank
-from lowrank.linalg import decode
-from lowrank.nn import Coded, LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear, integer_matmul
+from lowrank.linalg import dequantize_weight
+from lowrank.nn import (
+    LowRankEmbedding,
+    LowRankLinear,
+    QuantizedLinear,
+    QuantizedModule,
+    TiedLinear,
+    integer_matmul,
+)
 
-OWN = LowRankLinear, LowRankEmbedding, Coded, TiedLinear
+OWN = LowRankLinear, LowRankEmbedding, QuantizedModule, TiedLinear
 Outputs = list[Tensor]
 
 
@@ -94,9 +101,9 @@ def finite(outputs: Outputs) -> bool:
 def distance(one: Outputs, other: Outputs) -> float:
     """Return the relative distance of outputs, in float64."""
     pairs = list(zip(one, other, strict=True))
-    apart = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
+    separately_saved = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
     size = sum(float(b.double().square().sum()) for _, b in pairs)
-    return math.sqrt(apart / size) if size else math.sqrt(apart)
+    return math.sqrt(separately_saved / size) if size else math.sqrt(separately_saved)
 
 
 def demand(holds: bool, sentence: str) -> None:
@@ -145,7 +152,7 @@ def check_integer_products(case: Case) -> None:
         for handle in handles:
             handle.remove()
     for name, layer, given, found in seen:
-        weight = decode(layer.state_dict()["codes"], layer.scale, layer.scheme).double()
+        weight = dequantize_weight(layer.state_dict()["codes"], layer.scale, layer.scheme).double()
         rows = given.detach().double() * (1.0 if layer.smooth is None else layer.smooth.double())
         shift = torch.zeros_like(rows) if layer.center is None else layer.center.double()
         rows, parts = rows - shift, rows.abs() + shift.abs()
@@ -180,14 +187,17 @@ def check_autocast(case: Case) -> None:
 def near(found: Outputs, wanted: Outputs, most: float, where: str) -> None:
     """Demand that outputs are within a relative distance."""
     if finite(found) and finite(wanted):
-        apart = distance(found, wanted)
-        demand(apart < most or _is_tiny(wanted), f"{where} the outputs are {apart:.2g} away.")
+        separately_saved = distance(found, wanted)
+        demand(
+            separately_saved < most or _is_tiny(wanted),
+            f"{where} the outputs are {separately_saved:.2g} away.",
+        )
     demand(finite(found) or not finite(wanted), f"{where} the outputs are not finite.")
 
 
 def coded(model: nn.Module) -> bool:
     """Tell whether some weights are integers."""
-    return any(isinstance(module, Coded) for module in model.modules())
+    return any(isinstance(module, QuantizedModule) for module in model.modules())
 
 
 def check_copies(case: Case) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lowrank.nn import Coded
+from lowrank.nn import QuantizedModule
 
 State = dict[str, Any]
 
@@ -38,7 +38,7 @@ def state_of(model: nn.Module) -> State:
         state[f"{name}: attributes"] = {
             key: value for key, value in own.items() if isinstance(value, PLAIN) and not key.startswith("_")
         } | ({"forward": own["forward"]} if "forward" in own else {})
-        if isinstance(module, Coded):
+        if isinstance(module, QuantizedModule):
             coded |= {
                 f"{name}.{key}": value for key, value in module.state_dict().items() if value is not None
             }

@@ -10,10 +10,10 @@ from lowrank.linalg import (
     Metric,
     PulledBack,
     Stacked,
-    basis_spectra,
-    joint_spectra,
+    error_curve,
+    joint_error_curves,
     shared_basis,
-    spectrum,
+    shared_basis_error_curves,
     truncated_svd,
 )
 from lowrank.linalg.shared_basis import KNOTS
@@ -64,18 +64,20 @@ def test_left_factors_are_least_squares_on_what_each_layer_reads(shapes, tokens,
 def test_every_error_lies_between_that_of_a_basis_of_its_own_and_the_bound(shapes):
     weights, _, _, metrics = problem(shapes)
     scales = [0.5 + i for i in range(len(weights))]
-    bounds = basis_spectra(weights, metrics, scales, refined=False)
+    bounds = shared_basis_error_curves(weights, metrics, scales, refined=False)
     for rank in range(1, min(sum(len(w) for w in weights), weights[0].shape[1])):
         found = shared_basis(weights, rank, metrics, scales, none_worse=True)
         for weight, metric, bound, error in zip(weights, metrics, bounds, found.relative_errors, strict=True):
-            own = spectrum(weight, metric)
+            own = error_curve(weight, metric)
             least = own.relative_error(rank) if rank < len(own.tail) else 0.0
             assert least - 1e-7 <= error <= bound.relative_error(rank) + 1e-7
 
 
 def test_alternating_gains_and_the_estimate_is_exact_where_it_was_measured():
     weights, _, _, metrics = problem([(24, 24), (24, 24)])
-    bounds, estimates = (basis_spectra(weights, metrics, [1.0, 1.0], refined=r) for r in (False, True))
+    bounds, estimates = (
+        shared_basis_error_curves(weights, metrics, [1.0, 1.0], refined=r) for r in (False, True)
+    )
     for part in KNOTS:
         rank = round(part * (48 * 24 // 72))
         found = shared_basis(weights, rank, metrics, [1.0, 1.0]).relative_errors
@@ -97,8 +99,8 @@ def test_layers_that_read_alike_get_the_joint_optimum(kind):
     metrics = [Metric(side, each) for each in outputs]
     for refined in (True, False):
         for mine, joint in zip(
-            basis_spectra(weights, metrics, scales, refined),
-            joint_spectra(weights, side, stacked),
+            shared_basis_error_curves(weights, metrics, scales, refined),
+            joint_error_curves(weights, side, stacked),
             strict=True,
         ):
             torch.testing.assert_close(mine.tail, joint.tail, rtol=1e-7, atol=1e-9 * float(joint.tail[0]))
@@ -134,12 +136,12 @@ def test_zeros_constants_and_weights_of_less_rank_are_factored():
     assert zero.lefts[1] @ zero.right == pytest.approx(weights[1], abs=1e-6)
     nothing = shared_basis([0 * weights[0], 0 * weights[1]], 3, metrics, [0.0, 0.0])
     assert not nothing.lefts[0].any() and nothing.right.shape == (3, 12)
-    assert basis_spectra([0 * weights[0]] * 2, metrics, [0.0, 0.0])[0].relative_error(1) == 0
+    assert shared_basis_error_curves([0 * weights[0]] * 2, metrics, [0.0, 0.0])[0].relative_error(1) == 0
     constant = [Metric(Gram(torch.zeros(12, 12, dtype=torch.float64)), metrics[0].outputs), metrics[1]]
     found = shared_basis(weights, 4, constant, [1.0, 1.0])
     assert found.right.isfinite().all() and found.lefts[0].isfinite().all()
     assert found.relative_errors[1] == pytest.approx(
-        spectrum(weights[1], metrics[1]).relative_error(4), rel=1e-3
+        error_curve(weights[1], metrics[1]).relative_error(4), rel=1e-3
     )
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowrank.errors import SchemeError, WeightError
-from lowrank.linalg import Scheme, decode, encode
+from lowrank.linalg import Scheme, dequantize_weight, quantize_weight
 
 SCHEMES = [Scheme("int8"), Scheme("int4"), Scheme("int4", 8)]
 
@@ -16,13 +16,13 @@ def gaussian(*shape, seed=0):
 
 
 def relative(weight, scheme, moments=None):
-    decoded = decode(*encode(weight, scheme, moments), scheme)
+    decoded = dequantize_weight(*quantize_weight(weight, scheme, moments), scheme)
     return float((weight - decoded).norm() / weight.norm())
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_shapes_and_dtypes_are_those_that_the_scheme_says(scheme):
-    codes, scale = encode(gaussian(6, 64), scheme)
+    codes, scale = quantize_weight(gaussian(6, 64), scheme)
     assert (codes.shape, scale.shape) == scheme.shapes(6, 64)
     assert (codes.dtype, scale.dtype) == scheme.dtypes
 
@@ -32,9 +32,9 @@ def test_shapes_and_dtypes_are_those_that_the_scheme_says(scheme):
 )
 def test_int8_is_within_half_a_step_of_every_element(rows, columns, size, seed):
     weight = gaussian(rows, 32 * columns, seed=seed) * size
-    codes, scale = encode(weight, Scheme("int8"))
+    codes, scale = quantize_weight(weight, Scheme("int8"))
     assert int(codes.abs().max()) == 127
-    assert ((weight - decode(codes, scale, Scheme("int8"))).abs() <= 0.5001 * scale).all()
+    assert ((weight - dequantize_weight(codes, scale, Scheme("int8"))).abs() <= 0.5001 * scale).all()
 
 
 @given(
@@ -49,7 +49,9 @@ def test_int4_codes_are_packed_and_unpacked_exactly(rows, groups, size, seed):
     codes[..., 0] = -8  # the largest of its group, which the scale then represents exactly
     scale = 2.0 ** torch.randint(-3, 3, (rows, groups, 1), generator=generator)
     weight = (codes * scale).flatten(1)
-    assert torch.equal(decode(*encode(weight, Scheme("int4", size)), Scheme("int4", size)), weight)
+    assert torch.equal(
+        dequantize_weight(*quantize_weight(weight, Scheme("int4", size)), Scheme("int4", size)), weight
+    )
 
 
 def test_errors_are_what_the_bits_allow():
@@ -65,7 +67,7 @@ def test_rounding_in_turn_loses_less_of_what_the_inputs_see(scheme, known):
     weight, mixing = gaussian(48, 64), gaussian(64, 64, seed=1) * torch.logspace(0, -2, 64)
     inputs = {"full": mixing, "singular": mixing[:, :5], "zero": mixing * 0}[known]
     moments = (inputs @ inputs.T).double()
-    plain, in_turn = (decode(*encode(weight, scheme, c), scheme) for c in (None, moments))
+    plain, in_turn = (dequantize_weight(*quantize_weight(weight, scheme, c), scheme) for c in (None, moments))
     errors = [float(((weight - w).double() @ moments * (weight - w)).sum()) for w in (plain, in_turn)]
     assert errors[1] <= (0.5 if known == "full" else 0.3) * errors[0]
     assert relative(weight, scheme, moments) < 4 * relative(weight, scheme)
@@ -78,7 +80,7 @@ def test_zeros_outliers_and_tiny_rows(scheme, moments):
     weight[0] = 0
     weight[1] *= 1e-30
     weight[2, 5] = 1000.0
-    decoded = decode(*encode(weight, scheme, moments), scheme)
+    decoded = dequantize_weight(*quantize_weight(weight, scheme, moments), scheme)
     assert torch.equal(decoded[0], weight[0])
     assert decoded[1].abs().max() <= 2 * weight[1].abs().max()
     assert decoded[2, 5] == pytest.approx(1000, rel=0.07)
@@ -88,7 +90,7 @@ def test_zeros_outliers_and_tiny_rows(scheme, moments):
 def test_a_weight_may_lie_in_any_way():
     weight = gaussian(64, 96)
     for scheme in SCHEMES:
-        first, second = encode(weight.T, scheme), encode(weight.T.contiguous(), scheme)
+        first, second = quantize_weight(weight.T, scheme), quantize_weight(weight.T.contiguous(), scheme)
         assert all(torch.equal(x, y) and x.is_contiguous() for x, y in zip(first, second, strict=True))
 
 
@@ -99,7 +101,10 @@ def test_a_weight_may_lie_in_any_way():
         (lambda: Scheme("int8", 32), r"leave out group_size"),
         (lambda: Scheme("int4", 7), r"group_size=7: give an even number"),
         (lambda: Scheme("int4", True), r"group_size=True"),
-        (lambda: encode(gaussian(4, 40), Scheme("int4")), r"rows of 40 .* groups of 32.*round_to=32"),
+        (
+            lambda: quantize_weight(gaussian(4, 40), Scheme("int4")),
+            r"rows of 40 .* groups of 32.*round_to=32",
+        ),
     ],
 )
 def test_bad_schemes(make, message):
@@ -117,4 +122,4 @@ def test_bad_schemes(make, message):
 )
 def test_bad_weights(weight, message):
     with pytest.raises(WeightError, match=message):
-        encode(weight, Scheme("int8"))
+        quantize_weight(weight, Scheme("int8"))

@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from lowrank import WeightError
-from lowrank.linalg import Gram, Identity, Metric, PulledBack, Stacked, joint_spectra, spectrum, truncated_svd
+from lowrank.linalg import (
+    Gram,
+    Identity,
+    Metric,
+    PulledBack,
+    Stacked,
+    error_curve,
+    joint_error_curves,
+    truncated_svd,
+)
 
 
 def made(*shape, seed=0):
@@ -26,8 +35,8 @@ def test_each_weights_error_is_that_of_its_residual(sizes, rank):
     C, Gs = moment(12, 100), [moment(size, 200 + i) for i, size in enumerate(sizes)]
     outputs = Stacked(tuple(map(Gram, Gs)), sizes, tuple(0.5 + i for i in range(len(sizes))))
     joint = truncated_svd(torch.cat(weights), rank, Metric(Gram(C), outputs))
-    spectra = joint_spectra(weights, Gram(C), outputs)
-    for weight, G, left, each in zip(weights, Gs, outputs.split(joint.left), spectra, strict=True):
+    error_curves = joint_error_curves(weights, Gram(C), outputs)
+    for weight, G, left, each in zip(weights, Gs, outputs.split(joint.left), error_curves, strict=True):
         lost = weight - left @ joint.right
         measured = torch.trace(G @ lost @ C @ lost.T)
         assert each.squared_error(rank) == pytest.approx(float(measured), rel=1e-6, abs=1e-12)
@@ -36,8 +45,8 @@ def test_each_weights_error_is_that_of_its_residual(sizes, rank):
 def test_the_scaled_errors_add_up_to_those_of_the_stack():
     weights, C = [made(9, 12, seed=0), made(8, 12, seed=1)], moment(12, 2)
     outputs = Stacked((Identity(), Identity()), (9, 8), (3.0, 0.25))
-    first, second = joint_spectra(weights, Gram(C), outputs)
-    whole = spectrum(torch.cat(weights), Metric(Gram(C), outputs))
+    first, second = joint_error_curves(weights, Gram(C), outputs)
+    whole = error_curve(torch.cat(weights), Metric(Gram(C), outputs))
     torch.testing.assert_close(3.0 * first.tail + 0.25 * second.tail, whole.tail)
 
 
@@ -45,8 +54,8 @@ def test_metrics_that_were_pulled_back_give_the_same_errors():
     weights, C, Gs = [made(15, 12, seed=i) for i in (0, 1)], moment(12, 2), [moment(15, i) for i in (3, 4)]
     scales = (1.0, 2.0)
     pulled = tuple(PulledBack(w.T @ G @ w) for w, G in zip(weights, Gs, strict=True))
-    short = joint_spectra(weights, Gram(C), Stacked(pulled, (15, 15), scales))
-    long = joint_spectra(weights, Gram(C), Stacked(tuple(map(Gram, Gs)), (15, 15), scales))
+    short = joint_error_curves(weights, Gram(C), Stacked(pulled, (15, 15), scales))
+    long = joint_error_curves(weights, Gram(C), Stacked(tuple(map(Gram, Gs)), (15, 15), scales))
     for a, b in zip(short, long, strict=True):
         torch.testing.assert_close(a.tail, b.tail)
 
@@ -54,10 +63,10 @@ def test_metrics_that_were_pulled_back_give_the_same_errors():
 def test_no_joint_factor_is_better_than_own_ones_and_equal_weights_lose_nothing():
     weight, C = made(9, 12, seed=0), Gram(moment(12, 2))
     other = made(9, 12, seed=1)
-    alone = spectrum(weight, Metric(C)).tail
-    joint, _ = joint_spectra([weight, other], C, Stacked((Identity(),) * 2, (9, 9), (1.0, 1.0)))
+    alone = error_curve(weight, Metric(C)).tail
+    joint, _ = joint_error_curves([weight, other], C, Stacked((Identity(),) * 2, (9, 9), (1.0, 1.0)))
     assert (joint.tail[: len(alone)] >= alone - 1e-9).all()
-    twin, _ = joint_spectra([weight, weight], C, Stacked((Identity(),) * 2, (9, 9), (1.0, 1.0)))
+    twin, _ = joint_error_curves([weight, weight], C, Stacked((Identity(),) * 2, (9, 9), (1.0, 1.0)))
     torch.testing.assert_close(twin.tail[: len(alone)], alone, rtol=1e-9, atol=1e-9)
 
 
@@ -65,4 +74,4 @@ def test_a_weight_that_is_not_finite_is_refused():
     bad = made(4, 6)
     bad[0, 0] = torch.nan
     with pytest.raises(WeightError, match="NaN"):
-        joint_spectra([bad, made(4, 6)], Identity(), Stacked((Identity(),) * 2, (4, 4), (1.0, 1.0)))
+        joint_error_curves([bad, made(4, 6)], Identity(), Stacked((Identity(),) * 2, (4, 4), (1.0, 1.0)))

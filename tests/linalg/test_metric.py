@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lowrank.linalg import Diagonal, Gram, Identity, Metric, PulledBack, Stacked, spectrum, truncated_svd
+from lowrank.linalg import Diagonal, Gram, Identity, Metric, PulledBack, Stacked, error_curve, truncated_svd
 
 SHAPES = [(12, 30), (30, 12), (16, 16)]
 SHAPE_IDS = ["wide", "tall", "square"]
@@ -52,7 +52,7 @@ def test_the_error_reaches_the_optimum_of_the_whitened_weight(shape, samples, si
 def test_the_spectrum_is_the_whitened_weights(shape):
     weight, C, G = made(*shape, seed=0), moment(shape[1], 300, seed=1), moment(shape[0], 300, seed=2)
     expected = torch.linalg.svdvals(root(G) @ weight @ root(C))
-    torch.testing.assert_close(spectrum(weight, Metric(Gram(C), Gram(G))).singular_values, expected)
+    torch.testing.assert_close(error_curve(weight, Metric(Gram(C), Gram(G))).singular_values, expected)
 
 
 @pytest.mark.parametrize("solver", ["exact", "randomized"])

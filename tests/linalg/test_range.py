@@ -12,9 +12,9 @@ from lowrank.linalg import (
     Gram,
     Metric,
     PulledBack,
+    error_curve,
     rotated,
     shared_basis,
-    spectrum,
     truncated_svd,
 )
 
@@ -73,7 +73,7 @@ def test_large_weights_of_small_features_count_as_much_as_small_ones_of_large_fe
     found = truncated_svd(weight, 5, metric)
     assert seen_error(weight, found, inputs) == pytest.approx(least_error(weight, 5, inputs), rel=1e-6)
     assert found.relative_error == pytest.approx(least_error(weight, 5, inputs), rel=1e-6)
-    assert spectrum(weight, metric).relative_error(5) == pytest.approx(least_error(weight, 5, inputs))
+    assert error_curve(weight, metric).relative_error(5) == pytest.approx(least_error(weight, 5, inputs))
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
@@ -100,13 +100,13 @@ def test_what_is_pulled_back_through_an_extreme_weight_has_its_units():
     weight, outputs = gaussian(20, 12).float() * 1e30, gaussian(20, 20, seed=1)
     gram = outputs.T @ outputs
     pulled = Metric(outputs=PulledBack(weight.double().T @ gram @ weight.double()))
-    one, other = spectrum(weight, pulled), spectrum(weight, Metric(outputs=Gram(gram)))
+    one, other = error_curve(weight, pulled), error_curve(weight, Metric(outputs=Gram(gram)))
     for rank in (0, 5):
         assert one.squared_error(rank) == pytest.approx(other.squared_error(rank), rel=1e-9)
 
 
 def test_squares_beyond_float64_are_infinite_and_no_overflow_error():
-    found = spectrum(gaussian(6, 4) * 1e300)
+    found = error_curve(gaussian(6, 4) * 1e300)
     assert found.squared_norm == math.inf
     assert 0 < found.relative_error(2) < 1
 

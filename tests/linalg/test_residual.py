@@ -8,15 +8,15 @@ from lowrank.linalg import (
     Gram,
     Metric,
     Scheme,
-    coded_with_residual,
-    decode,
-    encode,
-    factors_noise,
-    lost_by_codes,
-    residual_spectrum,
+    correction_error_curve,
+    dequantize_weight,
+    factors_quantization_error,
+    quantize_weight,
+    quantize_with_correction,
     rotated,
-    smoothing,
-    whole_noise,
+    rounding_error_of,
+    smooth_scale_of,
+    weight_quantization_error,
 )
 
 INT4, INT8 = Scheme("int4", 16), Scheme("int8")
@@ -39,8 +39,8 @@ def gram_of(features, seed=1):
 def test_one_round_reaches_the_eckart_young_bound_of_what_the_codes_lost(shape, calibrated):
     weight, gram = some(*shape).float(), gram_of(shape[1])
     metric = Metric(Gram(gram)) if calibrated else Metric()
-    found = coded_with_residual(weight, 8, INT4, metric, gram if calibrated else None, rounds=1)
-    lost = weight.double() - decode(found.codes, found.scale, INT4).double()
+    found = quantize_with_correction(weight, 8, INT4, metric, gram if calibrated else None, rounds=1)
+    lost = weight.double() - dequantize_weight(found.codes, found.scale, INT4).double()
     root = torch.linalg.cholesky(gram) if calibrated else torch.eye(shape[1], dtype=torch.float64)
     bound = torch.linalg.svdvals(lost @ root)[8:].norm() / (weight.double() @ root).norm()
     assert found.relative_error == pytest.approx(float(bound), rel=1e-3)
@@ -52,7 +52,7 @@ def test_more_rounds_and_more_rank_never_make_it_worse():
     weight, gram = some(48, 64).float(), gram_of(64)
     metric = Metric(Gram(gram))
     errors = [
-        [coded_with_residual(weight, rank, INT4, metric, gram, rounds=n).relative_error for n in (1, 3)]
+        [quantize_with_correction(weight, rank, INT4, metric, gram, rounds=n).relative_error for n in (1, 3)]
         for rank in (4, 16)
     ]
     assert errors[0][1] <= errors[0][0]
@@ -63,19 +63,19 @@ def test_more_rounds_and_more_rank_never_make_it_worse():
 def test_factors_correct_what_an_outlier_does_to_its_group():
     weight = some(32, 32).float() / 100
     weight[:, 3] += 1.0  # every group with column 3 loses its small elements
-    plain = decode(*encode(weight, INT4), INT4)
-    found = coded_with_residual(weight, 8, INT4)
-    with_factors = decode(found.codes, found.scale, INT4) + found.left @ found.right
+    plain = dequantize_weight(*quantize_weight(weight, INT4), INT4)
+    found = quantize_with_correction(weight, 8, INT4)
+    with_factors = dequantize_weight(found.codes, found.scale, INT4) + found.left @ found.right
     assert (weight - with_factors).norm() < 0.7 * (weight - plain).norm()
 
 
 def test_the_spectrum_predicts_one_round_at_every_rank():
     weight, gram = some(24, 32).float(), gram_of(32)
     metric = Metric(Gram(gram))
-    predicted = residual_spectrum(weight, lost_by_codes(weight, INT4, gram), metric)
-    smooth = smoothing(weight, gram.diagonal())
+    predicted = correction_error_curve(weight, rounding_error_of(weight, INT4, gram), metric)
+    smooth = smooth_scale_of(weight, gram.diagonal())
     for rank in (1, 5, 20):
-        found = coded_with_residual(weight, rank, INT4, metric, gram, smooth=smooth, rounds=1)
+        found = quantize_with_correction(weight, rank, INT4, metric, gram, smooth=smooth, rounds=1)
         assert found.relative_error == pytest.approx(predicted.relative_error(rank), rel=1e-3)
     assert predicted.squared_norm == pytest.approx(metric.squared_norm(weight), rel=1e-6)
 
@@ -84,14 +84,16 @@ def test_the_spectrum_predicts_one_round_at_every_rank():
 def test_the_noise_of_factors_is_what_coding_them_does(scheme):
     weight, gram = some(64, 48).float(), gram_of(48)
     metric = Metric(Gram(gram))
-    predicted = factors_noise(weight, 16, scheme, metric, gram)
+    predicted = factors_quantization_error(weight, 16, scheme, metric, gram)
     # An oracle from the definition: code the rotated factors, measure on sampled inputs.
     from lowrank.linalg import truncated_svd
 
     left, right, *_ = truncated_svd(weight, 16, metric)
     low = left @ right
     left, right = rotated(left, right, seed=0)
-    coded = decode(*encode(left, scheme), scheme) @ decode(*encode(right, scheme), scheme)
+    coded = dequantize_weight(*quantize_weight(left, scheme), scheme) @ dequantize_weight(
+        *quantize_weight(right, scheme), scheme
+    )
     inputs = torch.linalg.cholesky(gram).float()
     measured = float(((low - coded) @ inputs).square().sum() / (low @ inputs).square().sum())
     assert (
@@ -102,21 +104,21 @@ def test_the_noise_of_factors_is_what_coding_them_does(scheme):
 
 def test_int8_loses_less_than_int4():
     weight = some(64, 48).float()
-    shares = [whole_noise(weight, lost_by_codes(weight, s), s) for s in (INT8, INT4)]
+    shares = [weight_quantization_error(weight, rounding_error_of(weight, s), s) for s in (INT8, INT4)]
     assert 0 < shares[0] < 0.1 * shares[1] < 0.01
 
 
 def test_zeros_are_coded_exactly():
-    found = coded_with_residual(torch.zeros(16, 32), 4, INT4)
+    found = quantize_with_correction(torch.zeros(16, 32), 4, INT4)
     assert found.relative_error == 0
     assert torch.isfinite(found.left @ found.right).all()
-    assert decode(found.codes, found.scale, INT4).abs().max() == 0
+    assert dequantize_weight(found.codes, found.scale, INT4).abs().max() == 0
 
 
 def test_bad_requests_are_named():
     with pytest.raises(RankError, match="from 1 to 16"):
-        coded_with_residual(torch.ones(16, 32), 17, INT4)
+        quantize_with_correction(torch.ones(16, 32), 17, INT4)
     with pytest.raises(WeightError, match="not whole groups"):
-        coded_with_residual(torch.ones(16, 30), 2, INT4)
+        quantize_with_correction(torch.ones(16, 30), 2, INT4)
     with pytest.raises(WeightError, match="NaN"):
-        coded_with_residual(torch.full((16, 32), float("nan")), 2, INT4)
+        quantize_with_correction(torch.full((16, 32), float("nan")), 2, INT4)

@@ -1,4 +1,4 @@
-"""`spectrum` against all singular values of `torch.linalg.svdvals`, at every rank."""
+"""`error_curve` against all singular values of `torch.linalg.svdvals`, at every rank."""
 
 import math
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowrank.errors import WeightError
-from lowrank.linalg import Gram, Metric, spectrum, truncated_svd
+from lowrank.linalg import Gram, Metric, error_curve, truncated_svd
 
 SHAPES = {"wide": (12, 30), "tall": (30, 12), "square": (16, 16), "row": (1, 9), "column": (9, 1)}
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -23,7 +23,7 @@ def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_the_error_at_every_rank_is_that_of_all_singular_values(shape, dtype):
     weight = gaussian(*shape).to(dtype)
     values = torch.linalg.svdvals(weight.double())
-    measured = spectrum(weight)
+    measured = error_curve(weight)
     assert measured.tail.shape == (min(shape) + 1,)
     assert measured.tail.dtype == torch.float64
     for rank in range(min(shape) + 1):
@@ -41,7 +41,7 @@ def test_the_error_at_every_rank_is_that_of_all_singular_values(shape, dtype):
 def test_the_tail_at_rank_zero_is_the_squared_norm(shape, scale):
     weight = (gaussian(*shape) * scale).float()
     norm = float(torch.linalg.matrix_norm(weight.double()))
-    found = spectrum(weight)
+    found = error_curve(weight)
     assert float(found.tail[0].sqrt()) * found.scale == pytest.approx(norm, rel=1e-12, abs=0)
 
 
@@ -53,7 +53,7 @@ def test_the_tail_at_rank_zero_is_the_squared_norm(shape, scale):
     seed=st.integers(0, 99),
 )
 def test_smallest_rank_meets_the_bound_and_one_less_does_not(rows, columns, bound, decay, seed):
-    measured = spectrum(gaussian(rows, columns, seed=seed) * torch.arange(1.0, columns + 1) ** -decay)
+    measured = error_curve(gaussian(rows, columns, seed=seed) * torch.arange(1.0, columns + 1) ** -decay)
     rank = measured.smallest_rank(bound)
     assert 1 <= rank <= min(rows, columns)
     assert measured.relative_error(rank) <= bound * (1 + 1e-12)
@@ -67,7 +67,7 @@ def test_truncated_svd_has_the_error_that_the_spectrum_predicts(rows, columns, s
     rank = data.draw(st.integers(1, min(rows, columns)))
     left, right, *_ = truncated_svd(weight, rank)
     error = float((weight - left @ right).norm() / weight.norm())
-    assert spectrum(weight).relative_error(rank) == pytest.approx(error, rel=1e-6, abs=1e-7)
+    assert error_curve(weight).relative_error(rank) == pytest.approx(error, rel=1e-6, abs=1e-7)
 
 
 @pytest.mark.parametrize("tokens", [200, 5], ids=["gram-full-rank", "gram-singular"])
@@ -76,19 +76,19 @@ def test_under_a_metric_it_is_the_spectrum_of_the_outputs(shape, tokens):
     weight, inputs = gaussian(*shape), gaussian(tokens, shape[1], seed=1)
     outputs = weight @ inputs.T / math.sqrt(tokens)  # its Gram matrix is W C Wᵀ
     values = torch.linalg.svdvals(outputs)[: min(shape)]
-    measured = spectrum(weight, Metric(Gram(inputs.T @ inputs / tokens))).singular_values
+    measured = error_curve(weight, Metric(Gram(inputs.T @ inputs / tokens))).singular_values
     expected = torch.cat([values, values.new_zeros(min(shape) - len(values))])
     torch.testing.assert_close(measured, expected, rtol=1e-6, atol=1e-7 * float(values[0]))
 
 
 def test_a_weight_of_zeros_has_no_error_and_needs_rank_one():
-    measured = spectrum(torch.zeros(5, 8))
+    measured = error_curve(torch.zeros(5, 8))
     assert measured.relative_error(0) == measured.relative_error(3) == 0
     assert measured.smallest_rank(0.1) == 1
 
 
 def test_a_trainable_weight_stays_out_of_the_graph():
-    measured = spectrum(torch.nn.Parameter(gaussian(5, 8)))
+    measured = error_curve(torch.nn.Parameter(gaussian(5, 8)))
     assert not measured.tail.requires_grad
 
 
@@ -104,13 +104,13 @@ def test_a_trainable_weight_stays_out_of_the_graph():
 )
 def test_what_has_no_spectrum_is_refused_with_the_reason(weight, message):
     with pytest.raises(WeightError, match=message):
-        spectrum(weight)
+        error_curve(weight)
 
 
 def test_a_float64_weight_whose_squares_overflow_has_a_spectrum():
     weight = gaussian(6, 4) * 1e300
     values = torch.linalg.svdvals(weight)
-    torch.testing.assert_close(spectrum(weight).singular_values, values, rtol=1e-9, atol=0)
+    torch.testing.assert_close(error_curve(weight).singular_values, values, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -119,4 +119,4 @@ def test_the_error_in_half_precision_includes_the_rounding_of_the_factors(matrix
     """At rank 100 of 100 nothing but rounding is left."""
     weight = matrix_with(torch.logspace(1, -3, 100), 200, 300).to(dtype)
     measured = truncated_svd(weight, rank, solver="exact").relative_error
-    assert spectrum(weight).relative_error(rank) == pytest.approx(measured, rel=0.15)
+    assert error_curve(weight).relative_error(rank) == pytest.approx(measured, rel=0.15)

@@ -139,14 +139,14 @@ class LinearConformance:
             layer.load_state_dict(self.compress(self.dense(), RANK + 1).state_dict())
 
     def test_a_deep_copy_is_equal_and_independent(self, layer):
-        copied = copy.deepcopy(layer)
+        was_copy = copy.deepcopy(layer)
         x = inputs(5, IN)
         expected = layer(x).detach().clone()
         with torch.no_grad():
             for parameter in layer.parameters():
                 parameter.zero_()
-        assert torch.equal(copied(x), expected)
-        assert (copied.rank, copied.relative_error) == (layer.rank, layer.relative_error)
+        assert torch.equal(was_copy(x), expected)
+        assert (was_copy.rank, was_copy.relative_error) == (layer.rank, layer.relative_error)
 
     @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
     def test_the_training_mode_is_taken_over(self, mode):

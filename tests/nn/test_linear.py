@@ -6,7 +6,7 @@ from conformance import IN, OUT, RANK, LinearConformance, inputs
 from torch import nn
 
 from lowrank import LowRankLinear, RankError, WeightError
-from lowrank.nn import kind_named, kind_of
+from lowrank.nn import layer_type_named, layer_type_of
 
 
 class _FromLinear(LinearConformance):
@@ -49,7 +49,7 @@ class _FromConv1D(LinearConformance):
 
     def test_the_kind_is_remembered(self, layer):
         assert layer.kind == "conv1d"
-        assert kind_of(self.dense()) is kind_named("conv1d")
+        assert layer_type_of(self.dense()) is layer_type_named("conv1d")
 
 
 class TestFromConv1DWithBias(_FromConv1D):

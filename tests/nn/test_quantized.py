@@ -371,10 +371,10 @@ def test_the_int4_kernel_does_not_hide_nan_and_infinity(value):
 def test_processors_whose_order_of_codes_is_unknown_decode(capability):
     script = (
         "import torch; from lowrank.nn.integer_matmul import *\n"
-        "from lowrank.linalg.quantization import split\n"
+        "from lowrank.linalg.quantization import unpack_int4\n"
         "codes = torch.randint(256, (112, 64), dtype=torch.uint8)\n"
         "print(torch.backends.cpu.get_cpu_capability(), int4_obstacle(112, 128, 32, codes.device) is None,"
-        " torch.equal(unpacked(packed(codes), 112, 128), split(codes)))"
+        " torch.equal(unpacked(packed(codes), 112, 128), unpack_int4(codes)))"
     )
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
     found = subprocess.run(

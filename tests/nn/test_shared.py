@@ -21,7 +21,7 @@ class Attention(nn.Module):
         self.query, self.key, self.value = (LowRankLinear(16, 12, 5, shared=shared) for _ in range(3))
         for other in (self.key, self.value):
             if shared:
-                other.use_down_of(self.query)
+                other.share_down_with(self.query)
             else:
                 other.down.weight = self.query.down.weight
 
