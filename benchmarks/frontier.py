@@ -174,7 +174,7 @@ def makers(task: Task) -> dict[str, Callable[[], Made]]:
         return lowrank.compress(copy.deepcopy(task.dense), stats=task.stats, **given)
 
     def corrected() -> nn.Module:
-        options = {"rank": 16, "residual": True, "quantize": "int4"}
+        options = {"rank": 16, "correction": True, "quantize": "int4"}
         return lowrank.compress(copy.deepcopy(task.dense), stats=task.stats, **options)
 
     def coded(scheme: str) -> nn.Module:

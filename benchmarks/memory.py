@@ -59,10 +59,10 @@ def compressing(budget: str) -> dict[str, int]:
     return {"largest_layer_bytes": max(alone), "compress_bytes": whole.bytes}
 
 
-def loading(kind: str) -> dict[str, float]:
+def loading(layer_type: str) -> dict[str, float]:
     """Measure the peak of ``from_pretrained`` on a checkpoint written by another process."""
     with tempfile.TemporaryDirectory() as scratch:
-        subprocess.run([sys.executable, "-c", WRITER, scratch, kind], check=True, capture_output=True)
+        subprocess.run([sys.executable, "-c", WRITER, scratch, layer_type], check=True, capture_output=True)
         AutoModel.from_pretrained(f"{scratch}/tiny")
         with PeakMemory() as peak:
             model = AutoModel.from_pretrained(f"{scratch}/model")

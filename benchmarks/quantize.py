@@ -2,7 +2,8 @@
 
 - ``minilm``: all-MiniLM-L6-v2 dense and compressed, as floating point, int8 and int4: bytes of the whole
   checkpoint, STS Benchmark (dev) and the cosine to the embeddings before coding.
-- ``residual``: SmolLM2-135M, int4 and int4 with low-rank correction at the same bytes: perplexity on windows
+- ``correction``: SmolLM2-135M, int4 and int4 with low-rank correction at the same bytes: perplexity on
+windows
   300 to 323 of WikiText-2's validation text, which calibration has not seen.
 - ``speed``: ``BertModel(BertConfig())``, batch 8 × 128 tokens: latency of the dense model, of
   ``torch.ao.quantization.quantize_dynamic`` of it, and of ``keep=0.5`` in float32 and int8; each eager
@@ -86,7 +87,7 @@ def minilm(data: Path, minutes: float) -> list[dict[str, Any]]:
     return rows
 
 
-def residual(data: Path, count: int) -> list[dict[str, Any]]:
+def correction(data: Path, count: int) -> list[dict[str, Any]]:
     """Compare int4 with and without low-rank correction at the same bytes; ``count`` windows to calibrate."""
     packed, tokenizer = smollm2()
     dense = AutoModelForCausalLM.from_config(packed.config, dtype=torch.float32)
@@ -117,7 +118,7 @@ def residual(data: Path, count: int) -> list[dict[str, Any]]:
     small = lowrank.quantize(copy.deepcopy(dense), "int4", stats=stats, **layers)
     rows.append(row("int4, groups of 32, calibrated", small))
     how: dict[str, Any] = {"stats": stats, "max_bytes": limit, **layers}
-    small = lowrank.compress(copy.deepcopy(dense), quantize="int4", group_size=96, residual=True, **how)
+    small = lowrank.compress(copy.deepcopy(dense), quantize="int4", group_size=96, correction=True, **how)
     rows.append(row("int4, groups of 96, with low-rank correction, at the same bytes", small))
     small = lowrank.compress(copy.deepcopy(dense), quantize="auto", group_size=96, **how)
     rows.append(row("chosen by layer, at the same bytes", small))
@@ -219,19 +220,19 @@ def int4(device: str, repeats: int) -> list[dict[str, Any]]:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--data", type=Path)
-    arguments.add_argument("--part", choices=("minilm", "residual", "speed", "int4"), required=True)
+    arguments.add_argument("--part", choices=("minilm", "correction", "speed", "int4"), required=True)
     arguments.add_argument("--minutes", type=float, default=0.0, help="of recovery; 0 for none")
     arguments.add_argument("--windows", type=int, default=96, help="of 512 tokens to calibrate residual on")
     arguments.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the part int4")
     arguments.add_argument("--repeats", type=int, default=15)
     options = arguments.parse_args()
-    if options.part in ("minilm", "residual") and options.data is None:
+    if options.part in ("minilm", "correction") and options.data is None:
         arguments.error(f"--part {options.part} needs --data")
     figures: Any
     if options.part == "minilm":
         figures = minilm(options.data, options.minutes)
-    elif options.part == "residual":
-        figures = residual(options.data, options.windows)
+    elif options.part == "correction":
+        figures = correction(options.data, options.windows)
     elif options.part == "int4":
         figures = int4(options.device, options.repeats)
     else:

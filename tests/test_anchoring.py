@@ -185,7 +185,7 @@ def test_padding_has_no_say():
 def test_hidden_states_on_a_disk_give_the_same_model_and_leave_nothing(tmp_path):
     dense, data = bert(), ids()
     here = compress(copy.deepcopy(dense), keep=0.5, data=data, sequential=True)
-    there = compress(copy.deepcopy(dense), keep=0.5, data=data, sequential=True, spill=tmp_path)
+    there = compress(copy.deepcopy(dense), keep=0.5, data=data, sequential=True, offload_folder=tmp_path)
     assert torch.equal(hidden(here), hidden(there))
     assert not list(tmp_path.iterdir())
 
@@ -254,10 +254,10 @@ def test_bad_requests_change_nothing():
     with pytest.raises(DataError, match="needs 4 batches or more"):
         apply(model, decided, stats, sequential=True, data=data[:3])
     with pytest.raises(LowRankError, match="there is no such folder"):
-        apply(model, decided, stats, sequential=True, data=data, spill="/nowhere/at/all")
+        apply(model, decided, stats, sequential=True, data=data, offload_folder="/nowhere/at/all")
     other = Model("normalized")
     with pytest.raises(DataError, match="without it, leave it out"):
-        apply(model, decided, stats, spill="/tmp")
+        apply(model, decided, stats, offload_folder="/tmp")
     with pytest.raises(LowRankError, match="this model scales or normalizes it first"):
         compress(other, keep=0.5, data=rows(), sequential=True, round_to=1)
     for untouched in (model, other):

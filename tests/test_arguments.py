@@ -109,12 +109,21 @@ CASES: dict[str, Case] = {
         lambda at: {"model": Reader(), "data": ["a b"] * 40, "tokenizer": tokenizer},
     ),
     "quantize": (lowrank.quantize, lambda at: {"model": dense()}),
-    "quantize-int4": (lowrank.quantize, lambda at: {"model": dense(), "scheme": "int4", "slow": "allow"}),
+    "quantize-int4": (
+        lowrank.quantize,
+        lambda at: {"model": dense(), "scheme": "int4", "on_missing_kernel": "allow"},
+    ),
     "decompress": (lowrank.decompress, lambda at: {"model": small()}),
     "spectra": (lowrank.error_curves, lambda at: {"model": dense()}),
     "recover": (
         lowrank.recover,
-        lambda at: {"model": small(), "teacher": dense(), "data": DATA, "steps": 1, "snapshots": at / "s"},
+        lambda at: {
+            "model": small(),
+            "teacher": dense(),
+            "data": DATA,
+            "steps": 1,
+            "checkpoint_dir": at / "s",
+        },
     ),
     "report": (lowrank.report, lambda at: {"model": small(), "dense": dense(), "data": DATA}),
     "benchmark": (
@@ -135,7 +144,7 @@ CASES: dict[str, Case] = {
         lambda at: {"folder": saved(partial(STATS.save, overwrite=True), at / "stats")},
     ),
     "Stats.moments": (STATS.moments, lambda at: {"layer": "0"}),
-    "Stats.metric": (STATS.metric, lambda at: {"layer": "0", "kind": "inputs", "centred": True}),
+    "Stats.metric": (STATS.metric, lambda at: {"layer": "0", "metric": "inputs", "centred": True}),
     "Stats.lacks": (STATS.lacks, lambda at: {"layer": "0", "metric": "loss"}),
     "Stats.is_diagonal": (STATS.is_diagonal, lambda at: {"layer": "0", "metric": "loss"}),
     "Stats.loss_per_square": (STATS.loss_per_square, lambda at: {"layer": "0"}),
@@ -153,7 +162,7 @@ CASES: dict[str, Case] = {
     "Plan.from_json": (Plan.from_json, lambda at: {"text": PLAN.to_json()}),
     "LayerPlan": (
         LayerPlan,
-        lambda at: {"name": "a", "kind": "linear", "in_features": 4, "out_features": 4, "bias": True},
+        lambda at: {"name": "a", "layer_type": "linear", "in_features": 4, "out_features": 4, "bias": True},
     ),
     "LatencyTable": (LatencyTable, lambda at: {"environment": {}}),
     "LatencyTable.of": (
@@ -251,7 +260,8 @@ SAID_OTHERWISE = {
     "targets": "matches|targets|objective",
     "ignore": "matches|ignore",
     "outputs": "objective|loss",
-    "kind": "metric|kind",
+    "layer_type": "layer_type",
+    "checkpoint_dir": "checkpoint_dir|snapshots|/dev/null",
     "layer": "statistics do not have|no gradients of this layer|layer",
     "steps": "steps|duration",
 }  # fmt: skip

@@ -302,7 +302,7 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_end(tmp_path):
             raise KeyboardInterrupt
 
     handle = nibbles.encoder.layer[1].output.register_forward_hook(stop)
-    options = {"steps": 30, "snapshots": tmp_path / "run", **OPTIONS}
+    options = {"steps": 30, "checkpoint_dir": tmp_path / "run", **OPTIONS}
     with pytest.raises(KeyboardInterrupt):
         recover(nibbles, teacher, data, **options)
     handle.remove()
@@ -316,7 +316,7 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_end(tmp_path):
 @pytest.mark.parametrize("blockwise", [False, True], ids=["whole", "blockwise"])
 def test_a_snapshot_of_the_other_kind_is_refused(tmp_path, blockwise):
     teacher, small, data = made("bert")
-    options = {"steps": LAYERS, "snapshots": tmp_path / "run"}
+    options = {"steps": LAYERS, "checkpoint_dir": tmp_path / "run"}
     recover(small, teacher, data, blockwise=not blockwise, **options)
     with pytest.raises(CheckpointError, match="block by block" if not blockwise else "as a whole"):
         recover(small, teacher, data, blockwise=blockwise, **options)

@@ -154,7 +154,7 @@ def test_quiet_prints_nothing(run, dense, tmp_path):
 
 
 def test_quiet_json_is_still_written(run, dense):
-    assert json.loads(run("plan", dense, "--rank", 8, "-q", "--json").out)["format"] == 1
+    assert json.loads(run("plan", dense, "--rank", 8, "-q", "--json").out)["format"] == 2
 
 
 def test_a_plan_file_makes_the_round_trip(run, dense, tmp_path):
@@ -557,7 +557,7 @@ def test_sharing_and_going_block_by_block_can_be_asked_for(run, minilm, texts, t
     assert run("calibrate", minilm, stats, "--data", texts, "-q").code == 0
     options = ("--keep", 0.4, "--stats", stats, "--share", "inputs")
     planned = json.loads(run("plan", minilm, *options, "--json").out)
-    assert any(layer["down_of"] for layer in planned["layers"])
+    assert any(layer["shares_down_with"] for layer in planned["layers"])
     plain, sequential = tmp_path / "plain", tmp_path / "sequential"
     assert run("compress", minilm, plain, *options, "-q").code == 0
     assert run("compress", minilm, sequential, *options, "--data", texts, "--sequential", "-q").code == 0

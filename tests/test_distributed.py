@@ -62,7 +62,7 @@ def recovered(teacher: nn.Module, small: nn.Module, folder: Path) -> dict:
         bar(*args, **kwargs),
     )[1]
     try:
-        recover(small, teacher, DATA, snapshots=folder / "plain", progress=True, **OPTIONS)
+        recover(small, teacher, DATA, checkpoint_dir=folder / "plain", progress=True, **OPTIONS)
     finally:
         Snapshot.save, lowrank.distillation.trainer.tqdm = save, bar
     return {"state": state(small), "written": len(written), "hidden bar": bars[0]}
@@ -71,9 +71,9 @@ def recovered(teacher: nn.Module, small: nn.Module, folder: Path) -> dict:
 def resumed(teacher: nn.Module, small: nn.Module, folder: Path) -> dict:
     handle = interrupted_in(small, 4)
     with pytest.raises(KeyboardInterrupt):
-        recover(small, teacher, DATA, snapshots=folder / "resumed", **OPTIONS)
+        recover(small, teacher, DATA, checkpoint_dir=folder / "resumed", **OPTIONS)
     handle.remove()
-    recover(small, teacher, DATA, snapshots=folder / "resumed", **OPTIONS)
+    recover(small, teacher, DATA, checkpoint_dir=folder / "resumed", **OPTIONS)
     return {"state": state(small)}
 
 
@@ -112,11 +112,11 @@ def with_other_data(teacher: nn.Module, small: nn.Module, folder: Path) -> dict:
 
 def with_a_folder_for_one(teacher: nn.Module, small: nn.Module, folder: Path) -> dict:
     """Process 1 is given no folder: that does for a new run, not for one that goes on."""
-    snapshots = folder / "first only" if dist.get_rank() == 0 else None
-    recover(small, teacher, DATA, snapshots=snapshots, **OPTIONS)
+    checkpoint_dir = folder / "first only" if dist.get_rank() == 0 else None
+    recover(small, teacher, DATA, checkpoint_dir=checkpoint_dir, **OPTIONS)
     done = state(small)
     try:
-        recover(small, teacher, DATA, snapshots=snapshots, **OPTIONS)
+        recover(small, teacher, DATA, checkpoint_dir=checkpoint_dir, **OPTIONS)
     except lowrank.CheckpointError as error:
         return {"state": done, "error": str(error)}
     return {"state": done, "error": ""}
@@ -156,7 +156,7 @@ def diverging_in_one(teacher: nn.Module, small: nn.Module, folder: Path) -> dict
 
 
 def block_by_block(teacher: nn.Module, small: nn.Module, folder: Path) -> dict:
-    options = {"blockwise": True, "snapshots": folder / "blocks", **OPTIONS}
+    options = {"blockwise": True, "checkpoint_dir": folder / "blocks", **OPTIONS}
     handle = interrupted_in(small.encoder.layer[1], 2)  # when the first block is done
     with pytest.raises(KeyboardInterrupt):
         recover(small, teacher, DATA, **options)

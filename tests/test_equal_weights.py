@@ -16,7 +16,7 @@ from lowrank.nn import TiedLinear
 
 SIZE = 64
 IDS = torch.arange(96).reshape(4, 24) % 99
-HOW = ("factors", "int8", "int4", "factors+int8", "residual")
+HOW = ("factors", "int8", "int4", "factors+int8", "correction")
 every_way = pytest.mark.parametrize("how", HOW)
 both_ties = pytest.mark.parametrize("tie", ["tied", "copied"])
 
@@ -51,11 +51,11 @@ def batches(count: int = 8) -> list[torch.Tensor]:
 
 
 def made_small(model: nn.Module, how: str, **options) -> nn.Module:
-    if how == "residual":
-        return compress(model, rank=8, quantize="int4", residual=True, slow="allow", **options)
+    if how == "correction":
+        return compress(model, rank=8, quantize="int4", correction=True, on_missing_kernel="allow", **options)
     if how.startswith("factors"):
         return compress(model, rank=16, quantize=how.partition("+")[2] or None, **options)
-    return quantize(model, how, slow="allow", **options)
+    return quantize(model, how, on_missing_kernel="allow", **options)
 
 
 def are_one(model: nn.Module, owner: str, other: str) -> bool:
@@ -287,7 +287,7 @@ def test_calibrated_integers_serve_both_layers_better_than_uncalibrated_ones(tie
     dense = net(tie)
     stats = lowrank.calibrate(dense, batches(), loss=None)
     plain, scaled = (quantize(net(tie), "int8", stats=known) for known in (None, stats))
-    assert scaled.a.center is None  # whose mean would be that of one of the two
+    assert scaled.a.input_shift is None  # whose mean would be that of one of the two
     x = batches(12)[-1]
     with torch.no_grad():
         errors = [(model(x) - dense(x)).norm() for model in (plain, scaled)]
@@ -314,8 +314,8 @@ def test_a_plan_that_changes_one_of_two_tied_layers_is_refused(change):
         plan = lowrank.plan(net("copied"), rank=16, ignore=["c"])
         message = r"a: this layer must stay dense: it shares its weight with c\.weight \(tied\)"
     else:
-        (code, *_) = lowrank.plan(net(""), rank=16, quantize="int8", targets=["b"]).codes
-        plan = Plan("Net", codes=(replace(code, name="a", rows=SIZE, columns=SIZE, bias=True),))
+        (code, *_) = lowrank.plan(net(""), rank=16, quantize="int8", targets=["b"]).quantized
+        plan = Plan("Net", quantized=(replace(code, name="a", rows=SIZE, columns=SIZE, bias=True),))
         message = r"a: this weight cannot be coded: it shares its weight with c\.weight \(tied\)"
     with pytest.raises(PlanError, match=message):
         lowrank.apply(model, plan)
@@ -330,9 +330,11 @@ def test_a_plan_for_equal_weights_is_refused_where_they_are_not():
 
 def test_codes_that_several_layers_use_cannot_be_centred():
     plan = lowrank.plan(net("copied"), rank=16, quantize="int8")
-    codes = tuple(replace(c, smooth=True, centred=True) if c.name == "a.down" else c for c in plan.codes)
+    codes = tuple(
+        replace(c, smooth_scale=True, input_shift=True) if c.name == "a.down" else c for c in plan.quantized
+    )
     with pytest.raises(PlanError, match=r"a\.down: cannot be centred: several layers use it"):
-        lowrank.apply(net("copied"), replace(plan, codes=codes))
+        lowrank.apply(net("copied"), replace(plan, quantized=codes))
 
 
 def test_going_through_blocks_one_by_one_looks_for_no_equal_weights():

@@ -27,7 +27,7 @@ SETTINGS = {
     "shared": {"keep": 0.3, "share": "inputs"},
     "int8": {"keep": 0.5, "quantize": "int8"},
     "int4": {"rank": 32, "quantize": "int4"},
-    "residual": {"rank": 16, "quantize": "int4", "residual": True},
+    "correction": {"rank": 16, "quantize": "int4", "correction": True},
 }
 """Factors, some of them shared; the same and embeddings as integers; integers that factors correct."""
 

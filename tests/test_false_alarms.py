@@ -143,7 +143,7 @@ def test_a_subclass_that_computes_the_same_is_factorized_and_comes_back_as_what_
     dense = copy.deepcopy(model)
     x = torch.randn(7, 64)
     lowrank.compress(model, rank=24)
-    assert model[0].kind == cls.__name__
+    assert model[0].layer_type == cls.__name__
     small = model(x)
     lowrank.save(model, tmp_path / "folder")
     loaded = lowrank.load(tmp_path / "folder", copy.deepcopy(dense))

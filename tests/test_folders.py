@@ -300,7 +300,7 @@ def test_statistics_and_snapshots_need_a_folder_with_a_name_too(mlp, tmp_path, m
     with pytest.raises(CheckpointError, match=r"folder='\.': .*by its name"):
         calibrate(mlp, data).save("", overwrite=True)
     with pytest.raises(CheckpointError, match=r"folder='\.': .*by its name"):
-        recover(compress(nn.Sequential(*mlp), rank=8), mlp, data, steps=2, snapshots=".")
+        recover(compress(nn.Sequential(*mlp), rank=8), mlp, data, steps=2, checkpoint_dir=".")
     assert not list(tmp_path.iterdir())
 
 
@@ -468,10 +468,10 @@ def test_a_model_of_transformers_that_does_not_fit_is_an_error_and_the_old_one_s
 def test_a_snapshot_that_does_not_fit_is_an_error_and_the_one_before_stays(mlp, tmp_path, small_files):
     data = [torch.randn(8, 64) for _ in range(6)]
     small = compress(nn.Sequential(*mlp), rank=8)
-    recover(small, mlp, data, steps=2, snapshots=tmp_path / "run")
+    recover(small, mlp, data, steps=2, checkpoint_dir=tmp_path / "run")
     before = contents(tmp_path)
     with small_files(), pytest.raises(CheckpointError, match=r"run: cannot be written: .*too large"):
-        recover(small, mlp, data, steps=4, snapshots=tmp_path / "run")
+        recover(small, mlp, data, steps=4, checkpoint_dir=tmp_path / "run")
     assert contents(tmp_path) == before
 
 
@@ -490,7 +490,7 @@ def test_hidden_states_that_do_not_fit_are_an_error_and_not_a_crash(tiny_bert, t
         (at / "filler").write_bytes(bytes((free.f_bavail - 4) * free.f_frsize))
         data = [{"input_ids": torch.arange(64)[None] % 99} for _ in range(4)]
         with pytest.raises(CheckpointError, match=r"volume/\w+: cannot be written: .*No space"):
-            compress(tiny_bert, keep=0.5, data=data, sequential=True, spill=at)
+            compress(tiny_bert, keep=0.5, data=data, sequential=True, offload_folder=at)
         assert [entry.name for entry in at.iterdir()] == ["filler"]
 
 
@@ -522,7 +522,7 @@ def test_a_read_only_volume_is_refused_before_the_work(mlp, read_only, name):
     forwards = []
     mlp.register_forward_hook(lambda *_: forwards.append(1))
     for call in (
-        lambda: recover(small, mlp, [torch.randn(8, 64)] * 4, steps=1, snapshots=read_only / name),
+        lambda: recover(small, mlp, [torch.randn(8, 64)] * 4, steps=1, checkpoint_dir=read_only / name),
         lambda: check_folder(read_only / name, overwrite=False),
         lambda: check_file(read_only / name / "plan.json"),
     ):

@@ -22,7 +22,7 @@ from lowrank.plans.storage_formats import (
 from lowrank.reports.evaluation import loss_increase
 
 INT4 = Scheme("int4", 32)
-SOME = [FLOAT, StorageFormat(INT8), StorageFormat(INT4), StorageFormat(INT4, residual=True)]
+SOME = [FLOAT, StorageFormat(INT8), StorageFormat(INT4), StorageFormat(INT4, correction=True)]
 
 
 def size(model):
@@ -36,17 +36,17 @@ def stats(tiny_bert):
     return lowrank.calibrate(tiny_bert, data)
 
 
-@pytest.mark.parametrize("form", SOME, ids=["float", "int8", "int4", "residual"])
+@pytest.mark.parametrize("form", SOME, ids=["float", "int8", "int4", "correction"])
 @pytest.mark.parametrize("rank", [None, 32])
 @pytest.mark.parametrize("known", [False, True], ids=["plain", "calibrated"])
 def test_the_bytes_of_a_form_are_those_of_the_module_it_becomes(mlp, form, rank, known):
-    if form.residual and rank is None:
+    if form.correction and rank is None:
         pytest.skip("a residual has a rank")
     stats = lowrank.calibrate(mlp, [torch.randn(200, 64, generator=torch.Generator().manual_seed(0))])
-    layer = LayerPlan("0", "linear", 64, 96, True, rank, residual=form.residual)
-    codes = form.codes(layer, calibrated=known)
+    layer = LayerPlan("0", "linear", 64, 96, True, rank, correction=form.correction)
+    codes = form.quantized(layer, calibrated=known)
     metric = "inputs" if known else "weight"
-    planned = lowrank.Plan("Sequential", (layer,), metric=metric, codes=tuple(codes))
+    planned = lowrank.Plan("Sequential", (layer,), metric=metric, quantized=tuple(codes))
     lowrank.apply(mlp, planned, stats=stats if known else None)
     bias = 96 * 4
     assert stored_bytes(layer, codes, 4) == size(mlp[0]) - bias
@@ -78,7 +78,7 @@ def test_with_less_room_fewer_bits_are_chosen(tiny_bert, stats):
         limit = int(fraction * size(tiny_bert))
         planned = lowrank.plan(tiny_bert, max_bytes=limit, quantize="auto", stats=stats, round_to=4)
         names = {layer.name for layer in planned.targeted}
-        codes = [c for c in planned.codes if c.name in names or c.name.rpartition(".")[0] in names]
+        codes = [c for c in planned.quantized if c.name in names or c.name.rpartition(".")[0] in names]
         return sum(c.rows * c.columns for c in codes if c.scheme == "int4")
 
     assert bits(0.95) < bits(0.2)

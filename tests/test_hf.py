@@ -257,12 +257,12 @@ def test_ranks_kinds_and_errors_are_remembered(tmp_path):
     again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
     for name in factorized(model):
         before, after = model.get_submodule(name), again.get_submodule(name)
-        assert (before.rank, before.kind, before.relative_error) == (
+        assert (before.rank, before.layer_type, before.relative_error) == (
             after.rank,
-            after.kind,
+            after.layer_type,
             after.relative_error,
         )
-        assert after.kind == "conv1d"
+        assert after.layer_type == "conv1d"
 
 
 # --- base models and heads
@@ -577,7 +577,7 @@ def test_an_unknown_field_is_refused(saved):
         transformers.BertModel.from_pretrained(saved)
 
 
-@pytest.mark.parametrize("plan", [None, 3, [], {}, {"format": 1}], ids=repr)
+@pytest.mark.parametrize("plan", [None, 3, [], {}, {"format": 2}], ids=repr)
 def test_a_section_without_a_plan_is_refused(saved, plan):
     file = saved / "config.json"
     config = json.loads(file.read_text())

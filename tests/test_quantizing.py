@@ -151,7 +151,7 @@ def test_recovery_corrects_the_floating_point_parts(tiny_bert):
     before = cosine(outputs(small), outputs(dense))
     generator = torch.Generator().manual_seed(0)
     data = [{"input_ids": torch.randint(99, (4, 24), generator=generator)} for _ in range(12)]
-    lowrank.recover(small, dense, data, steps=20, codes=False)
+    lowrank.recover(small, dense, data, steps=20, qat=False)
     assert cosine(outputs(small), outputs(dense)) > before
     assert all(torch.equal(coded(small)[name].state_dict()["codes"], kept) for name, kept in codes.items())
 
@@ -184,7 +184,7 @@ def test_gpt2_and_shared_factors(tmp_path):
     model = GPT2LMHeadModel(GPT2Config(**sizes)).eval()
     before = outputs(model)
     quantize(model)
-    assert coded(model)["transformer.h.0.attn.c_attn"].kind == "conv1d"
+    assert coded(model)["transformer.h.0.attn.c_attn"].layer_type == "conv1d"
     assert cosine(outputs(model), before) > 0.999
     model.save_pretrained(tmp_path / "gpt2")
     assert torch.equal(outputs(GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2").eval()), outputs(model))
@@ -201,7 +201,7 @@ def test_gpt2_and_shared_factors(tmp_path):
     quantize(llama, stats=stats)
     assert "model.layers.0.self_attn.q_proj.down" in coded(llama)  # once for the layers that it serves
     assert "model.layers.0.self_attn.k_proj.down" not in coded(llama)
-    assert coded(llama)["model.layers.0.mlp.down_proj.down"].center is None  # no bias to take it up
+    assert coded(llama)["model.layers.0.mlp.down_proj.down"].input_shift is None  # no bias to take it up
     assert cosine(outputs(llama), before) > 0.999
     llama.save_pretrained(tmp_path / "llama")
     assert torch.equal(outputs(LlamaForCausalLM.from_pretrained(tmp_path / "llama").eval()), outputs(llama))
@@ -328,7 +328,7 @@ def test_a_checkpoint_whose_codes_and_scales_disagree(tiny_bert, tmp_path, chang
         {"scheme": "int3"},
         {"rows": 63},
         {"columns": 0},
-        {"kind": "embedding"},
+        {"layer_type": "embedding"},
         {"name": "encoder.nothing"},
         {"group_size": 32},
         {"surprise": 1},
@@ -339,7 +339,7 @@ def test_a_config_with_damaged_codes_is_refused(tiny_bert, tmp_path, change):
     small = compress(tiny_bert, rank=32, quantize="int8")
     small.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    codes = config["quantization_config"]["plan"]["codes"]
+    codes = config["quantization_config"]["plan"]["quantized"]
     next(code for code in codes if code["name"] == "encoder.layer.0.output.dense.up").update(change)
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError):
@@ -360,10 +360,10 @@ def test_a_failed_call_changes_nothing():
     with pytest.raises(WeightError, match=r"0: .*infinite"):
         compress(model, rank=32, quantize="int8")
     assert type(model[1]) is nn.Linear
-    tables = shared_tables()
+    embeddings = shared_tables()
     with pytest.raises(TargetError, match="1: this weight cannot be coded: it has a max_norm"):
-        quantize(tables, targets=["1"])
-    assert type(quantize(tables)[1]) is nn.Embedding
+        quantize(embeddings, targets=["1"])
+    assert type(quantize(embeddings)[1]) is nn.Embedding
 
 
 def test_a_plan_without_its_statistics_is_refused_before_anything_changes(tiny_bert, stats):
@@ -374,7 +374,9 @@ def test_a_plan_without_its_statistics_is_refused_before_anything_changes(tiny_b
         lowrank.apply(tiny_bert, done)
     assert lowrank.plan(tiny_bert, rank=8).factorized  # dense still
     with pytest.raises(PlanError, match="codes this weight twice"):
-        Plan.from_dict(done.to_dict() | {"codes": [*done.to_dict()["codes"], done.to_dict()["codes"][0]]})
+        Plan.from_dict(
+            done.to_dict() | {"quantized": [*done.to_dict()["quantized"], done.to_dict()["quantized"][0]]}
+        )
 
 
 def test_an_interrupt_leaves_a_model_that_can_be_saved(tiny_bert, stats, tmp_path, monkeypatch):
@@ -409,18 +411,18 @@ def test_a_layer_that_is_called_down_is_not_mistaken_for_a_factor():
     model = nn.Sequential(Block(), nn.Linear(32, 32))
     stats = lowrank.calibrate(model, [torch.randn(64, 64) for _ in range(4)])
     quantize(model, stats=stats)
-    assert model[0].down.smooth is not None
-    assert model[0].down.center is not None
+    assert model[0].down.smooth_scale is not None
+    assert model[0].down.input_shift is not None
 
 
-@pytest.mark.parametrize("change", [{"smooth": True}, {"centred": True}], ids=str)
+@pytest.mark.parametrize("change", [{"smooth_scale": True}, {"centred": True}], ids=str)
 def test_a_coded_table_reads_no_features(mlp, tmp_path, change):
     model = nn.Sequential(nn.Embedding(10, 64), nn.Linear(64, 64))
     skeleton = copy.deepcopy(model)
     lowrank.save(quantize(model), tmp_path / "small")
     file = tmp_path / "small" / "lowrank.json"
     structure = json.loads(file.read_text())
-    structure["plan"]["codes"][0].update(change)
+    structure["plan"]["quantized"][0].update(change)
     file.write_text(json.dumps(structure))
     with pytest.raises(CheckpointError):
         lowrank.load(tmp_path / "small", model=skeleton)
@@ -485,22 +487,22 @@ def test_int4_without_a_kernel_warns_once_or_refuses_as_was_chosen():
     assert "since the kernel wants outputs in multiples of 16 (the first: 1)" in str(told.message)
     assert small[1].runs_on() == "decoded"
     untouched = narrow()
-    with pytest.raises(SchemeError, match=r"decoded at every call.*slow='allow'"):
-        quantize(untouched, "int4", targets=["*"], slow="refuse")
+    with pytest.raises(SchemeError, match=r"decoded at every call.*on_missing_kernel='allow'"):
+        quantize(untouched, "int4", targets=["*"], on_missing_kernel="refuse")
     assert type(untouched[1]) is nn.Linear
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        quantize(narrow(), "int4", targets=["*"], slow="allow")(x)
-        quantize(narrow(), "int8", targets=["*"], slow="refuse")(x)
-    with pytest.raises(SchemeError, match=r"slow='quietly': choose 'warn', 'refuse' or 'allow'"):
-        quantize(narrow(), "int4", targets=["*"], slow="quietly")
+        quantize(narrow(), "int4", targets=["*"], on_missing_kernel="allow")(x)
+        quantize(narrow(), "int8", targets=["*"], on_missing_kernel="refuse")(x)
+    with pytest.raises(SchemeError, match=r"on_missing_kernel='quietly': choose 'warn', 'refuse' or 'allow'"):
+        quantize(narrow(), "int4", targets=["*"], on_missing_kernel="quietly")
 
 
 def test_factors_without_a_kernel_are_refused_before_they_are_made():
     model = nn.Sequential(nn.Linear(128, 136), nn.Linear(136, 128))
     before = [parameter.clone() for parameter in model.parameters()]
     with pytest.raises(SchemeError, match=r"1 int4 weights .* since .* \(the first: 0.up\)"):
-        compress(model, rank=32, quantize="int4", slow="refuse", ignore=["1"])
+        compress(model, rank=32, quantize="int4", on_missing_kernel="refuse", ignore=["1"])
     assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
 
 
@@ -539,8 +541,8 @@ def test_int4_beyond_the_range_of_its_scales_is_refused_by_the_plan(size):
     with pytest.raises(WeightError, match=r"^2(\.down)?: its largest element is .* Use int8, or ignore"):
         lowrank.plan(model, keep=0.9, quantize="int4", group_size=16)
     decided = lowrank.plan(model, max_bytes=8000, quantize="auto")
-    assert {code.scheme for code in decided.codes if code.name.startswith("2")} <= {"int8"}
-    lowrank.apply(model, decided, slow="allow")
+    assert {code.scheme for code in decided.quantized if code.name.startswith("2")} <= {"int8"}
+    lowrank.apply(model, decided, on_missing_kernel="allow")
 
 
 def test_a_group_larger_than_any_row_is_refused():

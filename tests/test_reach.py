@@ -50,8 +50,8 @@ def test_every_parameter_is_in_a_layer_of_the_plan_or_listed_beside_it(make):
     total = sum(parameter.numel() for parameter in model.parameters())
     assert plan.model_parameters == total
     modules = dict(model.named_modules())
-    tables = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
-    in_layers = sum(x.dense_parameters for x in plan if id(modules[x.name].weight) not in tables)
+    embeddings = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
+    in_layers = sum(x.dense_parameters for x in plan if id(modules[x.name].weight) not in embeddings)
     assert in_layers + sum(weight.parameters for weight in plan.unplanned) == total
     planned = {f"{layer.name}.weight" for layer in plan}
     named = {weight.name: weight for weight in plan.unplanned}

@@ -184,15 +184,15 @@ def test_a_model_without_any_parameter_is_recovered_by_its_codes(data):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         dense = nn.Sequential(nn.Linear(64, 96, bias=False), nn.GELU(), nn.Linear(96, 64, bias=False)).eval()
-    coded = lowrank.quantize(copy.deepcopy(dense), "int4", slow="allow")
+    coded = lowrank.quantize(copy.deepcopy(dense), "int4", on_missing_kernel="allow")
     assert not list(coded.parameters())
     before = distance(coded, dense)
     recover(coded, dense, data, steps=60, learning_rate=1e-3)
     assert not list(coded.parameters())
     assert distance(coded, dense) < before
     state = {name: tensor.clone() for name, tensor in coded.state_dict().items()}
-    with pytest.raises(LowRankError, match=r"Sequential has no factor, bias or norm to train.*codes=False"):
-        recover(coded, dense, data, steps=1, codes=False)
+    with pytest.raises(LowRankError, match=r"Sequential has no factor, bias or norm to train.*qat=False"):
+        recover(coded, dense, data, steps=1, qat=False)
     assert all(torch.equal(tensor, state[name]) for name, tensor in coded.state_dict().items())
 
 
@@ -249,9 +249,9 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_end(mlp, data, tmp_path)
 
     handle = mlp.register_forward_hook(interrupted)
     with pytest.raises(KeyboardInterrupt):
-        recover(nibbles, mlp, data, snapshots=tmp_path / "run", **options)
+        recover(nibbles, mlp, data, checkpoint_dir=tmp_path / "run", **options)
     handle.remove()
-    recover(nibbles, mlp, data, snapshots=tmp_path / "run", **options)
+    recover(nibbles, mlp, data, checkpoint_dir=tmp_path / "run", **options)
     for mine, its in zip(nibbles.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(mine, its)
 
@@ -265,7 +265,7 @@ def test_a_run_that_goes_on_looks_where_an_undisturbed_one_does(
     The learning rate is so high that the best state is not the last.
     """
     options = {"steps": 5, "learning_rate": 0.03, "mixed_precision": False}
-    recover(copy.deepcopy(small), mlp, data, snapshots=tmp_path / "whole", **options)
+    recover(copy.deepcopy(small), mlp, data, checkpoint_dir=tmp_path / "whole", **options)
     calls = []
 
     def interrupted(*_):
@@ -286,17 +286,17 @@ def test_a_run_that_goes_on_looks_where_an_undisturbed_one_does(
         if moment == "within a step":
             patch.setattr(torch.optim.AdamW, "step", torn)
         with pytest.raises(KeyboardInterrupt):
-            recover(copy.deepcopy(small), mlp, data, snapshots=tmp_path / "halves", **options)
+            recover(copy.deepcopy(small), mlp, data, checkpoint_dir=tmp_path / "halves", **options)
     handle.remove()
-    recover(copy.deepcopy(small), mlp, data, snapshots=tmp_path / "halves", **options)
+    recover(copy.deepcopy(small), mlp, data, checkpoint_dir=tmp_path / "halves", **options)
     for name in ("snapshot.json", "snapshot.safetensors"):
         assert (tmp_path / "halves" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_a_finished_run_is_not_trained_again(mlp, small, data, tmp_path):
-    recover(small, mlp, data, steps=4, snapshots=tmp_path / "run")
+    recover(small, mlp, data, steps=4, checkpoint_dir=tmp_path / "run")
     before = {name: value.clone() for name, value in small.state_dict().items()}
-    recover(small, mlp, data, steps=4, snapshots=tmp_path / "run")
+    recover(small, mlp, data, steps=4, checkpoint_dir=tmp_path / "run")
     assert all(torch.equal(before[name], value) for name, value in small.state_dict().items())
 
 
@@ -304,7 +304,7 @@ def test_a_run_whose_gradients_were_not_numbers_can_be_called_again(mlp, small, 
     before = {name: value.clone() for name, value in small.state_dict().items()}
     handle = small[0].up.weight.register_hook(lambda gradient: gradient * float("nan"))
     for _ in range(2):
-        recover(small, mlp, data, steps=4, mixed_precision=False, snapshots=tmp_path / "run")
+        recover(small, mlp, data, steps=4, mixed_precision=False, checkpoint_dir=tmp_path / "run")
         assert all(torch.equal(before[name], value) for name, value in small.state_dict().items())
     handle.remove()
 
@@ -314,7 +314,7 @@ def test_a_snapshot_that_does_not_fit_is_refused_and_the_model_is_as_it_was(
     mlp, small, data, tmp_path, damage
 ):
     run = tmp_path / "run"
-    recover(small, mlp, data, steps=4, snapshots=run)
+    recover(small, mlp, data, steps=4, checkpoint_dir=run)
     if damage == "truncated":
         (run / "snapshot.safetensors").write_bytes((run / "snapshot.safetensors").read_bytes()[:-4])
     elif damage == "not-json":
@@ -324,7 +324,7 @@ def test_a_snapshot_that_does_not_fit_is_refused_and_the_model_is_as_it_was(
     model = compress(copy.deepcopy(mlp), rank=4 if damage == "other-model" else 8)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(CheckpointError, match="run"):
-        recover(model, mlp, data, steps=4, snapshots=run)
+        recover(model, mlp, data, steps=4, checkpoint_dir=run)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 

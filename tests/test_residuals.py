@@ -1,4 +1,4 @@
-"""``residual=True``: factors that correct a coded weight, from the request to the checkpoint and back."""
+"""``correction=True``: factors that correct a coded weight, from the request to the checkpoint and back."""
 
 import copy
 import os
@@ -35,14 +35,14 @@ def error(small, dense):
 @pytest.mark.parametrize("known", [False, True], ids=["plain", "calibrated"])
 def test_a_residual_is_closer_than_its_codes_alone_and_than_factors_alone(tiny_bert, stats, known):
     how = {"stats": stats if known else None, "ignore": ["embeddings.*"]}
-    both = compress(copy.deepcopy(tiny_bert), rank=8, residual=True, quantize="int4", **how)
+    both = compress(copy.deepcopy(tiny_bert), rank=8, correction=True, quantize="int4", **how)
     codes = quantize(copy.deepcopy(tiny_bert), "int4", **how)
     factors = compress(copy.deepcopy(tiny_bert), rank=8, **how)
     assert error(both, tiny_bert) < error(codes, tiny_bert) < error(factors, tiny_bert)
 
 
 def test_the_layer_is_its_coded_weight_plus_the_product_of_its_factors(tiny_bert, stats):
-    small = compress(tiny_bert, rank=8, residual=True, quantize="int4", stats=stats)
+    small = compress(tiny_bert, rank=8, correction=True, quantize="int4", stats=stats)
     layer = small.get_submodule(QUERY)
     assert isinstance(layer, LowRankLinear)
     inputs = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
@@ -52,24 +52,24 @@ def test_the_layer_is_its_coded_weight_plus_the_product_of_its_factors(tiny_bert
         whole = layer.base.dense_weight() + layer.up.dense_weight() @ layer.down.dense_weight()
     assert torch.allclose(layer.dense_weight(), whole, atol=1e-6)
     assert layer.macs == 64 * 64 + 8 * 128
-    assert "residual of int4" in repr(layer)
+    assert "correction of int4" in repr(layer)
 
 
 def test_checkpoints_give_the_same_bits_and_the_reported_bytes(tiny_bert, stats, tmp_path):
-    small = compress(tiny_bert, rank=8, residual=True, quantize="int4", stats=stats)
+    small = compress(tiny_bert, rank=8, correction=True, quantize="int4", stats=stats)
     folder = lowrank.save(small, tmp_path / "small")
     assert (folder / "model.safetensors").stat().st_size == report(small).checkpoint_bytes
     for again in (type(small).from_pretrained(folder), lowrank.load(folder)):
         assert torch.equal(outputs(again.eval()), outputs(small))
         assert again.get_submodule(QUERY).base.codes.dtype == torch.uint8
     found = lowrank.hf.recorded(small)
-    assert found[QUERY].residual
-    assert {c.name for c in found.codes} >= {f"{QUERY}.base", f"{QUERY}.down", f"{QUERY}.up"}
+    assert found[QUERY].correction
+    assert {c.name for c in found.quantized} >= {f"{QUERY}.base", f"{QUERY}.down", f"{QUERY}.up"}
 
 
 def test_other_modules_are_saved_and_loaded_too(mlp, tmp_path):
     dense = copy.deepcopy(mlp)
-    small = compress(mlp, rank=8, residual=True, quantize="int4")
+    small = compress(mlp, rank=8, correction=True, quantize="int4")
     folder = lowrank.save(small, tmp_path / "small")
     again = lowrank.load(folder, model=dense)
     inputs = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
@@ -77,27 +77,27 @@ def test_other_modules_are_saved_and_loaded_too(mlp, tmp_path):
 
 
 def test_the_plan_predicts_the_error_that_is_measured(tiny_bert, stats):
-    planned = lowrank.plan(tiny_bert, rank=8, residual=True, quantize="int4", stats=stats)
+    planned = lowrank.plan(tiny_bert, rank=8, correction=True, quantize="int4", stats=stats)
     small = lowrank.apply(tiny_bert, planned, stats=stats)
     for layer in planned.factorized:
         measured = small.get_submodule(layer.name).relative_error
         assert measured <= 1.01 * layer.relative_error  # a second round can only gain
         assert measured > 0.5 * layer.relative_error
     assert Plan.from_json(planned.to_json()) == planned
-    assert "residual of rank 8" in str(planned.diff(planned.with_rank(QUERY, None))[0])
+    assert "correction of rank 8" in str(planned.diff(planned.with_rank(QUERY, None))[0])
 
 
 def test_recover_trains_the_factors_over_the_codes(tiny_bert, stats):
     dense = copy.deepcopy(tiny_bert)
-    planned = lowrank.plan(tiny_bert, rank=8, residual=True, quantize="int4", stats=stats)
-    bases = tuple(code for code in planned.codes if code.name.endswith(".base"))
-    planned = Plan.from_dict({**planned.to_dict(), "codes": [vars(code) for code in bases]})
+    planned = lowrank.plan(tiny_bert, rank=8, correction=True, quantize="int4", stats=stats)
+    bases = tuple(code for code in planned.quantized if code.name.endswith(".base"))
+    planned = Plan.from_dict({**planned.to_dict(), "quantized": [vars(code) for code in bases]})
     small = lowrank.apply(tiny_bert, planned, stats=stats)
     codes = small.state_dict()[f"{QUERY}.base.codes"].clone()
     before = error(small, dense)
     generator = torch.Generator().manual_seed(3)
     data = [{"input_ids": torch.randint(99, (8, 24), generator=generator)} for _ in range(16)]
-    lowrank.recover(small, dense, data, steps=60, learning_rate=1e-3, codes=False)
+    lowrank.recover(small, dense, data, steps=60, learning_rate=1e-3, qat=False)
     assert error(small, dense) < 0.97 * before
     assert torch.equal(small.state_dict()[f"{QUERY}.base.codes"], codes)
     quantize(small, "int8", targets=["encoder.*"])  # now the factors
@@ -105,7 +105,7 @@ def test_recover_trains_the_factors_over_the_codes(tiny_bert, stats):
 
 
 def test_decompress_multiplies_everything_back(tiny_bert, stats):
-    small = compress(tiny_bert, rank=8, residual=True, quantize="int4", stats=stats)
+    small = compress(tiny_bert, rank=8, correction=True, quantize="int4", stats=stats)
     before = outputs(small)
     lowrank.decompress(small)
     assert type(small.get_submodule(QUERY)) is torch.nn.Linear
@@ -116,7 +116,7 @@ def test_a_budget_in_bytes_chooses_the_rank_of_each_residual(tiny_bert, stats):
     how = {"stats": stats, "ignore": ["embeddings.*"]}
     plain = quantize(copy.deepcopy(tiny_bert), "int4", **how)
     limit = sum(t.nbytes for t in (*plain.parameters(), *plain.buffers())) + 8000
-    small = compress(copy.deepcopy(tiny_bert), max_bytes=limit, quantize="int4", residual=True, **how)
+    small = compress(copy.deepcopy(tiny_bert), max_bytes=limit, quantize="int4", correction=True, **how)
     assert sum(t.nbytes for t in (*small.parameters(), *small.buffers())) <= limit
     residuals = [m for m in small.modules() if isinstance(m, LowRankLinear)]
     assert residuals
@@ -127,14 +127,14 @@ def test_a_budget_in_bytes_chooses_the_rank_of_each_residual(tiny_bert, stats):
 @pytest.mark.parametrize(
     ("request_", "error_type", "message"),
     [
-        ({"rank": 8, "residual": True}, SchemeError, 'residual=True corrects.*quantize="int4"'),
-        ({"keep": 0.5, "residual": True, "quantize": "int4"}, BudgetError, "rank=, or max_bytes="),
+        ({"rank": 8, "correction": True}, SchemeError, 'correction=True corrects.*quantize="int4"'),
+        ({"keep": 0.5, "correction": True, "quantize": "int4"}, BudgetError, "rank=, or max_bytes="),
         ({"keep": 0.5, "quantize": "auto"}, BudgetError, "by max_bytes= only"),
         ({"speedup": 1.5, "quantize": "int8"}, BudgetError, "floating-point weights"),
         ({"rank": 8, "group_size": 16}, SchemeError, 'group_size=16 is for quantize="int4"'),
-        ({"rank": 8, "quantize": "int4", "residual": True, "group_size": 24}, SchemeError, "groups of 24"),
-        ({"rank": 8, "quantize": "int3", "residual": True}, SchemeError, "known schemes"),
-        ({"rank": 60, "quantize": "int4", "residual": True}, BudgetError, "pays for no correction"),
+        ({"rank": 8, "quantize": "int4", "correction": True, "group_size": 24}, SchemeError, "groups of 24"),
+        ({"rank": 8, "quantize": "int3", "correction": True}, SchemeError, "known schemes"),
+        ({"rank": 60, "quantize": "int4", "correction": True}, BudgetError, "pays for no correction"),
     ],
 )
 def test_bad_requests_are_refused_and_change_nothing(tiny_bert, request_, error_type, message):
@@ -148,15 +148,15 @@ def test_bad_requests_are_refused_and_change_nothing(tiny_bert, request_, error_
 
 def test_sharing_and_going_block_by_block_are_refused(tiny_bert, stats):
     with pytest.raises(BudgetError, match="leave out share="):
-        compress(tiny_bert, rank=8, residual=True, quantize="int4", share="inputs", stats=stats)
+        compress(tiny_bert, rank=8, correction=True, quantize="int4", share="inputs", stats=stats)
     data = [{"input_ids": IDS}] * 8
     with pytest.raises(LowRankError, match="not residuals"):
-        compress(tiny_bert, rank=8, residual=True, quantize="int4", sequential=True, data=data)
+        compress(tiny_bert, rank=8, correction=True, quantize="int4", sequential=True, data=data)
 
 
 def test_a_plan_whose_residual_has_no_codes_is_refused(tiny_bert):
-    planned = lowrank.plan(tiny_bert, rank=8, residual=True, quantize="int4")
-    damaged = Plan.from_dict({**planned.to_dict(), "codes": []})
+    planned = lowrank.plan(tiny_bert, rank=8, correction=True, quantize="int4")
+    damaged = Plan.from_dict({**planned.to_dict(), "quantized": []})
     with pytest.raises(PlanError, match=r"query: its factors are to correct.*no .*query\.base"):
         lowrank.apply(tiny_bert, damaged)
     assert type(tiny_bert.get_submodule(QUERY)) is torch.nn.Linear
@@ -170,7 +170,9 @@ def batches_for_training(count=16):
 @pytest.mark.parametrize("blockwise", [False, True], ids=["whole", "blockwise"])
 def test_codes_are_trained_straight_through_their_rounding(tiny_bert, stats, blockwise):
     dense = copy.deepcopy(tiny_bert)
-    small = compress(tiny_bert, rank=8, residual=True, quantize="int4", stats=stats, ignore=["embeddings.*"])
+    small = compress(
+        tiny_bert, rank=8, correction=True, quantize="int4", stats=stats, ignore=["embeddings.*"]
+    )
     known = {name: tensor.clone() for name, tensor in small.state_dict().items()}
     without = copy.deepcopy(small)
     before = error(small, dense)
@@ -182,7 +184,7 @@ def test_codes_are_trained_straight_through_their_rounding(tiny_bert, stats, blo
     assert not all(torch.equal(found[name], known[name]) for name in found if name.endswith("base.codes"))
     assert all(torch.equal(found[name], known[name]) for name in found if name.endswith(".scale"))
     lowrank.recover(
-        without, dense, batches_for_training(), steps=80, learning_rate=3e-4, blockwise=blockwise, codes=False
+        without, dense, batches_for_training(), steps=80, learning_rate=3e-4, blockwise=blockwise, qat=False
     )
     assert error(small, dense) < error(without, dense)
 
@@ -228,7 +230,7 @@ def test_an_interrupted_recovery_leaves_codes(tiny_bert, stats, monkeypatch):
 
 def test_the_report_counts_the_coded_weight_of_a_residual(tiny_bert, stats):
     dense = report(tiny_bert)
-    planned = lowrank.plan(tiny_bert, rank=8, residual=True, quantize="int4", stats=stats)
+    planned = lowrank.plan(tiny_bert, rank=8, correction=True, quantize="int4", stats=stats)
     found = report(lowrank.apply(tiny_bert, planned, stats=stats))
     layer = next(layer for layer in found.layers if layer.name == QUERY)
     assert layer.scheme == "int8 + int4" or layer.scheme == "int4 + int8"
@@ -239,11 +241,11 @@ def test_the_report_counts_the_coded_weight_of_a_residual(tiny_bert, stats):
 
 
 def test_an_edited_layer_of_a_plan_with_codes_can_be_applied(tiny_bert, stats):
-    for how in ({"quantize": "int8"}, {"quantize": "int4", "residual": True}):
+    for how in ({"quantize": "int8"}, {"quantize": "int4", "correction": True}):
         planned = lowrank.plan(tiny_bert, rank=8, stats=stats, **how)
         for rank in (4, None):
             edited = planned.with_rank(QUERY, rank)
-            assert not any(code.name.startswith(QUERY) for code in edited.codes)
+            assert not any(code.name.startswith(QUERY) for code in edited.quantized)
             assert "float" in str(edited)
             (change,) = planned.diff(edited)
             assert "int8" in str(change)
@@ -314,7 +316,7 @@ def test_int4_is_refused_where_its_scales_would_be_lost(tiny_bert, factor):
         weight *= factor if factor < 1 else 1
     for call in (
         lambda: quantize(tiny_bert, "int4"),
-        lambda: compress(tiny_bert, rank=8, residual=True, quantize="int4"),
+        lambda: compress(tiny_bert, rank=8, correction=True, quantize="int4"),
     ):
         with pytest.raises(lowrank.WeightError, match=r"query.*largest element is .* Use int8"):
             call()
@@ -322,7 +324,7 @@ def test_int4_is_refused_where_its_scales_would_be_lost(tiny_bert, factor):
     quantize(tiny_bert, "int8")
 
 
-@pytest.mark.parametrize("part", ["scale", "codes", "smooth"])
+@pytest.mark.parametrize("part", ["scale", "codes", "smooth_scale"])
 def test_values_that_no_coded_weight_has_are_refused(tiny_bert, stats, tmp_path, part):
     from safetensors.torch import load_file, save_file
 
@@ -338,6 +340,6 @@ def test_values_that_no_coded_weight_has_are_refused(tiny_bert, stats, tmp_path,
 def test_the_report_counts_the_products_of_a_layer_that_uses_a_corrected_weight():
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     model[1].weight = model[0].weight
-    compress(model, rank=8, residual=True, quantize="int4")
+    compress(model, rank=8, correction=True, quantize="int4")
     assert isinstance(model[1], lowrank.nn.TiedLinear)
     assert [layer.macs for layer in report(model).layers] == [64 * 64 + 8 * 128] * 2

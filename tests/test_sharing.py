@@ -131,7 +131,7 @@ def test_transformers_folders_load_bit_for_bit(model, tmp_path):
     assert first.parameters == second.parameters == sum(p.numel() for p in loaded.parameters())
     assert (tmp_path / "model.safetensors").stat().st_size == second.checkpoint_bytes
     config = json.loads((tmp_path / "config.json").read_text())
-    assert any(layer["down_of"] for layer in config["quantization_config"]["plan"]["layers"])
+    assert any(layer["shares_down_with"] for layer in config["quantization_config"]["plan"]["layers"])
     loaded.save_pretrained(tmp_path / "again")
     assert torch.equal(hidden(type(model).from_pretrained(tmp_path / "again")), hidden(small))
 
@@ -238,8 +238,8 @@ def changed(decided: Plan, name: str, **fields) -> Plan:
     ("fields", "message"),
     [
         ({"rank": 5}, "has rank 5 and 32 inputs where that has rank 4"),
-        ({"down_of": "nowhere"}, "nowhere, which has none of its own"),
-        ({"down_of": "encoder.layer.0.output.dense"}, "32 inputs where that has rank 4 and 64"),
+        ({"shares_down_with": "nowhere"}, "nowhere, which has none of its own"),
+        ({"shares_down_with": "encoder.layer.0.output.dense"}, "32 inputs where that has rank 4 and 64"),
     ],
 )
 def test_a_plan_that_shares_what_cannot_be_shared_changes_nothing(fields, message):
@@ -338,7 +338,7 @@ def test_a_shared_factor_is_coded_once_for_all_who_use_it(tiny_bert, scheme, sha
     data = [{"input_ids": torch.randint(99, (4, 24), generator=generator)} for _ in range(8)]
     stats = lowrank.calibrate(tiny_bert, data)
     group = 16 if scheme == "int4" else None
-    how = {"group_size": group, "ignore": ["embeddings.*"], "slow": "allow"}
+    how = {"group_size": group, "ignore": ["embeddings.*"], "on_missing_kernel": "allow"}
     floating = compress(copy.deepcopy(tiny_bert), rank=16, share=share, stats=stats)
     small = lowrank.quantize(copy.deepcopy(floating), scheme, stats=stats, **how)
     at_once = compress(tiny_bert, rank=16, share=share, stats=stats, quantize=scheme, **how)

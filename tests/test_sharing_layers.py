@@ -191,7 +191,7 @@ def test_transformers_folders_load_bit_for_bit(model, tmp_path):
     assert first.parameters == second.parameters == sum(p.numel() for p in loaded.parameters())
     assert (tmp_path / "model.safetensors").stat().st_size == second.checkpoint_bytes
     layers = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["plan"]["layers"]
-    assert {layer["same_input"] for layer in layers if layer["down_of"]} == {False}
+    assert {layer["same_input"] for layer in layers if layer["shares_down_with"]} == {False}
     assert all(
         layer.down.readers == 1
         for layer in loaded.modules()
@@ -297,7 +297,7 @@ def test_layers_that_cannot_share_change_nothing(name, fields, error, message):
     model = bert()
     stats = calibrate(model, ids())
     decided = plan(model, rank=4, stats=stats)
-    decided = changed(decided, name, **{"down_of": QUERY.format(0), "same_input": False, **fields})
+    decided = changed(decided, name, **{"shares_down_with": QUERY.format(0), "same_input": False, **fields})
     before = hidden(model)
     with pytest.raises(error, match=message):
         apply(model, decided, stats)

@@ -110,7 +110,7 @@ BAD = {
         "is for a weight (out=64, in=256), the model's is (out=64, in=128)",
     ),
     "swapped-shape": (edit(in_features=64, out_features=128), PlanError, "is for a weight (out=128, in=64)"),
-    "wrong-kind": (edit(kind="conv1d"), PlanError, "the plan says conv1d, the model has a Linear"),
+    "wrong-kind": (edit(layer_type="conv1d"), PlanError, "the plan says conv1d, the model has a Linear"),
     "no-such-layer": (
         add(LayerPlan("encoder.layer.2.dense", "linear", 64, 64, True, 8)),
         PlanError, "encoder.layer.2.dense: BertModel has no such layer. The plan is for BertModel.",

@@ -100,7 +100,7 @@ def test_tables_are_listed_only_where_a_target_spells_them(tiny_bert):
     for pattern in (table, "*.word_embeddings", "*embed*", "*word_embed*"):
         assert lowrank.plan(tiny_bert, rank=16, targets=[pattern])[table].rank == 16, pattern
     both = lowrank.plan(tiny_bert, keep=0.5, targets=["*", "*.word_embeddings"])
-    assert [x.name for x in both if x.kind == "embedding"] == [table]
+    assert [x.name for x in both if x.is_embedding] == [table]
     assert len(both) == len(lowrank.plan(tiny_bert, keep=0.5)) + 1
 
 
@@ -283,9 +283,9 @@ def test_a_head_alone_cannot_be_saved(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"same_as": "model.layers.0.mlp.up_proj"}, "which has another shape: 128 rows of 64"),
-        ({"same_as": "model.norm"}, "which is no table or linear layer here"),
-        ({"same_as": "nowhere"}, "which is no table or linear layer here"),
+        ({"tied_to": "model.layers.0.mlp.up_proj"}, "which has another shape: 128 rows of 64"),
+        ({"tied_to": "model.norm"}, "which is no table or linear layer here"),
+        ({"tied_to": "nowhere"}, "which is no table or linear layer here"),
         ({"in_features": 32}, "the model's is"),
     ],
     ids=["a-layer", "a-norm", "nothing", "another-shape"],
@@ -297,7 +297,7 @@ def test_a_tie_that_was_changed_is_refused(change, message, tmp_path):
     config = json.loads(file.read_text())
     (entry,) = [x for x in config["quantization_config"]["plan"]["layers"] if x["name"] == "lm_head"]
     entry.update(change)
-    if "same_as" in change:
+    if "tied_to" in change:
         config["tie_word_embeddings"] = False  # else the class says what it is tied to
     file.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=message):
@@ -318,7 +318,7 @@ def test_the_report_counts_the_table_once():
     assert (rows["lm_head"].parameters, rows["lm_head"].bytes) == (0, 0)
     assert rows["lm_head"].macs == 32 * (ROWS + 64)
     assert rows["model.embed_tokens"].macs == 32 * 64
-    assert "tables" in str(told)
+    assert "embeddings" in str(told)
     assert told.checkpoint_bytes_before == pytest.approx(before.checkpoint_bytes, rel=0.01)
 
 
@@ -365,7 +365,7 @@ def test_calibration_counts_the_real_tokens(tiny_bert):
     stats = lowrank.calibrate(
         tiny_bert, [{"input_ids": IDS, "attention_mask": mask}], targets=["*", "*.word_embeddings"]
     )
-    counted = stats.tables["embeddings.word_embeddings"].counts
+    counted = stats.embeddings["embeddings.word_embeddings"].counts
     assert torch.equal(counted, torch.bincount(IDS[:, :20].flatten(), minlength=ROWS).double())
 
 
@@ -376,22 +376,22 @@ def test_statistics_of_tables_add_up_and_survive_the_disk(tmp_path):
     parts = lowrank.calibrate(model, every[:2], **ask) + lowrank.calibrate(model, every[2:], **ask)
     parts.save(tmp_path / "stats")
     for other in (parts, Stats.load(tmp_path / "stats")):
-        for name, sums in whole.tables["model.embed_tokens"].tensors.items():
+        for name, sums in whole.embeddings["model.embed_tokens"].tensors.items():
             torch.testing.assert_close(
-                getattr(other.tables["model.embed_tokens"], name), sums, rtol=1e-4, atol=0
+                getattr(other.embeddings["model.embed_tokens"], name), sums, rtol=1e-4, atol=0
             )
-        assert other.tables["model.embed_tokens"].head_tokens == 6 * 96
+        assert other.embeddings["model.embed_tokens"].head_tokens == 6 * 96
     with pytest.raises(lowrank.StatsError, match="know different layers"):
         whole + lowrank.calibrate(model, every, targets=ask["targets"], loss=None)
 
 
-def test_statistics_from_before_there_were_tables_still_load(tiny_bert, tmp_path):
+def test_statistics_of_an_older_version_are_refused_with_what_to_do(tiny_bert, tmp_path):
     lowrank.calibrate(tiny_bert, batches_of(2), loss=None).save(tmp_path / "stats")
     file = tmp_path / "stats" / "stats.json"
     structure = json.loads(file.read_text())
-    assert all(structure.pop(name) for name in ("tables", "tensors", "digest"))
-    file.write_text(json.dumps(structure | {"format": 1}))
-    assert Stats.load(tmp_path / "stats").tables == {}
+    file.write_text(json.dumps(structure | {"format": structure["format"] - 1}))
+    with pytest.raises(lowrank.StatsError, match=r"of an older lowrank.*Make it anew"):
+        Stats.load(tmp_path / "stats")
 
 
 def test_a_table_that_was_not_calibrated_stays_with_a_reason(tiny_bert):
@@ -407,7 +407,7 @@ def test_rows_weigh_as_often_as_they_are_read(tiny_bert):
     table = "embeddings.word_embeddings"
     weight = tiny_bert.embeddings.word_embeddings.weight.detach().double()
     plan = lowrank.plan(tiny_bert, rank=16, stats=stats, targets=[table])
-    frequencies = stats.tables[table].frequencies
+    frequencies = stats.embeddings[table].frequencies
     small = compress(copy.deepcopy(tiny_bert), rank=16, stats=stats, targets=[table])
     lost = weight - small.embeddings.word_embeddings.dense_weight().detach().double()
     centred = weight - tiny_bert.embeddings.word_embeddings.weight.new_zeros(1)
@@ -516,13 +516,13 @@ def test_tables_that_are_factorized_are_coded_by_another_call():
 
 
 @pytest.mark.parametrize("targets", [None, ["*", "*embed_tokens"]], ids=["table-as-rest", "table-as-target"])
-@pytest.mark.parametrize("residual", [False, True], ids=["codes", "residual"])
+@pytest.mark.parametrize("correction", [False, True], ids=["codes", "correction"])
 @pytest.mark.parametrize("quantize", ["int8", "int4", "auto"])
-def test_a_budget_of_bytes_counts_coded_tables(targets, residual, quantize, tmp_path):
+def test_a_budget_of_bytes_counts_coded_tables(targets, correction, quantize, tmp_path):
     dense = built(llama)
     limit = 90_000 if quantize != "int4" else 70_000
     stats = lowrank.calibrate(dense, batches_of(4), targets=targets)
-    ask = {"quantize": quantize, "residual": residual, "targets": targets, "stats": stats}
+    ask = {"quantize": quantize, "correction": correction, "targets": targets, "stats": stats}
     plan = lowrank.plan(dense, max_bytes=limit, **ask)
     assert plan["lm_head"].tied_to == "model.embed_tokens"
     small = compress(dense, max_bytes=limit, **ask)

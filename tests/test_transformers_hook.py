@@ -49,7 +49,7 @@ def test_a_conv1d_of_transformers_is_known_without_its_models():
     code = """
 from transformers.pytorch_utils import Conv1D
 from lowrank import LowRankLinear
-print(LowRankLinear.from_linear(Conv1D(32, 64), rank=4).kind)
+print(LowRankLinear.from_linear(Conv1D(32, 64), rank=4).layer_type)
 """
     done = run_python(code)
     assert done.returncode == 0, done.stderr

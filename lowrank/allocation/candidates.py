@@ -19,7 +19,7 @@ import numpy as np
 from lowrank.allocation.solver import Curve, allocate, hull_segments
 from lowrank.linalg import ErrorCurve
 from lowrank.plans.plan import LayerPlan, QuantizedWeight, largest_shared_rank, parameters_per_shared_rank
-from lowrank.plans.storage_formats import FLOAT, TABLE, StorageFormat
+from lowrank.plans.storage_formats import FLOAT, StorageFormat
 
 
 class Group(NamedTuple):
@@ -54,19 +54,19 @@ class Candidates(Curve):
         rank, form = int(self.ranks[point]), self.forms[point]
         if rank:
             layers = sharing(self.layers, rank, "chosen by the allocator")
-            return [replace(x, residual=form.residual and x.kind != TABLE) for x in layers]
+            return [replace(x, correction=form.correction and not x.is_embedding) for x in layers]
         reason = "worth its parameters" if len(self.ranks) > 1 else "too small: no rank saves parameters"
         if form.scheme is not None:
             reason = "chosen whole by the allocator"
         return [layer.dense(reason) for layer in self.layers]
 
-    def codes_at(self, point: int, calibrated: Container[str]) -> list[QuantizedWeight]:
+    def quantized_at(self, point: int, calibrated: Container[str]) -> list[QuantizedWeight]:
         """Return what is coded at ``point``; ``calibrated`` are the layers with statistics."""
         layers, form = self.layers_at(point), self.forms[point]
         return [
             code
             for layer in layers
-            for code in form.codes(layer, shared=len(layers) > 1, calibrated=layer.name in calibrated)
+            for code in form.quantized(layer, shared=len(layers) > 1, calibrated=layer.name in calibrated)
         ]
 
     def priced(self, costs: np.ndarray[Any, Any]) -> Candidates:
@@ -124,7 +124,7 @@ class QuantizationError(NamedTuple):
     Args:
         whole: What the coded weight loses.
         factors: What coded factors lose of what they capture.
-        corrected: The errors of factors that correct the coded weight, for a residual form.
+        corrected: The errors of factors that correct the coded weight, for a correction.
     """
 
     whole: float = 0.0

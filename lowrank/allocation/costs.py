@@ -49,7 +49,7 @@ def byte_costs(
         width = weights[menu.layers[0].name].element_size()
 
         def cost(point: int) -> int:
-            layers, codes = menu.layers_at(point), menu.codes_at(point, calibrated)
+            layers, codes = menu.layers_at(point), menu.quantized_at(point, calibrated)
             own = {layer.name: [c for c in codes if _belongs(c, layer.name)] for layer in layers}
             stored = sum(stored_bytes(layer, own[layer.name], width) for layer in layers)
             return stored + sum(copies.get(x.name, 0) for x in layers if x.rank is None and not own[x.name])

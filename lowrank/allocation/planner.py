@@ -33,7 +33,7 @@ from lowrank.linalg.svd import check_options
 from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedEmbedding, QuantizedModule, TiedLinear
 from lowrank.plans.patterns import is_wildcard
 from lowrank.plans.plan import METRICS, Budget, Plan, QuantizedWeight
-from lowrank.plans.storage_formats import FLOAT, TABLE, StorageFormat, storage_formats_of
+from lowrank.plans.storage_formats import FLOAT, StorageFormat, storage_formats_of
 from lowrank.surgery import replacement
 from lowrank.surgery.factorization import check_layer_of, matrix_of, metric_of, pooled
 
@@ -56,7 +56,7 @@ class Request:
     share: str | None = None
     quantize: str | None = None
     group_size: int | None = None
-    residual: bool = False
+    correction: bool = False
     share_size: int | None = None
     overrule: Sequence[str] | None = None
 
@@ -66,7 +66,7 @@ class Request:
 
     def _check_codes(self) -> None:
         """Refuse combinations of codes and budgets that have no meaning."""
-        (form, *others), kind = self.forms, self.budget.kind if self.budget is not None else None
+        (form, *others), kind = self.forms, self.budget.name if self.budget is not None else None
         if form is not FLOAT or others:
             if kind == "speedup":
                 raise BudgetError(
@@ -75,15 +75,15 @@ class Request:
                 )
             if others and kind != "max_bytes":
                 raise BudgetError('quantize="auto" chooses how each layer is stored by max_bytes= only.')
-        if form.residual and kind not in ("rank", "max_bytes"):
-            raise BudgetError("residual=True adds factors to the weights: give their rank=, or max_bytes=.")
-        if form.residual and self.share is not None:
-            raise BudgetError("residual=True has factors of each layer's own: leave out share=.")
+        if form.correction and kind not in ("rank", "max_bytes"):
+            raise BudgetError("correction=True adds factors to the weights: give their rank=, or max_bytes=.")
+        if form.correction and self.share is not None:
+            raise BudgetError("correction=True has factors of each layer's own: leave out share=.")
 
     @property
     def forms(self) -> tuple[StorageFormat, ...]:
         """The forms in which layers may be stored."""
-        return storage_formats_of(self.quantize, self.group_size, self.residual)
+        return storage_formats_of(self.quantize, self.group_size, self.correction)
 
     @property
     def rank_step(self) -> int:
@@ -109,20 +109,22 @@ def drafted(
     request: Request,
     stats: Stats | None,
     heads: Mapping[str, str],
-    tables: bool = False,
+    embeddings: bool = False,
     equal: bool = True,
 ) -> Plan:
     """List the layers; with statistics, leave alone those that these do not cover.
 
-    ``heads`` are those of `known_heads`. Where forms compete, and with ``tables``, embedding tables are
+    ``heads`` are those of `known_heads`. Where forms compete, and with ``embeddings``, embedding tables are
     targets, too. Without ``equal``, equal weights are not looked for.
     """
     hf = plugin()
     separately_saved = None if not equal else hf.parts(model) if hf is not None else ()
-    every = tables or len(request.forms) > 1
+    every = embeddings or len(request.forms) > 1
     plan = draft(model, request.targets, request.ignore, heads, every, separately_saved, request.overrule)
-    if request.residual and request.budget is not None and request.budget.kind == "rank":
-        plan = plan.with_layers({x.name: replace(x, residual=True) for x in plan.targeted if x.kind != TABLE})
+    if request.correction and request.budget is not None and request.budget.name == "rank":
+        plan = plan.with_layers(
+            {x.name: replace(x, correction=True) for x in plan.targeted if not x.is_embedding}
+        )
     metric = request.metric_with(stats)
     if metric == "weight" or stats is None:
         return replace(plan, metric=metric)
@@ -130,11 +132,11 @@ def drafted(
     for layer in plan.targeted:
         check_layer_of(model.get_submodule(layer.name), layer.name, stats)
         reason = stats.lacks(layer.name, metric) or _lacks_user(plan, layer.name, stats)
-        if reason is not None and layer.kind == TABLE and layer.name not in stats:
+        if reason is not None and layer.is_embedding and layer.name not in stats:
             reason = "not among those that were calibrated: calibrate with targets that spell it"
         if reason is not None:
             layers[layer.name] = replace(layer, reason=reason, targeted=False)
-        elif request.add_bias and layer.kind != TABLE:
+        elif request.add_bias and not layer.is_embedding:
             layers[layer.name] = replace(layer, added_bias=not layer.bias)
     return replace(plan, metric=metric).with_layers(layers)
 
@@ -240,10 +242,10 @@ def decide(
         raise BudgetError(
             f"metric={drafted.metric!r} needs statistics: pass data=, or stats=calibrate(model, data)."
         )
-    if request.budget.kind == "speedup" and timing.inputs is None:
+    if request.budget.name == "speedup" and timing.inputs is None:
         raise BudgetError("speedup is measured on inputs: pass inputs=, a batch as the model will get it.")
-    table = next((layer for layer in drafted.targeted if layer.kind == TABLE), None)
-    if request.budget.kind == "speedup" and table is not None:
+    table = next((layer for layer in drafted.targeted if layer.is_embedding), None)
+    if request.budget.name == "speedup" and table is not None:
         raise BudgetError(
             f"{table.name}: a table is looked up, not multiplied, so it has no latency to choose a rank by. "
             "Take it out of targets, or give another budget than speedup."
@@ -251,7 +253,7 @@ def decide(
     stats = pooled(stats, drafted)
     groups = groups_of(model, drafted, request.share, request.share_size, request.budget, stats, predict)
     forms = request.forms
-    corrects = request.budget.kind == "rank" and request.residual
+    corrects = request.budget.name == "rank" and request.correction
     measured = (
         error_curves_of(model, drafted, stats, progress, forms[0] if corrects else FLOAT) if predict else {}
     )
@@ -274,12 +276,12 @@ def decide(
         held_out_ratio=held_out_ratio,
         groups=groups,
     )
-    if request.budget.kind == "max_bytes":
+    if request.budget.name == "max_bytes":
         calibrated = stats.sources if stats is not None else ()
         costs = byte_costs(model, drafted, request.budget.value, rest, calibrated)
         outlooks = quantization_errors_of(model, drafted, forms, stats, progress)
         decided = choose(costs=costs, outlooks=outlooks, calibrated=calibrated, rest=rest)
-    elif request.budget.kind == "speedup":
+    elif request.budget.name == "speedup":
         decided = _fast_enough(model, drafted, choose, request.budget.value, timing)
     else:
         decided = choose()
@@ -357,7 +359,7 @@ def error_curves_of(
         metric = metric_of(layer, drafted.metric, stats)
         weight = matrix_of(model.get_submodule(layer.name), layer, metric)
         try:
-            if form.residual and form.scheme is not None and layer.kind != TABLE:
+            if form.correction and form.scheme is not None and not layer.is_embedding:
                 measured[layer.name] = correction_error_curve_of(
                     model, layer, form.scheme, drafted.metric, stats
                 )

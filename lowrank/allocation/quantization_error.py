@@ -25,7 +25,7 @@ from lowrank.linalg import (
 from lowrank.linalg.matmul import without_autocast
 from lowrank.linalg.quantization_error import embedding_quantization_error, rows_quantization_error
 from lowrank.plans.plan import LayerPlan, Plan
-from lowrank.plans.storage_formats import FLOAT, INT8, TABLE, StorageFormat
+from lowrank.plans.storage_formats import FLOAT, INT8, StorageFormat
 from lowrank.surgery.factorization import error_metric_of, input_moments, matrix_of, metric_of, weight_of
 from lowrank.surgery.quantization import check_holds
 
@@ -48,7 +48,7 @@ def quantization_errors_of(
         try:
             for form in mine:
                 check_holds(form.scheme, weight)
-            for form, outlook in _outlooks(model, layer, mine, drafted.metric, stats).items():
+            for form, outlook in _errors_of(model, layer, mine, drafted.metric, stats).items():
                 found[form][layer.name] = outlook
         except WeightError as error:
             raise type(error)(f"{layer.name}: {error}") from error
@@ -74,11 +74,11 @@ def _fits(form: StorageFormat, layer: LayerPlan, weight: Tensor) -> bool:
     return form.scheme is None or layer.in_features % (form.scheme.group_size or 1) == 0
 
 
-def _outlooks(
+def _errors_of(
     model: nn.Module, layer: LayerPlan, forms: Sequence[StorageFormat], metric: str, stats: Stats | None
 ) -> dict[StorageFormat, QuantizationError]:
     """Return what each of ``forms`` does to one layer; each scheme codes its weight once."""
-    if layer.kind == TABLE:
+    if layer.is_embedding:
         return _outlooks_of_table(model.get_submodule(layer.name), layer, forms, metric, stats)
     weight = weight_of(model.get_submodule(layer.name)).detach()
     how = error_metric_of(layer, weight, metric, stats)
@@ -89,7 +89,7 @@ def _outlooks(
     for form in forms:
         assert form.scheme is not None
         whole = weight_quantization_error(weight, lost[form.scheme], form.scheme, how)
-        if form.residual:
+        if form.correction:
             found[form] = QuantizationError(
                 whole, 0.0, correction_error_curve(weight, lost[form.scheme], how)
             )
@@ -109,7 +109,7 @@ def _outlooks_of_table(
     found = {}
     for form in forms:
         assert form.scheme is not None
-        factors = INT8 if form.residual else form.scheme
+        factors = INT8 if form.correction else form.scheme
         step = factors.group_size or 1
         rank = layer.largest_rank_that_saves // 2 // step * step
         noise = embedding_quantization_error(matrix, rank, factors, how) if rank else 0.0

@@ -24,7 +24,7 @@ from lowrank.inspection.eligibility import (
 )
 from lowrank.inspection.heads import heads_of
 from lowrank.inspection.targets import check_patterns, left_alone, not_wanted, spells
-from lowrank.inspection.tied_weights import embeddings, is_copy, tied_heads
+from lowrank.inspection.tied_weights import embedding_layers, is_copy, tied_heads
 from lowrank.linalg import Scheme
 from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedModule, SharedDown
 from lowrank.nn.integer_matmul import int4_obstacle
@@ -75,7 +75,7 @@ def with_codes(
             check_range(modules, code)
         except (SchemeError, WeightError) as error:
             raise type(error)(f"{code.name}: {error}") from error
-    return with_heads(model, without_shared_input_shifts(replace(plan, codes=(*plan.codes, *chosen))))
+    return with_heads(model, without_shared_input_shifts(replace(plan, quantized=(*plan.quantized, *chosen))))
 
 
 def _equal(
@@ -105,31 +105,31 @@ def _equal(
 
 def with_heads(model: nn.Module, plan: Plan) -> Plan:
     """Return ``plan`` with the heads that are tied to tables which it codes: they use the codes."""
-    tables = {code.name for code in plan.codes if code.kind == "embedding"}
+    embeddings = {code.name for code in plan.quantized if code.is_embedding}
     using = {
         head: plan[head].following(table)
         for head, table in tied_heads(model).items()
-        if table in tables and head in plan
+        if table in embeddings and head in plan
     }
     return plan.with_layers(using)
 
 
-def check_kernels(model: nn.Module, plan: Plan, slow: str) -> None:
+def check_kernels(model: nn.Module, plan: Plan, on_missing_kernel: str) -> None:
     """Look for int4 weights of linear layers that ``plan`` is going to code, and no kernel multiplies by.
 
     Raises:
-        SchemeError: If there are any and ``slow`` is ``"refuse"``, or if it is none of the three choices.
-            ``"warn"`` gives one `SlowKernelWarning` for all, ``"allow"`` nothing.
+        SchemeError: If there are any and ``on_missing_kernel`` is ``"refuse"``, or if it is none of the three
+            choices. ``"warn"`` gives one `SlowKernelWarning` for all, ``"allow"`` nothing.
     """
-    if slow not in ("warn", "refuse", "allow"):
-        raise SchemeError(f"slow={slow!r}: choose 'warn', 'refuse' or 'allow'.")
+    if on_missing_kernel not in ("warn", "refuse", "allow"):
+        raise SchemeError(f"on_missing_kernel={on_missing_kernel!r}: choose 'warn', 'refuse' or 'allow'.")
     modules = dict(model.named_modules())
     found: dict[str, list[str]] = {}
-    for code in plan.codes:
+    for code in plan.quantized:
         module = modules.get(code.name, modules.get(code.name.rpartition(".")[0]))
         if (
             code.group_size is None
-            or code.kind == "embedding"
+            or code.is_embedding
             or module is None
             or isinstance(module, QuantizedModule)
         ):
@@ -138,15 +138,15 @@ def check_kernels(model: nn.Module, plan: Plan, slow: str) -> None:
         reason = int4_obstacle(code.rows, code.columns, code.group_size, device)
         if reason is not None:
             found.setdefault(reason, []).append(code.name)
-    if not found or slow == "allow":
+    if not found or on_missing_kernel == "allow":
         return
     reasons = ", ".join(f"{len(names)} since {why} (the first: {names[0]})" for why, names in found.items())
     message = (
         f"{sum(map(len, found.values()))} int4 weights of linear layers have to be decoded at every call, "
         f"which is slower than floating point: {reasons}. Use int8, or ranks and a group_size that fit; or "
-        "accept it with slow='allow'."
+        "accept it with on_missing_kernel='allow'."
     )
-    if slow == "refuse":
+    if on_missing_kernel == "refuse":
         raise SchemeError(message)
     warn(message, SlowKernelWarning)
 
@@ -161,7 +161,7 @@ def _chosen(
     stats: Stats | None,
     heads: Mapping[str, Sequence[str]],
 ) -> Iterator[QuantizedWeight]:
-    modules = dict([*linear_layers(model), *embeddings(model)])
+    modules = dict([*linear_layers(model), *embedding_layers(model)])
     for pattern in [*check_patterns("targets", targets), *check_patterns("ignore", ignore)]:
         if not any(matches(name, pattern) for name in modules):
             raise no_match(pattern, list(modules), f"linear layers and embeddings of {type(model).__name__}")
@@ -169,7 +169,7 @@ def _chosen(
     uses = Counter(id(module) for module in modules.values())
     equal = plan.owners
     blocked = find_all_obstacles(model, equal, doubts)
-    done = {code.name for code in plan.codes}
+    done = {code.name for code in plan.quantized}
     tied = tied_heads(model)
     for name, module in modules.items():
         group = [head for head, table in tied.items() if table == name]
@@ -208,8 +208,8 @@ def _linear(
     layer: LayerPlan, plan: Plan, scheme: Scheme, calibrated: bool, done: Container[str]
 ) -> Iterator[QuantizedWeight]:
     """Yield what of a layer, or of its factors, is not coded by the plan already."""
-    form = StorageFormat(scheme, layer.residual)
-    for code in form.codes(layer, shared=layer.name in plan.shared, calibrated=calibrated):
+    form = StorageFormat(scheme, layer.correction)
+    for code in form.quantized(layer, shared=layer.name in plan.shared, calibrated=calibrated):
         if code.name not in done:
             yield code
 

@@ -90,9 +90,9 @@ def select(
         raise BudgetError(f"round_to={round_to!r}: ranks are rounded to a positive whole number.")
     codes: list[QuantizedWeight] = []
     coded: dict[str, QuantizationError] = {}
-    if budget.kind == "rank":
+    if budget.name == "rank":
         layers = _sharing_at_rank(_by_rank(draft, budget.value, named, given_in), groups)
-    elif budget.kind in ("energy", "error"):
+    elif budget.name in ("energy", "error"):
         layers = _by_error(draft, budget, error_curves, round_to, tolerance)
         layers = _sharing_within_error(draft, layers, budget, groups, round_to, tolerance)
     else:
@@ -102,7 +102,7 @@ def select(
         else:
             chosen_points = _by_cost(draft, budget, menus, costs, allocation)
         layers = [layer for menu, point in chosen_points for layer in menu.layers_at(point)]
-        codes = [code for menu, point in chosen_points for code in menu.codes_at(point, calibrated)]
+        codes = [code for menu, point in chosen_points for code in menu.quantized_at(point, calibrated)]
         forms = {layer.name: menu.forms[point] for menu, point in chosen_points for layer in menu.layers}
         coded = {name: outlooks[form][name] for name, form in forms.items() if form is not FLOAT}
     known = {**error_curves, **_joint_error_curves(layers, groups)}
@@ -111,8 +111,8 @@ def select(
         for x in layers
     }
     plan = replace(draft, budget=str(budget), allocation=allocation, round_to=round_to, tolerance=tolerance)
-    plan = replace(plan.with_layers(chosen), codes=(*plan.codes, *codes, *rest))
-    if not plan.codes and not any(layer.rank for layer in chosen.values()):
+    plan = replace(plan.with_layers(chosen), quantized=(*plan.quantized, *codes, *rest))
+    if not plan.quantized and not any(layer.rank for layer in chosen.values()):
         raise BudgetError(nothing_changes(plan, budget, error_curves))
     return plan
 
@@ -127,7 +127,7 @@ def _with_error(
     """Return ``layer`` with its errors; those of coding count for the loss only."""
     if layer.name not in error_curves or (layer.rank is None and not outlook.whole):
         return layer
-    own = outlook.corrected if layer.residual else None
+    own = outlook.corrected if layer.correction else None
     error_curve, rank = own or error_curves[layer.name], layer.rank
     if rank is None:
         lost = outlook.whole * error_curve.squared_norm
@@ -152,8 +152,8 @@ def nothing_changes(plan: Plan, budget: Budget, error_curves: Mapping[str, Error
     if not plan.layers:
         advice = "It has no linear layer."
     elif plan.targeted:
-        advice = _LESS[budget.kind] + _nearest(plan, budget, error_curves)
-    elif plan.factorized or plan.codes:
+        advice = _LESS[budget.name] + _nearest(plan, budget, error_curves)
+    elif plan.factorized or plan.quantized:
         advice = "Call decompress(model) first, or start from the dense checkpoint."
     else:
         advice = (
@@ -176,17 +176,17 @@ def _nearest(plan: Plan, budget: Budget, error_curves: Mapping[str, ErrorCurve])
     ranks = {
         layer.name: layer.largest_rank_that_saves // plan.round_to * plan.round_to for layer in plan.targeted
     }
-    if budget.kind == "rank":
+    if budget.name == "rank":
         largest = max(layer.largest_rank_that_saves for layer in plan.targeted)
         return f" The largest that saves parameters is {largest}." if largest else ""
-    if budget.kind not in ("error", "energy"):
+    if budget.name not in ("error", "energy"):
         return ""
     errors = {name: error_curves[name].relative_error(rank) for name, rank in ranks.items() if rank}
     if not errors:
         return ""
     name = min(errors, key=errors.__getitem__)
     error = errors[name] * (1 + plan.tolerance)
-    if budget.kind == "error":
+    if budget.name == "error":
         return f" From error={math.ceil(1000 * error) / 1000} on, {name} would change."
     return f" From energy={math.floor(1000 * (1 - error**2)) / 1000} down, {name} would change."
 
@@ -232,7 +232,7 @@ def _at_rank(layer: LayerPlan, rank: int | None, named: bool, step: int) -> Laye
     asked, rank = rank, max(rank // step, 1) * step
     if rank > layer.largest_rank_that_saves:
         what = "would not save parameters"
-        if layer.residual:
+        if layer.correction:
             what = "takes no less than the weight, and pays for no correction"
         return layer.dense(f"rank {rank} {what} (the largest that does: {layer.largest_rank_that_saves})")
     reason = "as asked" if rank == asked else f"{asked} as asked, in whole groups of {step}"
@@ -307,7 +307,7 @@ def _joint_error_curves(layers: Sequence[LayerPlan], groups: Sequence[Group]) ->
 
 def _error_bound(budget: Budget) -> float:
     """Return the largest relative error that an ``error`` or ``energy`` budget allows."""
-    return float(budget.value if budget.kind == "error" else (1 - budget.value) ** 0.5)
+    return float(budget.value if budget.name == "error" else (1 - budget.value) ** 0.5)
 
 
 def _menus(
@@ -330,7 +330,7 @@ def _menus(
         layers, sizes = [draft[name] for name in names], [scales[name] for name in names]
         offers = []
         for form, outlook in outlooks.items():
-            if form.residual and len(names) > 1:
+            if form.correction and len(names) > 1:
                 continue  # factors that correct codes are each layer's own
             if form is not FLOAT and not all(name in outlook for name in names):
                 continue  # its rows are not whole groups

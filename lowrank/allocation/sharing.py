@@ -15,7 +15,6 @@ from lowrank.inspection.blocks import find_blocks
 from lowrank.linalg import ErrorCurve
 from lowrank.linalg.matmul import without_autocast
 from lowrank.plans.plan import Budget, LayerPlan, Plan
-from lowrank.plans.storage_formats import TABLE
 from lowrank.surgery.factorization import joint_errors, weight_of
 
 SHARES = ("inputs", "layers")
@@ -72,13 +71,13 @@ def groups_of(
     """
     if share is None:
         return []
-    if budget.kind == "speedup":
+    if budget.name == "speedup":
         raise BudgetError(f'share="{share}" has no latencies to choose by. Give another budget than speedup.')
     chains: Iterable[Sequence[LayerPlan]]
     if share == "inputs":
         chains = _readers(model, drafted, stats)
     else:
-        sizes = SIZES[:1] if budget.kind == "rank" else SIZES
+        sizes = SIZES[:1] if budget.name == "rank" else SIZES
         sizes = sizes if share_size is None else (share_size,)
         chains = _adjacent(model, drafted, sizes[-1])
     groups = []
@@ -87,7 +86,7 @@ def groups_of(
         joint = {}
         for some in sets if predict else [layers]:
             names = tuple(layer.name for layer in some)
-            estimate = budget.kind not in ("error", "energy")
+            estimate = budget.name not in ("error", "energy")
             joint[names] = _errors(model, some, drafted.metric, stats, estimate) if predict else ()
         groups.append(Group(tuple(layer.name for layer in layers), joint))
     return groups
@@ -143,10 +142,15 @@ def _adjacent(model: nn.Module, drafted: Plan, size: int) -> list[Sequence[Layer
     if size > max(len(blocks), max(SIZES)):
         raise BudgetError(f"share_size={size}: {drafted.model} has {len(blocks)} repeated blocks.")
     roles: dict[object, list[tuple[int, LayerPlan]]] = {}
-    for layer in (layer for layer in drafted.targeted if layer.kind != TABLE):
+    for layer in (layer for layer in drafted.targeted if not layer.is_embedding):
         for number, block in enumerate(blocks):
             if layer.name.startswith(f"{block}."):
-                role = layer.name.removeprefix(block), layer.kind, layer.out_features, *_alike(model, layer)
+                role = (
+                    layer.name.removeprefix(block),
+                    layer.layer_type,
+                    layer.out_features,
+                    *_alike(model, layer),
+                )
                 roles.setdefault(role, []).append((number, replace(layer, same_input=False)))
     found: list[Sequence[LayerPlan]] = []
     for members in roles.values():

@@ -59,10 +59,10 @@ def collect(
     check_has_data(model)
     generator = torch.Generator(device_of(model)).manual_seed(seed)
     differentiate = loss is not None
-    tables = [name for name in layers if isinstance(model.get_submodule(name), nn.Embedding)]
+    embeddings = [name for name in layers if isinstance(model.get_submodule(name), nn.Embedding)]
     users = dict(heads or {}) if differentiate else {}  # without gradients, logits have another unit
-    lookups = EmbeddingCollector(model, tables, users, differentiate)
-    collector = _Collector(model, [name for name in layers if name not in tables], differentiate, lookups)
+    lookups = EmbeddingCollector(model, embeddings, users, differentiate)
+    collector = _Collector(model, [name for name in layers if name not in embeddings], differentiate, lookups)
     held: list[Batch] = []
     held_tokens = terms = seen = 0
     bar = tqdm(total=_length(stream), desc="calibrating", unit="batch", disable=None if progress else True)
@@ -217,9 +217,9 @@ class _Collector:
     def _felt(self, name: str, layer: nn.Module, gradient: Tensor) -> None:
         """Add the gradient with respect to a layer's output, for a tall layer seen from its input."""
         assert self._batch is not None
-        kind = layer_type_of(layer)
-        assert kind is not None
-        weight = kind.weight(layer).detach()
+        layer_type = layer_type_of(layer)
+        assert layer_type is not None
+        weight = layer_type.weight(layer).detach()
         rows = self._batch.real(gradient.detach())
         if _is_tall(weight):
             with without_autocast():
@@ -244,17 +244,19 @@ class _Collector:
             inputs[name] = Moments(sums.rows, sums.total.clone(), sums.products().clone())
         gradients = {}
         for name, sums in self._gradients.items():
-            kind = layer_type_of(self._layers[name])
-            assert kind is not None
-            tall = _is_tall(kind.weight(self._layers[name]))
+            layer_type = layer_type_of(self._layers[name])
+            assert layer_type is not None
+            tall = _is_tall(layer_type.weight(self._layers[name]))
             gradients[name] = Gradients(sums.rows, sums.products().clone(), tall)
         fingerprint = Fingerprint(
-            {n: fingerprint_of_layer(m) for n, m in (self._layers | self._lookups.tables).items()},
+            {n: fingerprint_of_layer(m) for n, m in (self._layers | self._lookups.embeddings).items()},
             fingerprint_of_tokenizer(tokenizer),
             f"{self._digest:016x}",
         )
-        tables = self._lookups.sums()
-        return Stats(fingerprint, inputs, dict(self._sources), gradients, self._tokens, terms, tables=tables)
+        embeddings = self._lookups.sums()
+        return Stats(
+            fingerprint, inputs, dict(self._sources), gradients, self._tokens, terms, embeddings=embeddings
+        )
 
 
 def _is_tall(weight: Tensor) -> bool:

@@ -70,18 +70,18 @@ class EmbeddingStatistics:
         smooth = self.counts + self.pseudo_count
         return smooth / smooth.sum()
 
-    def lacks(self, kind: str) -> str | None:
-        """Return why the table cannot be measured by the metric ``kind``, or ``None``."""
+    def lacks(self, metric: str) -> str | None:
+        """Return why the table cannot be measured by the metric ``metric``, or ``None``."""
         if not self.tokens:
             return "was not called during calibration"
-        if kind == "loss" and self.gradients is None:
+        if metric == "loss" and self.gradients is None:
             return "no gradient of the loss reached it during calibration"
         return None
 
-    def metric(self, kind: str) -> Metric:
-        """Return the metric ``kind`` of the table: an error is a mean over tokens."""
+    def metric(self, metric: str) -> Metric:
+        """Return the metric ``metric`` of the table: an error is a mean over tokens."""
         rows = Diagonal(self.frequencies)
-        if kind != "loss":
+        if metric != "loss":
             return Metric(outputs=rows)
         assert self.gradients is not None  # `lacks` tells
         own = shrunk(self.gradients / self.tokens, self.tokens)
@@ -131,24 +131,26 @@ class EmbeddingCollector:
 
     Args:
         model: The model.
-        tables: Names of the tables.
+        embeddings: Names of the tables.
         heads: ``{layer name: table name}`` of the heads tied to them.
         differentiate: Whether there will be gradients.
 
     Attributes:
-        tables: The tables, by name.
+        embeddings: The tables, by name.
         batch: The batch that the model runs on.
     """
 
     def __init__(
-        self, model: nn.Module, tables: Collection[str], heads: Mapping[str, str], differentiate: bool
+        self, model: nn.Module, embeddings: Collection[str], heads: Mapping[str, str], differentiate: bool
     ) -> None:
-        self.tables = {name: model.get_submodule(name) for name in tables}
-        self._heads = {model.get_submodule(h): table for h, table in heads.items() if table in self.tables}
+        self.embeddings = {name: model.get_submodule(name) for name in embeddings}
+        self._heads = {
+            model.get_submodule(h): table for h, table in heads.items() if table in self.embeddings
+        }
         self._differentiate = differentiate
         self._sums: dict[str, dict[str, Tensor]] = {}
-        self._answered = dict.fromkeys(tables, 0)
-        for name, table in self.tables.items():
+        self._answered = dict.fromkeys(embeddings, 0)
+        for name, table in self.embeddings.items():
             weight: Tensor = table.weight  # type: ignore[assignment]
             self._sums[name] = {"counts": torch.zeros(len(weight), dtype=torch.float64, device=weight.device)}
         self.batch: Batch | None = None
@@ -158,7 +160,7 @@ class EmbeddingCollector:
         """Attach the hooks, and remove these, and no others, at the end."""
         reading = (
             table.register_forward_hook(self._read(name), with_kwargs=True)
-            for name, table in self.tables.items()
+            for name, table in self.embeddings.items()
         )
         answering = (
             head.register_forward_hook(self._answer(name), with_kwargs=True)

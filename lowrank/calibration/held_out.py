@@ -74,15 +74,15 @@ def trial_factorizations(
     Of tables, ``heads`` says by name which layers are tied to them.
     """
     made: dict[str, TrialFactorization] = {}
-    kind_of_metric = stats.best_metric()
+    metric_name = stats.best_metric()
     for name in stats.gradients or stats.sources:
         layer = model.get_submodule(name)
-        kind = layer_type_of(layer)
-        assert kind is not None
-        weight = kind.weight(layer).detach()
+        layer_type = layer_type_of(layer)
+        assert layer_type is not None
+        weight = layer_type.weight(layer).detach()
         rank = weight.numel() // (2 * sum(weight.shape))
-        if rank and stats.lacks(name, kind_of_metric) is None:
-            metric = stats.metric(name, kind_of_metric, centred=True)
+        if rank and stats.lacks(name, metric_name) is None:
+            metric = stats.metric(name, metric_name, centred=True)
             left, right, *_ = truncated_svd(weight, rank, metric)
             mean = stats.moments(name).mean.to(weight)
             shift = weight @ mean - left @ (right @ mean)
@@ -91,13 +91,13 @@ def trial_factorizations(
             made[name] = TrialFactorization(
                 left, right, shift, error_curve(weight, metric).squared_error(rank)
             )
-    for name in stats.tables:
-        if stats.lacks(name, kind_of_metric) is None:
-            made |= _trials_of_table(model, name, heads, stats.metric(name, kind_of_metric, centred=False))
+    for name in stats.embeddings:
+        if stats.lacks(name, metric_name) is None:
+            made |= _trials_of_embedding(model, name, heads, stats.metric(name, metric_name, centred=False))
     return made
 
 
-def _trials_of_table(
+def _trials_of_embedding(
     model: nn.Module, name: str, heads: Mapping[str, str], metric: Metric
 ) -> dict[str, TrialFactorization]:
     """Factorize a table, and try the factors on the layers that are tied to it, too."""

@@ -34,8 +34,8 @@ _BATCH = instance(Batch, "a Batch, from lowrank.calibration.data", DataError)
 @accepts(batch=_BATCH, generator=optional(instance(torch.Generator, "a torch.Generator", DataError)))
 def self_supervised(outputs: Any, batch: Batch, generator: torch.Generator) -> Objective:
     """Return the default objective for what the model returned."""
-    kind, tensors = _looked_at(outputs, batch)
-    if kind == "logits":
+    meaning, tensors = _looked_at(outputs, batch)
+    if meaning == "logits":
         parts = [_sampled_labels(logits, generator) for logits in tensors]
         return Objective(torch.stack([part.total for part in parts]).sum(), parts[0].terms)
     return _probed(tensors[0], generator)
@@ -51,7 +51,7 @@ def increase(outputs: Any, targets: Any, batch: Batch) -> Objective:
     Raises:
         DataError: If no objective can be made of them, or they have different shapes.
     """
-    kind, mine = _looked_at(outputs, batch)
+    meaning, mine = _looked_at(outputs, batch)
     _, its = _looked_at(targets, batch)
     shapes, wanted = ([tuple(tensor.shape) for tensor in tensors] for tensors in (mine, its))
     if shapes != wanted:
@@ -59,7 +59,7 @@ def increase(outputs: Any, targets: Any, batch: Batch) -> Objective:
             f"Batch {batch.index}: the model's outputs have shapes {shapes}, the dense model's targets "
             f"{wanted}. Give the dense model that it was made from."
         )
-    if kind == "logits":
+    if meaning == "logits":
         parts = [
             nn.functional.kl_div(
                 x.float().log_softmax(-1), t.float().log_softmax(-1), reduction="sum", log_target=True

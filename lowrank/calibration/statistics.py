@@ -26,8 +26,8 @@ from lowrank.files.safetensors_header import METADATA
 from lowrank.linalg import Diagonal, Gram, Metric, PulledBack
 from lowrank.linalg.shrinkage import shrunk
 
-STATS_FORMAT = 2
-"""Version of the folder written by `Stats.save`; a reader refuses anything newer."""
+STATS_FORMAT = 3
+"""Version of the folder written by `Stats.save`, the only one that is read."""
 
 MOST = 16.0
 """How far a measured cost may lie from the predicted one; beyond, a few tokens decide, and mislead."""
@@ -163,7 +163,7 @@ class Stats:
         tokens: Real tokens seen.
         terms: Independent terms of the objective: samples, or tokens of a language model.
         held_out: By layer, how a trial factorization fared on tokens that it had not seen.
-        tables: By name of an embedding table, how its rows are used.
+        embeddings: By name of an embedding table, how its rows are used.
     """
 
     fingerprint: Fingerprint
@@ -173,10 +173,10 @@ class Stats:
     tokens: int = 0
     terms: int = 0
     held_out: Mapping[str, HeldOutError] = field(default_factory=dict)
-    tables: Mapping[str, EmbeddingStatistics] = field(default_factory=dict)
+    embeddings: Mapping[str, EmbeddingStatistics] = field(default_factory=dict)
 
     def __contains__(self, layer: object) -> bool:
-        return layer in self.sources or layer in self.tables
+        return layer in self.sources or layer in self.embeddings
 
     def __repr__(self) -> str:
         return (
@@ -189,7 +189,7 @@ class Stats:
         """Memory that the sums take."""
         tensors = [t for m in self.inputs.values() for t in (m.total, m.products)]
         tensors += [g.products for g in self.gradients.values()]
-        tensors += [tensor for table in self.tables.values() for tensor in table.tensors.values()]
+        tensors += [tensor for table in self.embeddings.values() for tensor in table.tensors.values()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     @accepts(layer=text(StatsError))
@@ -202,21 +202,21 @@ class Stats:
     @accepts(layer=text(StatsError), metric=text(StatsError))
     def is_diagonal(self, layer: str, metric: str) -> bool:
         """Tell whether ``metric`` knows only a diagonal of ``layer``'s moments, since it is very wide."""
-        if layer in self.tables:
+        if layer in self.embeddings:
             return False
         coarse = self.moments(layer).products.ndim == 1 and metric in ("inputs", "loss")
         return coarse or (metric == "loss" and self.gradients[layer].products.ndim == 1)
 
     def best_metric(self) -> str:
         """Name the metric that makes the most of what is here."""
-        felt = self.gradients or any(table.gradients is not None for table in self.tables.values())
+        felt = self.gradients or any(table.gradients is not None for table in self.embeddings.values())
         return "loss" if felt else "inputs"
 
     @accepts(layer=text(StatsError), metric=text(StatsError))
     def lacks(self, layer: str, metric: str) -> str | None:
         """Return why ``layer`` cannot be measured by ``metric``, or ``None``."""
-        if layer in self.tables:
-            return self.tables[layer].lacks(metric)
+        if layer in self.embeddings:
+            return self.embeddings[layer].lacks(metric)
         if layer not in self.sources:
             return "was not called during calibration"
         if not self.moments(layer).weight:
@@ -227,30 +227,30 @@ class Stats:
 
     @accepts(
         layer=text(StatsError),
-        kind=choice(("weight", "diagonal", "inputs", "loss"), StatsError),
+        metric=choice(("weight", "diagonal", "inputs", "loss"), StatsError),
         centred=flag,
     )
-    def metric(self, layer: str, kind: str, centred: bool) -> Metric:
+    def metric(self, layer: str, metric: str, centred: bool) -> Metric:
         """Return the metric of one layer, or of a table, whose rows weigh as often as they are read.
 
         Args:
             layer: Its name.
-            kind: One of `lowrank.plans.plan.METRICS`.
+            metric: One of `lowrank.plans.plan.METRICS`.
             centred: Whether a bias will take up the mean of the error.
 
         Raises:
             StatsError: If the layer is not here, or has no gradients and ``"loss"`` is asked for.
         """
-        if kind == "weight":
+        if metric == "weight":
             return Metric()
-        if layer in self.tables:
-            return self.tables[layer].metric(kind)
+        if layer in self.embeddings:
+            return self.embeddings[layer].metric(metric)
         moments = self.moments(layer)
         inputs = moments.centred if centred else moments.raw
-        if kind == "diagonal":
+        if metric == "diagonal":
             diagonal = moments.second(centred)
             return Metric(Diagonal((diagonal if diagonal.ndim == 1 else diagonal.diagonal()).clamp(min=0)))
-        if kind == "inputs":
+        if metric == "inputs":
             return Metric(inputs)
         if layer not in self.gradients:
             raise StatsError(
@@ -265,11 +265,11 @@ class Stats:
         To second order, a change ``δy`` of the layer's output costs ``½ Σ (gᵀδy)²``, and the squared
         error is a mean over tokens.
         """
-        if layer not in self.tables and layer not in self.gradients:
+        if layer not in self.embeddings and layer not in self.gradients:
             raise StatsError(
                 f"{layer}: the statistics have no gradients of this layer. Calibrate with a loss."
             )
-        tokens = self.tables[layer].tokens if layer in self.tables else self.gradients[layer].tokens
+        tokens = self.embeddings[layer].tokens if layer in self.embeddings else self.gradients[layer].tokens
         return 0.5 * self.held_out_ratio(layer) * tokens / max(1, self.terms)
 
     @accepts(layer=text(StatsError))
@@ -326,9 +326,11 @@ class Stats:
         mine, its = self.fingerprint, other.fingerprint
         if (mine.layers, mine.tokenizer) != (its.layers, its.tokenizer):
             raise StatsError("Statistics of different models or tokenizers cannot be added.")
-        tables = [{name: table.tensors.keys() for name, table in x.tables.items()} for x in (self, other)]
+        embeddings = [
+            {name: table.tensors.keys() for name, table in x.embeddings.items()} for x in (self, other)
+        ]
         gradients = self.gradients.keys(), other.gradients.keys()
-        if self.sources != other.sources or gradients[0] != gradients[1] or tables[0] != tables[1]:
+        if self.sources != other.sources or gradients[0] != gradients[1] or embeddings[0] != embeddings[1]:
             raise StatsError("The statistics know different layers. Calibrate both in the same way.")
         data = (int(mine.data, 16) + int(its.data, 16)) % 2**64
         return Stats(
@@ -342,7 +344,7 @@ class Stats:
                 name: self.held_out[name] + other.held_out[name]
                 for name in self.held_out.keys() & other.held_out.keys()
             },
-            {name: table + other.tables[name] for name, table in self.tables.items()},
+            {name: table + other.embeddings[name] for name, table in self.embeddings.items()},
         )
 
     @accepts(folder=path(CheckpointError), overwrite=flag)
@@ -358,8 +360,8 @@ class Stats:
             tensors[f"inputs.{key}.products"] = moments.products
         for name, gradients in self.gradients.items():
             tensors[f"gradients.{name}.products"] = gradients.products
-        for name, table in self.tables.items():
-            tensors |= {f"tables.{name}.{part}": tensor for part, tensor in table.tensors.items()}
+        for name, table in self.embeddings.items():
+            tensors |= {f"embeddings.{name}.{part}": tensor for part, tensor in table.tensors.items()}
         structure = {
             "format": STATS_FORMAT,
             "fingerprint": vars(self.fingerprint),
@@ -372,9 +374,9 @@ class Stats:
                 name: {"tokens": gradients.tokens, "pulled_back": gradients.pulled_back}
                 for name, gradients in self.gradients.items()
             },
-            "tables": {
+            "embeddings": {
                 name: {"parts": list(table.tensors), "head_tokens": table.head_tokens}
-                for name, table in self.tables.items()
+                for name, table in self.embeddings.items()
             },
         }
         structure = sealed({**structure, "tensors": {key: digest_of(t) for key, t in tensors.items()}})
@@ -469,16 +471,18 @@ def _assembled(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> S
         _COUNT("tokens", structure["tokens"]),
         _COUNT("terms", structure["terms"]),
         held,
-        _tables(structure, tensors),
+        _embeddings(structure, tensors),
     )
 
 
-def _tables(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, EmbeddingStatistics]:
-    """Return the sums of embeddings, which were not there at first."""
+def _embeddings(
+    structure: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> dict[str, EmbeddingStatistics]:
+    """Return the sums of embeddings."""
     return {
         name: EmbeddingStatistics(
-            **{part: tensors[f"tables.{name}.{part}"] for part in entry["parts"]},
+            **{part: tensors[f"embeddings.{name}.{part}"] for part in entry["parts"]},
             head_tokens=_COUNT(f"head_tokens of {name}", entry["head_tokens"]),
         )
-        for name, entry in structure.get("tables", {}).items()
+        for name, entry in structure["embeddings"].items()
     }

@@ -45,14 +45,14 @@ from lowrank.files.safetensors_header import (
 )
 from lowrank.inspection.eligibility import check_model, check_not_compiled
 from lowrank.inspection.targets import draft
-from lowrank.nn import LowRankEmbedding, QuantizedModule
+from lowrank.nn import QuantizedModule
 from lowrank.plans.plan import LayerPlan, Plan
 from lowrank.plans.storage_formats import scheme_of
 from lowrank.reports.model_card import module_card
 from lowrank.surgery.replacement import check_structure, restructure
 
-FORMAT = 2
-"""Version of ``lowrank.json``; a reader refuses anything newer."""
+FORMAT = 3
+"""Version of ``lowrank.json``, the only one that is read."""
 
 
 @accepts(folder=path(CheckpointError), overwrite=flag)
@@ -135,7 +135,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
 def stored_shapes(layer: LayerPlan) -> dict[str, tuple[int, ...]]:
     """Return the shapes under which a checkpoint holds the factorized ``layer``, by tensor name."""
     rank = layer.rank or 0
-    if layer.kind == LowRankEmbedding.kind:
+    if layer.is_embedding:
         return {
             f"{layer.name}.weight": (0, layer.in_features),
             f"{layer.name}.up.weight": (layer.in_features, rank),
@@ -157,26 +157,26 @@ def plan_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
         shapes.update(stored_shapes(layer))
     for layer in plan.tied:
         shapes[f"{layer.name}.weight"] = (layer.out_features, 0)
-    for code in plan.codes:
+    for code in plan.quantized:
         try:
             scheme = scheme_of(code)
         except SchemeError as error:
             raise CheckpointError(f"{code.name}: the plan codes it in an unknown way: {error}") from error
         codes, scale = scheme.shapes(code.rows, code.columns)
-        empty = (0, code.columns) if code.kind == "embedding" else (0,)
+        empty = (0, code.columns) if code.is_embedding else (0,)
         shapes |= {f"{code.name}.weight": empty, f"{code.name}.codes": codes, f"{code.name}.scale": scale}
-        shapes |= {f"{code.name}.smooth": (code.columns,)} if code.smooth else {}
-        shapes |= {f"{code.name}.center": (code.columns,)} if code.centred else {}
+        shapes |= {f"{code.name}.smooth_scale": (code.columns,)} if code.smooth_scale else {}
+        shapes |= {f"{code.name}.input_shift": (code.columns,)} if code.input_shift else {}
     return shapes
 
 
 def _code_dtypes(plan: Plan) -> dict[str, str]:
     """Return the format's name for the dtype of each tensor of coded weights."""
     found: dict[str, str] = {}
-    for code in plan.codes:
+    for code in plan.quantized:
         codes, scale = (DTYPE_NAMES[dtype] for dtype in scheme_of(code).dtypes)
         found |= {f"{code.name}.codes": codes, f"{code.name}.scale": scale}
-        found |= {f"{code.name}.smooth": "F16", f"{code.name}.center": "F16"}
+        found |= {f"{code.name}.smooth_scale": "F16", f"{code.name}.input_shift": "F16"}
     return found
 
 
@@ -300,7 +300,7 @@ def _check_dtypes(file: Path, model: nn.Module, plan: Plan, header: Mapping[str,
 
 def _check_quantized(file: Path, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
     """Refuse values of quantized weights that quantizing never gives."""
-    for code in plan.codes:
+    for code in plan.quantized:
         names = {part: f"{code.name}.{part}" for part in QuantizedModule.PARTS}
         parts = {part: tensors[name] for part, name in names.items() if name in tensors}
         wrong = QuantizedModule.check_values(scheme_of(code), parts)

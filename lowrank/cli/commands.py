@@ -84,7 +84,7 @@ def plan(
     share_size: ShareSize = None,
     quantize: Quantize = None,
     group_size: GroupSize = None,
-    residual: Residual = False,
+    correction: Residual = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the plan here.")] = None,
     picture: Annotated[Path | None, typer.Option("--plot", help="Draw the ranks into this file.")] = None,
     as_json: Json = False,
@@ -120,7 +120,7 @@ def plan(
         share_size=share_size,
         quantize=quantize,
         group_size=group_size,
-        residual=residual,
+        correction=correction,
         progress=not quiet,
     )
     if out is not None:
@@ -156,8 +156,8 @@ def compress(
     share_size: ShareSize = None,
     quantize: Quantize = None,
     group_size: GroupSize = None,
-    residual: Residual = False,
-    slow: Slow = "warn",
+    correction: Residual = False,
+    on_missing_kernel: Slow = "warn",
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Carry out this plan instead.")] = None,
     sequential: Annotated[
         bool, typer.Option("--sequential", help="Fit layers to the compressed model's inputs, with --data.")
@@ -185,7 +185,7 @@ def compress(
         "share": share,
     }
     choice |= {"share_size": share_size}
-    choice |= {"quantize": quantize, "group_size": group_size, "residual": residual}
+    choice |= {"quantize": quantize, "group_size": group_size, "correction": correction}
     if plan_file is not None:
         _check_plan_says_all(budget | choice)
     check_folder(out, overwrite)
@@ -194,7 +194,7 @@ def compress(
     both = sequential or speedup is not None
     stats = statistics_of(model, samples, stats_folder, not quiet, overrule, both=both)
     how: dict[str, Any] = {"stats": stats, "sequential": sequential, "seed": seed, "progress": not quiet}
-    how |= {"slow": slow}
+    how |= {"slow": on_missing_kernel}
     if sequential and samples is not None:
         how |= {"data": samples.data, "tokenizer": samples.tokenizer}
     if plan_file is not None:

@@ -87,7 +87,7 @@ GroupSize = Annotated[int | None, typer.Option(help="Elements that share a scale
 
 
 Residual = Annotated[
-    bool, typer.Option("--residual", help="Let factors correct coded weights, in place of replacing them.")
+    bool, typer.Option("--correction", help="Let factors correct coded weights, in place of replacing them.")
 ]
 
 

@@ -50,11 +50,11 @@ EVALUATIONS = 8
     mixed_precision=optional(flag),
     held_out=optional(whole(1)),
     blockwise=flag,
-    codes=flag,
+    qat=flag,
     batch_size=whole(1),
     max_length=optional(whole(1)),
     seed=SEED,
-    snapshots=optional(path(CheckpointError)),
+    checkpoint_dir=optional(path(CheckpointError)),
     progress=flag,
 )
 def recover(
@@ -70,11 +70,11 @@ def recover(
     mixed_precision: bool | None = None,
     held_out: int | None = None,
     blockwise: bool = False,
-    codes: bool = True,
+    qat: bool = True,
     batch_size: int = 32,
     max_length: int | None = None,
     seed: int = 0,
-    snapshots: str | Path | None = None,
+    checkpoint_dir: str | Path | None = None,
     progress: bool = False,
 ) -> nn.Module:
     """Train the factors of ``model``, in place, until it does what ``teacher`` does.
@@ -100,13 +100,13 @@ def recover(
             share of the time, where gradients of the whole model do not fit. Beside both models and the
             batches, memory holds the graph of one block and its optimizer, and two copies of what is
             trained. Nothing outside of the stack of blocks is trained.
-        codes: Whether coded weights of linear layers are trained, too: as floating-point weights that are
+        qat: Whether quantized weights of linear layers are trained, too: as floating-point weights that are
             rounded in every forward pass, which take the memory of dense ones meanwhile. Without it only
             what is floating point makes up for them.
         batch_size: Strings per batch.
         max_length: Longest string in tokens; by default what the tokenizer allows, at most 512.
         seed: Seed of the order of batches; the global random state is not touched.
-        snapshots: A folder that keeps where the run stands, written whenever the held-out batches are
+        checkpoint_dir: A folder that keeps where the run stands, written whenever the held-out batches are
             looked at, and on an interrupt; block by block, after each block only. The same call made again
             goes on from there. One process writes, all read.
         progress: Show a progress bar with the loss on a terminal.
@@ -127,7 +127,7 @@ def recover(
     _check(model, teacher, minutes, steps)
     if not isinstance(learning_rate, (int, float)) or not 0 < learning_rate < math.inf:
         raise LowRankError(f"learning_rate={learning_rate!r}: give a positive number, such as 3e-4.")
-    folder = Path(snapshots) if snapshots is not None else None
+    folder = Path(checkpoint_dir) if checkpoint_dir is not None else None
     if folder is not None and process_number() == 0:
         check_folder(folder, overwrite=True)
     student, teacher = unwrapped(model), unwrapped(teacher)
@@ -145,7 +145,7 @@ def recover(
     )
     course = TrainingConfig(train, held, learning_rate, EVALUATIONS, seed, progress)
     pace = TrainingBudget(minutes, steps)
-    with _trained_codes(student, codes):
+    with _quantization_aware(student, qat):
         if blockwise:
             blocks = _trainable_blocks(student, teacher)
             with training_only(student), eval_mode(teacher):
@@ -155,7 +155,7 @@ def recover(
             if not parameters:
                 raise LowRankError(
                     f"{type(student).__name__} has no factor, bias or norm to train: its weights are "
-                    "integers. Leave out codes=False, which keeps those of linear layers; or code less."
+                    "integers. Leave out qat=False, which keeps those of linear layers; or code less."
                 )
             with training_only(student, parameters), lesson.listening():
                 _finish(Trainer(lesson.distance, parameters, pace, course, folder), held)
@@ -163,7 +163,7 @@ def recover(
 
 
 @contextlib.contextmanager
-def _trained_codes(model: nn.Module, wanted: bool) -> Iterator[None]:
+def _quantization_aware(model: nn.Module, wanted: bool) -> Iterator[None]:
     """Make the codes of linear layers trainable, and round them again at the end, whatever happens."""
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)] if wanted else []
     try:

@@ -21,8 +21,8 @@ from lowrank.files.folders import settle, staged
 from lowrank.files.integrity import check_seal, digest_of, load_tensors, read_document, sealed
 from lowrank.files.safetensors_header import METADATA
 
-SNAPSHOT_FORMAT = 3
-"""Version of the folder; a reader refuses anything newer."""
+SNAPSHOT_FORMAT = 4
+"""Version of the folder, the only one that is read."""
 
 _TENSORS, _STRUCTURE = "snapshot.safetensors", "snapshot.json"
 
@@ -102,7 +102,6 @@ class Snapshot:
         if ("blocks" in numbers) != blockwise:
             kind = "as a whole" if blockwise else "block by block"
             raise CheckpointError(f"{folder}: a snapshot of a run {kind}. Give an empty folder.")
-        numbers.setdefault("evaluations", 0)  # older formats do not say: the run then looks once more
         steps, progress, best, evaluations = (
             _NUMBERS[key](f"{file}: {key}", numbers.get(key)) for key in _STATE
         )

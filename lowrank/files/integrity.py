@@ -16,14 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.errors import CheckpointError
-from lowrank.files.json_file import read_json
+from lowrank.files.json_file import check_format, read_json
 from lowrank.files.safetensors_header import DTYPE_NAMES, Stored, read_header, read_stored
 
 SEAL = "digest"
 """The field of a JSON object that holds the digest of all its other fields."""
-
-UNSEALED = 1
-"""The number of each format before there were digests of JSON."""
 
 ALIGNMENT = 64
 """Bytes. Kernels sum in another order, and round otherwise, where a tensor does not begin at a multiple."""
@@ -36,21 +33,14 @@ def digest_of(tensor: Tensor) -> str:
     return state.hexdigest()
 
 
-def read_document(file: str | Path, newest: int) -> dict[str, Any]:
-    """Return the JSON object in ``file``, whose format is at most ``newest``.
+def read_document(file: str | Path, current: int) -> dict[str, Any]:
+    """Return the JSON object in ``file``, whose format is ``current``.
 
     Raises:
-        CheckpointError: If it cannot be read, says no format, or is from a newer version.
+        CheckpointError: If it cannot be read, says no format, or is from another version.
     """
     document = read_json(file)
-    number = document.get("format")
-    if type(number) is not int:
-        raise CheckpointError(f'{file}: has no "format" number. It was not written by lowrank.')
-    if number > newest:
-        raise CheckpointError(
-            f"{file}: has format {number}; this version of lowrank reads up to {newest}. "
-            "Install a newer lowrank."
-        )
+    check_format(file, document.get("format"), current)
     if "tensors" in document:
         check_is_text_table(file, document["tensors"], "tensors")
     return document
@@ -62,13 +52,11 @@ def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_seal(file: str | Path, document: Mapping[str, Any], advice: str = "Copy it again.") -> None:
-    """Refuse a ``document`` from ``file`` that is not as `sealed` returned it; format 1 had no digest.
+    """Refuse a ``document`` from ``file`` that is not as `sealed` returned it.
 
     Raises:
         CheckpointError: If a field was changed, added or removed; the message ends with ``advice``.
     """
-    if document.get("format") == UNSEALED and SEAL not in document:
-        return
     if document.get(SEAL) != _digest_of_fields(document):
         raise CheckpointError(f"{file}: is not as it was saved: a field has been changed. {advice}")
 

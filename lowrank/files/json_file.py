@@ -43,6 +43,33 @@ def read_json(file: str | Path, error: type[LowRankError] = CheckpointError) -> 
         raise error(f"{file}: cannot be read: {cause}.") from cause
 
 
+def check_format(
+    where: str | Path, number: object, current: int, error: type[LowRankError] = CheckpointError
+) -> None:
+    """Refuse what another version of lowrank has written.
+
+    Args:
+        where: The file, or what it is, for the message.
+        number: Its format number.
+        current: The only format that this version reads.
+        error: The class of the error.
+
+    Raises:
+        LowRankError: As ``error``, if ``number`` is another one, or none.
+    """
+    if type(number) is not int:
+        raise error(f'{where}: has no "format" number. It was not written by lowrank.')
+    if number > current:
+        raise error(
+            f"{where}: has format {number}; this version of lowrank reads {current}. Install a newer lowrank."
+        )
+    if number < current:
+        raise error(
+            f"{where}: has format {number}, of an older lowrank; this version reads {current}. Make it anew, "
+            "or read it with the version that wrote it."
+        )
+
+
 def parse_json(text: str) -> Any:
     """Return what ``text`` says; raises `ValueError` if it is not JSON, or nested too deeply."""
     try:

@@ -69,7 +69,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Args:
         rank, keep, energy, error, max_bytes: The budget, exactly one of them, as in `lowrank.compress`.
         targets, ignore, allocation, round_to, tolerance, seed: As in `lowrank.compress`.
-        quantize, group_size, residual, slow: As in `lowrank.compress`.
+        quantize, group_size, correction, on_missing_kernel: As in `lowrank.compress`.
         share, share_size: As in `lowrank.compress`; ``share="inputs"`` needs data.
         overrule: As in `lowrank.compress`, for subclasses of `torch.nn.Linear`: others need inputs.
         plan: The plan that was carried out, as `Plan.to_dict` gives it; then no budget is needed.
@@ -111,8 +111,8 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         max_bytes: int | None = None,
         quantize: str | None = None,
         group_size: int | None = None,
-        residual: bool = False,
-        slow: str = "warn",
+        correction: bool = False,
+        on_missing_kernel: str = "warn",
         share: str | None = None,
         share_size: int | None = None,
         how_to_load: str | None = None,
@@ -142,7 +142,12 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.targets, self.ignore, self.overrule = targets, ignore, overrule
         self.allocation, self.round_to = allocation, round_to
         self.tolerance, self.seed = tolerance, seed
-        self.quantize, self.group_size, self.residual, self.slow = quantize, group_size, residual, slow
+        self.quantize, self.group_size, self.correction, self.on_missing_kernel = (
+            quantize,
+            group_size,
+            correction,
+            on_missing_kernel,
+        )
         self.share, self.share_size = share, share_size
 
     @property
@@ -279,7 +284,7 @@ def record(model: nn.Module, plan: Plan | None = None) -> None:
     rewrite_ties(model)
     for part in _pretrained_models(model):
         found = draft(part)
-        if found.factorized or found.codes:
+        if found.factorized or found.quantized:
             known = plan if plan is not None else recorded(part)
             done = known.carried_out(found) if known is not None else found
             if _method(part) == "gguf" and hasattr(part, "hf_quantizer"):
@@ -359,19 +364,19 @@ def _localized(plan: Plan, model: PreTrainedModel) -> Plan:
         if name is not None:
             owner, table = translated(layer.shares_down_with), translated(layer.tied_to) or layer.tied_to
             layers.append(replace(layer, name=name, shares_down_with=owner, tied_to=table))
-    codes = []
-    for code in plan.codes:
+    quantized = []
+    for code in plan.quantized:
         parent, _, part = code.name.rpartition(".")
         factor = part in PARTS and parent in plan
         name = translated(parent if factor else code.name)
         if name is not None:
-            codes.append(replace(code, name=f"{name}.{part}" if factor else name))
+            quantized.append(replace(code, name=f"{name}.{part}" if factor else name))
     if plan.factorized and not any(layer.rank for layer in layers):
         raise CheckpointError(
             f"config.json: none of the {len(plan.factorized)} factorized layers of {plan.model} "
             f"(such as {plan.factorized[0].name}) is in {type(model).__name__}."
         )
-    return replace(plan, layers=tuple(layers), codes=tuple(codes))
+    return replace(plan, layers=tuple(layers), quantized=tuple(quantized))
 
 
 def head_layers(model: nn.Module) -> dict[str, str]:

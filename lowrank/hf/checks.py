@@ -74,8 +74,8 @@ def check_config(file: Path) -> None:
         others = {name: value for name, value in section.items() if name != SEAL}
         check_seal(file, {**config, SECTION: others, SEAL: section[SEAL]}, _IF_EDITED)
     _check_layer_counts(file, config)
-    kind = config.get("model_type")
-    if "auto_map" in config and (not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING):
+    name = config.get("model_type")
+    if "auto_map" in config and (not isinstance(name, str) or name not in transformers.CONFIG_MAPPING):
         raise CheckpointError(
             f"{file}: the model is defined by code in the folder, which lowrank never runs. If you trust it, "
             "load the model with transformers and trust_remote_code=True."
@@ -135,7 +135,7 @@ def check_shapes(headers: Mapping[str, Mapping[str, Stored]], plan: Plan) -> Non
         expected = plan_shapes(plan)
     except CheckpointError as error:
         raise CheckpointError(f"{CONFIG}: {error}") from error
-    replaced = {code.name for code in plan.codes} | {layer.name for layer in plan.tied}
+    replaced = {code.name for code in plan.quantized} | {layer.name for layer in plan.tied}
     dense = {f"{layer.name}.weight" for layer in plan if layer.rank is None and layer.name not in replaced}
     factorized = {layer.name for layer in plan if layer.rank is not None and layer.tied_to is None}
     known = expected.keys() | {f"{name}.up.bias" for name in factorized}

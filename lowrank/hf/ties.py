@@ -29,8 +29,8 @@ def with_tied_heads(model: PreTrainedModel, plan: Plan) -> Plan:
     Raises:
         CheckpointError: If something else than a linear layer is tied to such a table.
     """
-    changed = {layer.name for layer in plan.factorized if layer.kind == LowRankEmbedding.kind}
-    changed |= {code.name for code in plan.codes if code.kind == "embedding"}
+    changed = {layer.name for layer in plan.factorized if layer.is_embedding}
+    changed |= {code.name for code in plan.quantized if code.is_embedding}
     layers = {layer.name: layer for layer in plan}
     for pair in model.all_tied_weights_keys.items():  # before loading, the parameters are not one yet
         names = {name.removesuffix(".weight") for name in pair}

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from lowrank.errors import LowRankError, TargetError
 from lowrank.inspection.dead_branches import names_set
-from lowrank.inspection.tied_weights import embeddings, equal_layers, place_of, tied_heads
+from lowrank.inspection.tied_weights import embedding_layers, equal_layers, place_of, tied_heads
 from lowrank.inspection.weight_reads import layers_read
 from lowrank.linalg.svd import FLOATING
 from lowrank.nn import (
@@ -54,11 +54,11 @@ def _check_not_wrapped(model: nn.Module) -> None:
     if not _is_of(model, "sentence_transformers"):
         return
     parts = (name for name, part in model.named_modules() if name and _is_of(part, "transformers"))
-    inner, kind, way = next(parts, None), type(model).__name__, "Pass the transformers model inside of it"
+    inner, wrapper, way = next(parts, None), type(model).__name__, "Pass the transformers model inside of it"
     if inner is not None:
         path = "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in inner.split("."))
-        way += f", model{path}, which is changed in place: the {kind} then computes with it"
-    raise LowRankError(f"The model is a {kind}, which wraps one and takes other inputs. {way}.")
+        way += f", model{path}, which is changed in place: the {wrapper} then computes with it"
+    raise LowRankError(f"The model is a {wrapper}, which wraps one and takes other inputs. {way}.")
 
 
 def _is_of(module: nn.Module, package: str) -> bool:
@@ -134,7 +134,7 @@ def other_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Te
 
     With each its module's name, the module, and its own name there; a tied one comes once.
     """
-    known = [*linear_layers(model), *embeddings(model)]
+    known = [*linear_layers(model), *embedding_layers(model)]
     within = {id(part) for _, layer in known for part in layer.modules()} - {id(layer) for _, layer in known}
     seen = {place_of(x.weight) for _, x in known if isinstance(x.weight, nn.Parameter)}  # type: ignore[arg-type]
     for holder, module in model.named_modules():
@@ -207,7 +207,7 @@ def find_embedding_obstacles(model: nn.Module, doubts: Mapping[str, str]) -> dic
     heads = tied_heads(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     found = {}
-    for name, table in embeddings(model):
+    for name, table in embedding_layers(model):
         group = [head for head, owner in heads.items() if owner == name]
         shared = frozenset(f"{one}.weight" for one in (name, *group))
         reason = obstacle(name, table, shared, False)
@@ -226,7 +226,7 @@ def find_doubts(model: nn.Module, overruled: Collection[str] = ()) -> dict[str, 
     `find_obstacles`. Layers that are factorized or coded are there, too. Those ``overruled`` are left out.
     """
     readers = find_readers(model)
-    layers = (*linear_layers(model), *embeddings(model))
+    layers = (*linear_layers(model), *embedding_layers(model))
     found = {name: _doubt(module, readers) for name, module in layers if name not in overruled}
     return {name: reason for name, reason in found.items() if reason is not None}
 
@@ -246,9 +246,9 @@ def _doubt(layer: nn.Module, readers: Mapping[int, str]) -> str | None:
     if id(layer) in readers:
         return f"has its weight read by value in {readers[id(layer)]}"
     own = isinstance(layer, (LowRankLinear, QuantizedLinear, TiedLinear))
-    kind = find_layer_type(layer.kind) if own else layer_type_of(layer)  # type: ignore[arg-type]
-    if kind is not None and not kind.certain:
-        return f"is a {kind.module.__name__}, which may compute something else than nn.Linear"
+    layer_type = find_layer_type(layer.layer_type) if own else layer_type_of(layer)  # type: ignore[arg-type]
+    if layer_type is not None and not layer_type.certain:
+        return f"is a {layer_type.module.__name__}, which may compute something else than nn.Linear"
     return None
 
 

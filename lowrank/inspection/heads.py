@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from torch import nn
 
 from lowrank.inspection.eligibility import dense_elements, find_readers, linear_layers, other_parameters
-from lowrank.inspection.tied_weights import embeddings
+from lowrank.inspection.tied_weights import embedding_layers
 
 HEADS = frozenset(
     {
@@ -35,7 +35,7 @@ def heads_of(model: nn.Module, told: Mapping[str, str] | None = None) -> dict[st
     """
     names = [name for name, _ in linear_layers(model)]
     found = {}
-    for name in [*names, *(name for name, _ in embeddings(model))]:
+    for name in [*names, *(name for name, _ in embedding_layers(model))]:
         parts = name.split(".")
         heads = [
             part

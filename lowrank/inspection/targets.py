@@ -24,7 +24,7 @@ from lowrank.inspection.eligibility import (
     linear_layers,
 )
 from lowrank.inspection.heads import heads_of
-from lowrank.inspection.tied_weights import embeddings, followers, is_copy, pads_with_zeros, tied_heads
+from lowrank.inspection.tied_weights import embedding_layers, followers, is_copy, pads_with_zeros, tied_heads
 from lowrank.nn import (
     LowRankEmbedding,
     LowRankLinear,
@@ -42,7 +42,7 @@ def draft(
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
     heads: Mapping[str, str] | None = None,
-    tables: bool = False,
+    embeddings: bool = False,
     separately_saved: Sequence[str] | None = None,
     overrule: Sequence[str] | None = None,
 ) -> Plan:
@@ -56,7 +56,7 @@ def draft(
             embedding table (``"*.word_embeddings"``, ``"*embed*"``). A table and its tied heads are one.
         ignore: Patterns of layers to leave alone; they win over ``targets``.
         heads: ``{layer name: head}`` of layers that belong to a head, beside those that names tell.
-        tables: Whether all embedding tables are targets, too, unless ``targets`` are given.
+        embeddings: Whether all embedding tables are targets, too, unless ``targets`` are given.
         separately_saved: Names of the modules within ``model`` that are saved on their own: of two equal
             weights one is kept only where both are in the same of them. ``None`` does not look for equal
             weights.
@@ -71,7 +71,7 @@ def draft(
     """
     check_holder(model)
     layers = dict(linear_layers(model))
-    lookups = dict(embeddings(model))
+    lookups = dict(embedding_layers(model))
     known = [*layers, *lookups]
     given = {"targets": targets, "ignore": ignore, "overrule": overrule}
     for pattern in [pattern for name, value in given.items() for pattern in check_patterns(name, value)]:
@@ -85,9 +85,9 @@ def draft(
         if not _is_dense(layers[name]) or any(matches(name, pattern) for pattern in overrule or ())
     }
     counting = {name: reason for name, reason in doubts.items() if name not in overruled}
-    every = tables and targets is None
-    tables_found = _tables(model, lookups, counting, targets or (), ignore or (), every)
-    plans = {plan.name: plan for plan in tables_found}
+    every = embeddings and targets is None
+    embeddings_found = _embeddings(model, lookups, counting, targets or (), ignore or (), every)
+    plans = {plan.name: plan for plan in embeddings_found}
     targeted = {plan.name for plan in plans.values() if plan.targeted}
     users = followers(model) | {head: x for head, x in tied_heads(model).items() if x in targeted}
     equal: dict[str, str] = {}
@@ -115,13 +115,13 @@ def draft(
         reason = reason or not_wanted(name, targets, ignore or (), in_heads)
         plans[name] = replace(plan, reason=reason or "", targeted=reason is None)
     ordered = tuple(plans[n] for n, _ in model.named_modules(remove_duplicate=False) if n in plans)
-    codes = tuple(described(n, m) for n, m in model.named_modules() if isinstance(m, QuantizedModule))
-    return Plan(model=type(model).__name__, layers=ordered, codes=codes)
+    quantized = tuple(described(n, m) for n, m in model.named_modules() if isinstance(m, QuantizedModule))
+    return Plan(model=type(model).__name__, layers=ordered, quantized=quantized)
 
 
-def _tables(
+def _embeddings(
     model: nn.Module,
-    tables: Mapping[str, nn.Embedding | LowRankEmbedding],
+    embeddings: Mapping[str, nn.Embedding | LowRankEmbedding],
     doubts: Mapping[str, str],
     targets: Sequence[str],
     ignore: Sequence[str],
@@ -133,8 +133,8 @@ def _tables(
     """
     blocked = find_embedding_obstacles(model, doubts)
     heads = tied_heads(model)
-    for name, table in tables.items():
-        plan = _describe_table(name, table)
+    for name, table in embeddings.items():
+        plan = _describe_embedding(name, table)
         group = [head for head, owner in heads.items() if owner == name]
         spelled = every or any(spells(pattern, one) for pattern in targets for one in (name, *group))
         if not spelled and plan.rank is None:
@@ -161,14 +161,17 @@ def left_alone(name: str, heads: Sequence[str], ignore: Sequence[str]) -> str | 
     return None
 
 
-def _describe_table(name: str, table: nn.Embedding | LowRankEmbedding) -> LayerPlan:
+def _describe_embedding(name: str, table: nn.Embedding | LowRankEmbedding) -> LayerPlan:
     rows, columns = table.num_embeddings, table.embedding_dim
     if isinstance(table, LowRankEmbedding):
         centred = table.bias is not None
         return LayerPlan(
-            *(name, table.kind, columns, rows, False, table.rank, table.relative_error), added_bias=centred
+            *(name, table.layer_type, columns, rows, False, table.rank, table.relative_error),
+            added_bias=centred,
         )
-    return LayerPlan(name, LowRankEmbedding.kind, columns, rows, False, added_bias=not pads_with_zeros(table))
+    return LayerPlan(
+        name, LowRankEmbedding.layer_type, columns, rows, False, added_bias=not pads_with_zeros(table)
+    )
 
 
 def _is_dense(layer: nn.Module) -> bool:
@@ -187,7 +190,7 @@ def _describe(name: str, module: nn.Module, owners: Mapping[int, str]) -> LayerP
     if isinstance(module, LowRankLinear):
         return LayerPlan(
             name,
-            module.kind,
+            module.layer_type,
             module.in_features,
             module.out_features,
             module.bias is not None and not module.added_bias,
@@ -195,20 +198,20 @@ def _describe(name: str, module: nn.Module, owners: Mapping[int, str]) -> LayerP
             module.relative_error,
             added_bias=module.added_bias,
             shares_down_with=None if module.owns_down else owners.get(id(module.down)),
-            residual=module.base is not None,
+            correction=module.base is not None,
             same_input=module.same_input,
         )
     if isinstance(module, (QuantizedLinear, TiedLinear)):
         sizes = module.in_features, module.out_features
         was_copy = isinstance(module, TiedLinear) and module.was_copy
-        return LayerPlan(name, module.kind, *sizes, module.bias is not None, was_copy=was_copy)
-    kind = layer_type_of(module)
+        return LayerPlan(name, module.layer_type, *sizes, module.bias is not None, was_copy=was_copy)
+    layer_type = layer_type_of(module)
     bias = module.bias is not None
-    assert kind is not None  # of a linear layer
-    if not kind.certain:  # its weight may be packed
-        return LayerPlan(name, kind.name, module.in_features, module.out_features, bias)  # type: ignore[arg-type]
-    rows, columns = kind.weight(module).shape
-    return LayerPlan(name, kind.name, columns, rows, bias)
+    assert layer_type is not None  # of a linear layer
+    if not layer_type.certain:  # its weight may be packed
+        return LayerPlan(name, layer_type.name, module.in_features, module.out_features, bias)  # type: ignore[arg-type]
+    rows, columns = layer_type.weight(module).shape
+    return LayerPlan(name, layer_type.name, columns, rows, bias)
 
 
 def check_patterns(argument: str, patterns: Sequence[str] | None) -> Sequence[str]:
@@ -250,10 +253,10 @@ def not_wanted(
 
 def described(name: str, module: QuantizedModule) -> QuantizedWeight:
     """Describe a module that is coded."""
-    kind, bias, flags = "embedding", False, (False, False)
+    layer_type, bias, flags = "embedding", False, (False, False)
     if isinstance(module, QuantizedLinear):
-        kind, bias = module.kind, module.bias is not None
-        flags = module.smooth is not None, module.center is not None
+        layer_type, bias = module.layer_type, module.bias is not None
+        flags = module.smooth_scale is not None, module.input_shift is not None
     return QuantizedWeight(
-        name, kind, *module.shape, bias, module.scheme.name, module.scheme.group_size, *flags
+        name, layer_type, *module.shape, bias, module.scheme.name, module.scheme.group_size, *flags
     )

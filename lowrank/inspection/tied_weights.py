@@ -12,7 +12,7 @@ from lowrank.inspection.fingerprints import fingerprint_of_layer
 from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedModule, TiedLinear, layer_type_of
 
 
-def embeddings(model: nn.Module) -> Iterator[tuple[str, nn.Embedding | LowRankEmbedding]]:
+def embedding_layers(model: nn.Module) -> Iterator[tuple[str, nn.Embedding | LowRankEmbedding]]:
     """Yield every table under each of its names; the inside of a factorized one is skipped."""
     inside = None
     for name, module in model.named_modules(remove_duplicate=False):
@@ -30,14 +30,14 @@ def tied_heads(model: nn.Module) -> dict[str, str]:
 
     Where several tables have that weight, none of them has a say over the others.
     """
-    tables: dict[int, list[str]] = {}
-    for name, table in embeddings(model):
+    embeddings: dict[int, list[str]] = {}
+    for name, table in embedding_layers(model):
         if isinstance(table, nn.Embedding):
-            tables.setdefault(place_of(table.weight), []).append(name)
+            embeddings.setdefault(place_of(table.weight), []).append(name)
     found = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if type(module) is nn.Linear:
-            owners = tables.get(place_of(module.weight), [])
+            owners = embeddings.get(place_of(module.weight), [])
             if len(owners) == 1:
                 found[name] = owners[0]
     return found
@@ -70,14 +70,14 @@ def equal_layers(
     groups: dict[tuple[object, ...], list[list[str]]] = {}
     modules = dict(model.named_modules())
     for name in names:
-        kind = layer_type_of(modules[name]) if name in modules else None
-        weight = modules[name].weight if kind is not None else None
-        if kind is None or not isinstance(weight, nn.Parameter) or type(weight.data) is not Tensor:
+        layer_type = layer_type_of(modules[name]) if name in modules else None
+        weight = modules[name].weight if layer_type is not None else None
+        if layer_type is None or not isinstance(weight, nn.Parameter) or type(weight.data) is not Tensor:
             continue
         if is_lazy(weight) or weight.is_meta or not weight.is_floating_point() or not weight.numel():
             continue
         home = max((part for part in separately_saved if name.startswith(f"{part}.")), key=len, default="")
-        key = home, kind.name, weight.dtype, weight.device, fingerprint_of_layer(modules[name])
+        key = home, layer_type.name, weight.dtype, weight.device, fingerprint_of_layer(modules[name])
         alike = groups.setdefault(key, [])
         group = next((one for one in alike if _are_equal(modules[one[0]].weight, weight)), None)  # type: ignore[arg-type]
         if group is None:

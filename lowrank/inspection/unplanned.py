@@ -15,7 +15,7 @@ from lowrank.inspection.eligibility import (
     linear_layers,
     other_parameters,
 )
-from lowrank.inspection.tied_weights import embeddings, place_of
+from lowrank.inspection.tied_weights import embedding_layers, place_of
 from lowrank.nn import LowRankEmbedding, QuantizedEmbedding, TiedLinear
 from lowrank.plans.plan import Plan
 from lowrank.plans.reach import LISTED, UnplannedWeight
@@ -25,25 +25,25 @@ _RECURRENT = nn.RNNBase, nn.RNNCellBase
 
 def with_reach(model: nn.Module, plan: Plan) -> Plan:
     """Return ``plan`` with the number of the model's parameters, and those in none of its layers."""
-    planned = {layer.name for layer in plan} | {code.name for code in plan.codes}
+    planned = {layer.name for layer in plan} | {code.name for code in plan.quantized}
     covered, others = 0, []
     for name, module in _matrices(model):
         if name in planned or isinstance(module, QuantizedEmbedding):
             covered += dense_elements(module)
         else:
             others.append((name, module))
-    weights = [*_tables(model, plan, others), *_others(model)]
+    weights = [*_embeddings(model, plan, others), *_others(model)]
     total = covered + sum(weight.parameters for weight in weights)
     return replace(plan, model_parameters=total, unplanned=_with_small_ones_together(weights, total))
 
 
 def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the tables and then the linear layers, each weight once."""
-    tables = dict(embeddings(model))
+    embeddings = dict(embedding_layers(model))
     coded = ((n, m) for n, m in model.named_modules() if isinstance(m, QuantizedEmbedding))
-    factors = {f"{name}.down" for name, table in tables.items() if isinstance(table, LowRankEmbedding)}
+    factors = {f"{name}.down" for name, table in embeddings.items() if isinstance(table, LowRankEmbedding)}
     seen: set[int] = set()
-    for name, module in [*tables.items(), *coded, *linear_layers(model)]:
+    for name, module in [*embeddings.items(), *coded, *linear_layers(model)]:
         weight: Tensor = module.weight  # type: ignore[assignment]
         place = place_of(weight) if isinstance(weight, nn.Parameter) else id(module)
         if place not in seen and name not in factors and not isinstance(module, TiedLinear):
@@ -51,7 +51,9 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _tables(model: nn.Module, plan: Plan, others: list[tuple[str, nn.Module]]) -> Iterator[UnplannedWeight]:
+def _embeddings(
+    model: nn.Module, plan: Plan, others: list[tuple[str, nn.Module]]
+) -> Iterator[UnplannedWeight]:
     blocked = find_embedding_obstacles(model, find_doubts(model, plan.overruled))
     for name, module in others:
         why = blocked.get(name)
@@ -69,21 +71,21 @@ def _others(model: nn.Module) -> Iterator[UnplannedWeight]:
 
 def _reason(module: nn.Module, name: str, parameter: Tensor) -> str:
     """Say why a parameter of ``module`` is no weight of a linear layer."""
-    kind, dimensions = type(module).__name__, parameter.ndim
+    class_name, dimensions = type(module).__name__, parameter.ndim
     if dimensions < 2:
         return "biases, norms and other vectors"
     if isinstance(module, _ConvNd):
-        return f"convolution ({kind})"
+        return f"convolution ({class_name})"
     if isinstance(module, _RECURRENT):
-        return f"recurrent weights ({kind})"
+        return f"recurrent weights ({class_name})"
     if isinstance(module, nn.EmbeddingBag):
-        return f"embedding ({kind})"
+        return f"embedding ({class_name})"
     if isinstance(module, nn.MultiheadAttention):
-        return f"{name} of {kind}, which is in no layer of its own"
+        return f"{name} of {class_name}, which is in no layer of its own"
     if dimensions > 2:
-        experts = ", experts" if "expert" in kind.lower() else ""
-        return f"weight in {dimensions} dimensions ({kind}){experts}"
-    return f"matrix of {kind}, which is no linear layer"
+        experts = ", experts" if "expert" in class_name.lower() else ""
+        return f"weight in {dimensions} dimensions ({class_name}){experts}"
+    return f"matrix of {class_name}, which is no linear layer"
 
 
 def _with_small_ones_together(weights: list[UnplannedWeight], total: int) -> tuple[UnplannedWeight, ...]:

@@ -45,7 +45,7 @@ def quantize_with_correction(
     metric: Metric = Metric(),
     moments: Tensor | None = None,
     *,
-    smooth: Tensor | None = None,
+    smooth_scale: Tensor | None = None,
     rounds: int = ROUNDS,
     tolerance: float = 1e-3,
     seed: int = 0,
@@ -60,7 +60,7 @@ def quantize_with_correction(
         scheme: How Q is coded.
         metric: What the error measures; not one pulled back through the weight.
         moments: Second moment of the inputs for the rounding of Q; see `lowrank.linalg.encode`.
-        smooth: What the layer multiplies its inputs by before they meet the codes, ``(in,)``.
+        smooth_scale: What the layer multiplies its inputs by before they meet the codes, ``(in,)``.
         rounds: How often both are made, at least once.
         tolerance: As for `lowrank.linalg.truncated_svd`.
         seed: The same.
@@ -79,8 +79,8 @@ def quantize_with_correction(
     low = torch.zeros_like(weight)
     norm = metric.squared_norm(weight)
     for _ in range(rounds):
-        codes, scale = quantize_scaled(weight - low, scheme, smooth, moments)
-        lost = weight - dequantize_scaled(codes, scale, scheme, smooth)
+        codes, scale = quantize_scaled(weight - low, scheme, smooth_scale, moments)
+        lost = weight - dequantize_scaled(codes, scale, scheme, smooth_scale)
         left, right, *_ = truncated_svd(lost, rank, metric, tolerance=tolerance, seed=seed)
         low = product(left, right)
         error = math.sqrt(metric.squared_norm(lost - low) / norm) if norm > 0 else 0.0

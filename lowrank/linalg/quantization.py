@@ -134,29 +134,33 @@ def smooth_scale_of(weight: Tensor, variances: Tensor) -> Tensor:
     spread = variances.clamp(min=0).sqrt().to(weight.device)
     largest = weight.abs().amax(0).double()
     alive = (spread > 0) & (largest > 0)
-    smooth = torch.where(alive, (largest / torch.where(alive, spread, 1.0)).sqrt(), 1.0)
+    smooth_scale = torch.where(alive, (largest / torch.where(alive, spread, 1.0)).sqrt(), 1.0)
     if alive.any():
-        smooth = torch.where(alive, smooth / smooth[alive].log().mean().exp(), smooth)
-    return smooth.clamp(1e-2, 1e2).to(torch.float16)
+        smooth_scale = torch.where(alive, smooth_scale / smooth_scale[alive].log().mean().exp(), smooth_scale)
+    return smooth_scale.clamp(1e-2, 1e2).to(torch.float16)
 
 
 def quantize_scaled(
-    weight: Tensor, scheme: Scheme, smooth: Tensor | None = None, moments: Tensor | None = None
+    weight: Tensor, scheme: Scheme, smooth_scale: Tensor | None = None, moments: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return codes and scales of ``W diag(s)⁻¹``, which reads ``s·x``; ``moments`` are those of ``x``."""
     exact = weight.detach().float()
-    if smooth is None:
+    if smooth_scale is None:
         return quantize_weight(exact, scheme, moments)
-    scale = smooth.to(torch.float64)
+    scale = smooth_scale.to(torch.float64)
     return quantize_weight(
-        exact / smooth.float(), scheme, moments * scale[:, None] * scale if moments is not None else None
+        exact / smooth_scale.float(),
+        scheme,
+        moments * scale[:, None] * scale if moments is not None else None,
     )
 
 
-def dequantize_scaled(codes: Tensor, scale: Tensor, scheme: Scheme, smooth: Tensor | None = None) -> Tensor:
+def dequantize_scaled(
+    codes: Tensor, scale: Tensor, scheme: Scheme, smooth_scale: Tensor | None = None
+) -> Tensor:
     """Return the weight ``(rows, columns)`` in float32 that `quantize_scaled` has coded."""
     weight = dequantize_weight(codes, scale, scheme)
-    return weight if smooth is None else weight * smooth
+    return weight if smooth_scale is None else weight * smooth_scale
 
 
 def requantize(weight: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:

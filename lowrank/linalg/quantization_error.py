@@ -29,10 +29,10 @@ def rounding_error_of(weight: Tensor, scheme: Scheme, moments: Tensor | None = N
 
     int8 is rounded without error feedback here: its loss is small, and that costs a hundredth of the time.
     """
-    smooth = smooth_scale_of(weight, moments.diagonal()) if moments is not None else None
+    smooth_scale = smooth_scale_of(weight, moments.diagonal()) if moments is not None else None
     used = moments if scheme.name != "int8" else None
     return weight.detach().float() - dequantize_scaled(
-        *quantize_scaled(weight, scheme, smooth, used), scheme, smooth
+        *quantize_scaled(weight, scheme, smooth_scale, used), scheme, smooth_scale
     )
 
 

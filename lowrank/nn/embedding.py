@@ -40,7 +40,7 @@ class LowRankEmbedding(nn.Module):
     """
 
     weight: Tensor
-    kind = "embedding"
+    layer_type = "embedding"
 
     @accepts(
         num_embeddings=whole(1),

@@ -46,22 +46,22 @@ GROUPS = (32, 64, 128, 256)
 """The group sizes that int4 kernels know."""
 
 
-def prepared(input: Tensor, smooth: Tensor | None, center: Tensor | None) -> Tensor:
+def prepared(input: Tensor, smooth_scale: Tensor | None, input_shift: Tensor | None) -> Tensor:
     """Return ``s·x − c``, in the dtype of the input."""
-    if smooth is None:
+    if smooth_scale is None:
         return input
-    if center is None:
-        return input * smooth.to(input.dtype)
-    return torch.addcmul(-center.to(input.dtype), input, smooth.to(input.dtype))
+    if input_shift is None:
+        return input * smooth_scale.to(input.dtype)
+    return torch.addcmul(-input_shift.to(input.dtype), input, smooth_scale.to(input.dtype))
 
 
-def quantized(rows: Tensor, smooth: Tensor | None, center: Tensor | None) -> tuple[Tensor, Tensor]:
+def quantized(rows: Tensor, smooth_scale: Tensor | None, input_shift: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return int8 codes of ``s·x − c`` for ``rows (n, in)``, and what one is worth in each row, ``(n, 1)``.
 
     The latter is NaN or infinite where the row is: the codes do not matter then.
     """
     if is_compiled():
-        values = prepared(rows.to(torch.float32), smooth, center)
+        values = prepared(rows.to(torch.float32), smooth_scale, input_shift)
         step = (values.abs().amax(1, keepdim=True) / 127).clamp(min=SMALLEST_STEP)
         return (values * step.reciprocal()).round().to(torch.int8), step
     count, features = rows.shape
@@ -71,7 +71,7 @@ def quantized(rows: Tensor, smooth: Tensor | None, center: Tensor | None) -> tup
     shift = torch.full((features,), ROUND, dtype=torch.float32, device=rows.device)
     parts = (torch.split(tensor, some) for tensor in (rows, codes, step))
     for part, given, worth in zip(*parts, strict=True):
-        values, room = prepared(part.to(torch.float32), smooth, center), space[: len(part)]
+        values, room = prepared(part.to(torch.float32), smooth_scale, input_shift), space[: len(part)]
         torch.amax(torch.abs(values, out=room), 1, keepdim=True, out=worth)
         worth.div_(127).clamp_(min=SMALLEST_STEP)
         torch.addcmul(shift, values, worth.reciprocal(), out=room)

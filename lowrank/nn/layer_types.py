@@ -75,9 +75,9 @@ _CONV1D = "transformers.pytorch_utils.Conv1D"
 """Known by name, and registered when first seen: nothing here imports transformers."""
 
 
-def register_layer_type(kind: LayerType) -> None:
-    """Make layers of type ``kind.module`` factorizable."""
-    _KINDS[kind.module] = kind
+def register_layer_type(layer_type: LayerType) -> None:
+    """Make layers of type ``layer_type.module`` factorizable."""
+    _KINDS[layer_type.module] = layer_type
 
 
 def layer_type_of(module: nn.Module) -> LayerType | None:
@@ -86,10 +86,10 @@ def layer_type_of(module: nn.Module) -> LayerType | None:
     if cls not in _KINDS and _place_of(cls) == _CONV1D:
         register_layer_type(_conv1d(cls))
     elif cls not in _KINDS and issubclass(cls, nn.Linear):
-        kind = _subclass(cls)
-        if not kind.certain:  # not registered: parametrizing makes a new class for each layer
-            return kind
-        register_layer_type(kind)
+        layer_type = _subclass(cls)
+        if not layer_type.certain:  # not registered: parametrizing makes a new class for each layer
+            return layer_type
+        register_layer_type(layer_type)
     return _KINDS.get(cls)
 
 
@@ -99,17 +99,17 @@ def layer_type_named(name: str) -> LayerType:
     Raises:
         LowRankError: If no such kind is registered.
     """
-    kind = find_layer_type(name)
-    if kind is None:
+    layer_type = find_layer_type(name)
+    if layer_type is None:
         raise LowRankError(
             f'No kind of dense layer is called "{name}" here. Call lowrank.nn.register_layer_type first.'
         )
-    return kind
+    return layer_type
 
 
 def find_layer_type(name: str) -> LayerType | None:
     """Return the kind called ``name``, if it is registered; of a class that was defined anew, the last."""
-    return next((kind for kind in reversed(_KINDS.values()) if kind.name == name), None)
+    return next((layer_type for layer_type in reversed(_KINDS.values()) if layer_type.name == name), None)
 
 
 register_layer_type(
@@ -138,7 +138,9 @@ def _place_of(cls: type) -> str:
 
 def _subclass(cls: type[nn.Module]) -> LayerType:
     """Describe a subclass of `torch.nn.Linear`, by its short name unless another class has that."""
-    others = {kind.name for kind in _KINDS.values() if _place_of(kind.module) != _place_of(cls)}
+    others = {
+        layer_type.name for layer_type in _KINDS.values() if _place_of(layer_type.module) != _place_of(cls)
+    }
     name = _place_of(cls) if cls.__name__ in others | {"embedding"} else cls.__name__
     return LayerType(
         name=name,

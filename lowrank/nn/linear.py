@@ -30,7 +30,7 @@ class LowRankLinear(nn.Module):
         in_features, out_features: Sizes of the input and output vectors.
         rank: Inner size.
         bias: Whether to add a bias ``(out,)``.
-        kind: Name of the dense layer that it stands for (`lowrank.nn.layer_types`).
+        layer_type: Name of the dense layer that it stands for (`lowrank.nn.layer_types`).
         shared: Whether ``down`` is to serve other layers too (`share_down_with`). The rank may then exceed
             ``out_features``, up to ``in_features``.
         device, dtype: As for `torch.nn.Linear`.
@@ -46,7 +46,7 @@ class LowRankLinear(nn.Module):
         in_features=whole(1),
         out_features=whole(1),
         bias=flag,
-        kind=text(),
+        layer_type=text(),
         shared=flag,
         device=optional(arguments.device),
         dtype=optional(FLOATING_DTYPE),
@@ -58,7 +58,7 @@ class LowRankLinear(nn.Module):
         rank: int,
         bias: bool = True,
         *,
-        kind: str = "linear",
+        layer_type: str = "linear",
         shared: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -74,7 +74,7 @@ class LowRankLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.rank = rank
-        self.kind = kind
+        self.layer_type = layer_type
         self.relative_error: float | None = None
         self.added_bias = False
         self.same_input = True
@@ -93,7 +93,7 @@ class LowRankLinear(nn.Module):
         left=MATRIX,
         right=MATRIX,
         bias=optional(PARAMETER),
-        kind=text(),
+        layer_type=text(),
         shared=flag,
         added_bias=flag,
         base=optional(instance(QuantizedLinear, "a QuantizedLinear, the weight that is corrected")),
@@ -104,7 +104,7 @@ class LowRankLinear(nn.Module):
         right: Tensor,
         bias: nn.Parameter | None = None,
         *,
-        kind: str = "linear",
+        layer_type: str = "linear",
         shared: bool = False,
         relative_error: float | None = None,
         added_bias: bool = False,
@@ -114,7 +114,13 @@ class LowRankLinear(nn.Module):
         _check_factors(left, right)
         rank, in_features = right.shape
         layer = cls(
-            in_features, left.shape[0], rank, bias is not None, kind=kind, shared=shared, device="meta"
+            in_features,
+            left.shape[0],
+            rank,
+            bias is not None,
+            layer_type=layer_type,
+            shared=shared,
+            device="meta",
         )
         layer.down.weight = nn.Parameter(right)
         layer.up.weight = nn.Parameter(left)
@@ -139,12 +145,12 @@ class LowRankLinear(nn.Module):
             >>> small(torch.zeros(2, 64)).shape
             torch.Size([2, 32])
         """
-        kind = layer_type_of(layer)
-        if kind is None or not kind.certain:
+        layer_type = layer_type_of(layer)
+        if layer_type is None or not layer_type.certain:
             raise WeightError(f"{type(layer).__name__} is not a linear layer that can be factorized.")
-        left, right, error, _ = truncated_svd(kind.weight(layer), rank, seed=seed)
+        left, right, error, _ = truncated_svd(layer_type.weight(layer), rank, seed=seed)
         bias: nn.Parameter | None = layer.bias  # type: ignore[assignment]
-        new = cls.from_factors(left, right, bias, kind=kind.name, relative_error=error)
+        new = cls.from_factors(left, right, bias, layer_type=layer_type.name, relative_error=error)
         return new.train(layer.training)
 
     @accepts(same_input=flag)
@@ -218,7 +224,7 @@ class LowRankLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Describe the layer as `torch.nn.Linear` does, with its rank."""
-        base = "" if self.base is None else f", residual of {self.base.scheme.name}"
+        base = "" if self.base is None else f", correction of {self.base.scheme.name}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"rank={self.rank}, bias={self.bias is not None}{'' if self.owns_down else ', shared down'}{base}"

@@ -44,7 +44,7 @@ class QuantizedModule(nn.Module):
         PARTS: The names of the buffers that a quantized weight may have.
     """
 
-    PARTS: ClassVar[tuple[str, ...]] = ("codes", "scale", "smooth", "center")
+    PARTS: ClassVar[tuple[str, ...]] = ("codes", "scale", "smooth_scale", "input_shift")
     trainable: bool = True
     codes: Tensor
     scale: Tensor
@@ -62,10 +62,10 @@ class QuantizedModule(nn.Module):
         scheme.check(rows, columns)
         self.scheme = scheme
         self.shape = rows, columns
-        for name, shape, kind in zip(
+        for name, shape, stored_as in zip(
             ("codes", "scale"), scheme.shapes(rows, columns), scheme.dtypes, strict=True
         ):
-            self.register_buffer(name, torch.zeros(shape, device=device, dtype=kind))
+            self.register_buffer(name, torch.zeros(shape, device=device, dtype=stored_as))
         self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
 
     @staticmethod
@@ -78,8 +78,8 @@ class QuantizedModule(nn.Module):
         possible: dict[str, Callable[[Tensor], bool]] = {
             "codes": lambda codes: not (int8 and codes.numel() and int(codes.amin()) == -128),
             "scale": lambda scale: _all_finite(scale) and not (int8 and bool((scale <= 0).any())),
-            "smooth": lambda smooth: bool((smooth > 0).all()),
-            "center": _all_finite,
+            "smooth_scale": lambda smooth_scale: bool((smooth_scale > 0).all()),
+            "input_shift": _all_finite,
         }
         return next((name for name, part in parts.items() if not possible[name](part)), None)
 
@@ -93,7 +93,11 @@ class QuantizedModule(nn.Module):
         return dequantize_weight(self.codes, self.scale, self.scheme, self.weight.dtype)
 
     def by_integers(
-        self, input: Tensor, bias: Tensor | None, smooth: Tensor | None = None, center: Tensor | None = None
+        self,
+        input: Tensor,
+        bias: Tensor | None,
+        smooth_scale: Tensor | None = None,
+        input_shift: Tensor | None = None,
     ) -> Tensor | None:
         """Return ``W (s·x − c) + b`` for ``x (…, columns)`` by integer products, ``(…, rows)``, if they can.
 
@@ -107,7 +111,7 @@ class QuantizedModule(nn.Module):
         fewest = integer_matmul.fewest_integer_rows(*self.shape, rows.device)
         if fewest is None or len(rows) < fewest:
             return None
-        given, step = integer_matmul.quantized(rows, smooth, center)
+        given, step = integer_matmul.quantized(rows, smooth_scale, input_shift)
         added = bias.detach().to(torch.float32) if bias is not None else None
         output = integer_matmul.integer_product(given, step, self.codes, self.scale, added)
         return output.to(input.dtype).reshape(*input.shape[:-1], self.shape[0])
@@ -134,24 +138,24 @@ class QuantizedLinear(QuantizedModule):
         in_features, out_features: Sizes of the input and output vectors.
         bias: Whether to add a bias ``(out,)``.
         scheme: How the weight is coded.
-        kind: Name of the dense layer that it stands for (`lowrank.nn.layer_types`).
-        smooth, centred: Whether inputs are scaled, and shifted, before they meet the codes.
+        layer_type: Name of the dense layer that it stands for (`lowrank.nn.layer_types`).
+        smooth_scale, input_shift: Whether inputs are scaled, and shifted, before they meet the codes.
         device, dtype: Of the bias, and of what the layer computes in.
     """
 
     bias: nn.Parameter | None
     latent: nn.Parameter | None
-    smooth: Tensor | None
-    center: Tensor | None
+    smooth_scale: Tensor | None
+    input_shift: Tensor | None
 
     @accepts(
         in_features=whole(1),
         out_features=whole(1),
         bias=flag,
         scheme=_SCHEME,
-        kind=text(),
-        smooth=flag,
-        centred=flag,
+        layer_type=text(),
+        smooth_scale=flag,
+        input_shift=flag,
         device=optional(arguments.device),
         dtype=optional(FLOATING_DTYPE),
     )
@@ -162,17 +166,17 @@ class QuantizedLinear(QuantizedModule):
         bias: bool,
         scheme: Scheme,
         *,
-        kind: str = "linear",
-        smooth: bool = False,
-        centred: bool = False,
+        layer_type: str = "linear",
+        smooth_scale: bool = False,
+        input_shift: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(out_features, in_features, scheme, device, dtype)
-        for name, wanted in (("smooth", smooth), ("center", centred)):
+        for name, wanted in (("smooth_scale", smooth_scale), ("input_shift", input_shift)):
             row = torch.zeros(in_features, device=device, dtype=torch.float16) if wanted else None
             self.register_buffer(name, row)
-        self.in_features, self.out_features, self.kind = in_features, out_features, kind
+        self.in_features, self.out_features, self.layer_type = in_features, out_features, layer_type
         self.register_parameter(
             "bias", nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         )
@@ -186,9 +190,9 @@ class QuantizedLinear(QuantizedModule):
         weight=MATRIX,
         bias=optional(PARAMETER),
         scheme=_SCHEME,
-        kind=text(),
-        smooth=optional(TENSOR),
-        center=optional(TENSOR),
+        layer_type=text(),
+        smooth_scale=optional(TENSOR),
+        input_shift=optional(TENSOR),
         moments=optional(MATRIX),
     )
     def from_weight(
@@ -197,12 +201,12 @@ class QuantizedLinear(QuantizedModule):
         bias: nn.Parameter | None,
         scheme: Scheme,
         *,
-        kind: str = "linear",
-        smooth: Tensor | None = None,
-        center: Tensor | None = None,
+        layer_type: str = "linear",
+        smooth_scale: Tensor | None = None,
+        input_shift: Tensor | None = None,
         moments: Tensor | None = None,
     ) -> QuantizedLinear:
-        """Code ``weight (out, in)``; the bias is shared, and must make up for ``center`` already.
+        """Code ``weight (out, in)``; the bias is shared, and must make up for ``input_shift`` already.
 
         ``moments (in, in)`` are of the input as the layer is given it; see `lowrank.linalg.encode`.
 
@@ -213,8 +217,8 @@ class QuantizedLinear(QuantizedModule):
         """
         inputs = weight.shape[1]
         sizes = {
-            "smooth": (smooth, (inputs,)),
-            "center": (center, (inputs,)),
+            "smooth_scale": (smooth_scale, (inputs,)),
+            "input_shift": (input_shift, (inputs,)),
             "moments": (moments, (inputs, inputs)),
         }
         for name, (given, wanted) in sizes.items():
@@ -222,9 +226,9 @@ class QuantizedLinear(QuantizedModule):
                 raise WeightError(
                     f"{name} has shape {tuple(given.shape)}: give {wanted}, for {inputs} inputs."
                 )
-        layer = cls(inputs, weight.shape[0], False, scheme, kind=kind, device="meta")
-        layer._take(quantize_scaled(weight, scheme, smooth, moments), weight.dtype)
-        layer.smooth, layer.center = smooth, center
+        layer = cls(inputs, weight.shape[0], False, scheme, layer_type=layer_type, device="meta")
+        layer._take(quantize_scaled(weight, scheme, smooth_scale, moments), weight.dtype)
+        layer.smooth_scale, layer.input_shift = smooth_scale, input_shift
         layer.register_parameter("bias", bias)
         return layer
 
@@ -235,13 +239,13 @@ class QuantizedLinear(QuantizedModule):
         scale: Tensor,
         scheme: Scheme,
         dtype: torch.dtype,
-        smooth: Tensor | None = None,
+        smooth_scale: Tensor | None = None,
     ) -> QuantizedLinear:
         """Wrap what `quantize_scaled` gave, without a bias; the layer computes in ``dtype``."""
         columns = codes.shape[1] * (1 if scheme.group_size is None else 2)
         layer = cls(columns, len(codes), False, scheme, device="meta")
         layer._take((codes, scale), dtype)
-        layer.smooth = smooth
+        layer.smooth_scale = smooth_scale
         return layer
 
     def runs_on(self) -> str:
@@ -266,11 +270,11 @@ class QuantizedLinear(QuantizedModule):
     def multiply(self, input: Tensor, bias: nn.Parameter | None) -> Tensor:
         """Map ``(…, in)`` to ``(…, out)`` with another bias than the layer's own: for who uses its codes."""
         if self.latent is None:
-            output = self.by_integers(input, bias, self.smooth, self.center)
+            output = self.by_integers(input, bias, self.smooth_scale, self.input_shift)
             output = self._by_int4(input, bias) if output is None else output
             if output is not None:
                 return output
-        given = integer_matmul.prepared(input, self.smooth, self.center)
+        given = integer_matmul.prepared(input, self.smooth_scale, self.input_shift)
         added = bias.to(input.dtype) if bias is not None else None
         return linear(given, self._decoded().to(input.dtype), added)
 
@@ -307,14 +311,14 @@ class QuantizedLinear(QuantizedModule):
     def dense_weight(self) -> Tensor:
         """Return the weight that multiplies the layer's input, ``(out, in)``, in the dtype of ``weight``."""
         weight = self._decoded()
-        return (weight if self.smooth is None else weight * self.smooth).to(self.weight.dtype)
+        return (weight if self.smooth_scale is None else weight * self.smooth_scale).to(self.weight.dtype)
 
     @without_autocast()
     def shift(self) -> Tensor | None:
-        """Return what ``center`` takes from the output, ``(out,)``, so that ``y = Wx − shift + b``."""
-        if self.center is None:
+        """Return what ``input_shift`` takes from the output, ``(out,)``, so that ``y = Wx − shift + b``."""
+        if self.input_shift is None:
             return None
-        return self._decoded() @ self.center.float()
+        return self._decoded() @ self.input_shift.float()
 
     def dense_bias(self) -> nn.Parameter | None:
         """Return the bias that goes with `dense_weight`, for inputs from which nothing is taken."""
@@ -341,7 +345,9 @@ class QuantizedLinear(QuantizedModule):
             return None
         codes, scales = self._for_kernel()
         product = integer_matmul.int4_product_unseen if is_compiled() else integer_matmul.int4_product
-        output = product(integer_matmul.prepared(rows, self.smooth, self.center), codes, scales, size)
+        output = product(
+            integer_matmul.prepared(rows, self.smooth_scale, self.input_shift), codes, scales, size
+        )
         output = output.to(rows.dtype) + (bias.to(rows.dtype) if bias is not None else 0)
         return output.reshape(*input.shape[:-1], self.out_features)
 

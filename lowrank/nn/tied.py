@@ -26,7 +26,7 @@ class TiedLinear(nn.Module):
     Args:
         owner: The embedding or linear layer.
         bias: The layer's own, ``(out,)``, or ``None``.
-        kind: Name of the dense layer that it stands for (`lowrank.nn.layer_types`).
+        layer_type: Name of the dense layer that it stands for (`lowrank.nn.layer_types`).
         was_copy: Whether that layer had a weight of its own, equal to the owner's; if not, they were tied.
 
     Attributes:
@@ -41,13 +41,13 @@ class TiedLinear(nn.Module):
         owner: Owner,
         bias: nn.Parameter | None = None,
         *,
-        kind: str = "linear",
+        layer_type: str = "linear",
         was_copy: bool = False,
     ) -> None:
         super().__init__()
         self.__dict__["_owner"] = owner
         self.in_features, self.out_features = _sizes(owner)
-        self.kind, self.was_copy = kind, was_copy
+        self.layer_type, self.was_copy = layer_type, was_copy
         like: Tensor = owner.weight  # type: ignore[assignment]
         self.register_buffer("weight", like.new_empty(self.out_features, 0))
         self.register_parameter("bias", bias)

@@ -77,16 +77,16 @@ def enough_batches(data: Iterable[Any]) -> int:
     return max(1, min(32, len(data) // 8)) if few and isinstance(data, Sequence) else 32
 
 
-def check_spill(sequential: bool, spill: str | Path | None) -> None:
+def check_offload_folder(sequential: bool, offload_folder: str | Path | None) -> None:
     """Refuse a folder for hidden states that is missing, or that nothing needs."""
-    if spill is None:
+    if offload_folder is None:
         return
     if not sequential:
         raise DataError(
-            "spill= is for the hidden states that sequential=True keeps; without it, leave it out."
+            "offload_folder= is for the hidden states that sequential=True keeps; without it, leave it out."
         )
-    if not Path(spill).is_dir():
-        raise DataError(f"spill={str(spill)!r}: there is no such folder.")
+    if not Path(offload_folder).is_dir():
+        raise DataError(f"offload_folder={str(offload_folder)!r}: there is no such folder.")
 
 
 def stream_of(
@@ -120,10 +120,12 @@ def decided(
         return decide(model, layers, request, stats, predict, progress, timing).without_needless_ties()
     (form, *others) = request.forms
     scheme = INT8 if others or form.scheme is None else form.scheme
-    if request.budget is None or request.budget.kind != "max_bytes":
+    if request.budget is None or request.budget.name != "max_bytes":
         chosen = decide(model, layers, request, stats, predict, progress, timing)
         return quantized_plan(model, chosen, scheme, None, request.ignore, stats)
     ignored = [*(request.ignore or ()), *(layer.name for layer in layers.targeted)]
-    rest = quantized_plan(model, replace(layers, codes=()), scheme, None, ignored, stats, optional=True).codes
+    rest = quantized_plan(
+        model, replace(layers, quantized=()), scheme, None, ignored, stats, optional=True
+    ).quantized
     chosen = decide(model, layers, request, stats, predict, progress, timing, rest)
     return without_shared_input_shifts(quantization_targets.with_heads(model, chosen)).without_needless_ties()

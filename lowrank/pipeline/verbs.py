@@ -56,8 +56,8 @@ from lowrank.inspection.unplanned import with_reach
 from lowrank.linalg import ErrorCurve, Scheme
 from lowrank.nn import TiedLinear
 from lowrank.pipeline.stages import (
+    check_offload_folder,
     check_overruled,
-    check_spill,
     decided,
     enough_batches,
     quantized_plan,
@@ -79,7 +79,7 @@ _REQUEST: dict[str, Check] = {
     "round_to": whole(1, error=BudgetError),
     "share": optional(text(BudgetError)),
     "quantize": optional(text(SchemeError)),
-    "residual": flag,
+    "correction": flag,
     "progress": flag,
 }
 """What `compress` and `plan` have in common; words, patterns and budgets are checked where they are read."""
@@ -90,7 +90,7 @@ _SLOW = text(SchemeError)
 _DATA: dict[str, Check] = {
     "tokenizer": optional(function),
     "sequential": flag,
-    "spill": optional(path(DataError)),
+    "offload_folder": optional(path(DataError)),
     "seed": SEED,
 }
 
@@ -99,7 +99,7 @@ REACH_TO_WARN_BELOW = 0.3
 """A share of the model's parameters: `compress` warns where it can change less, and nobody asked for that."""
 
 
-@accepts(**_REQUEST, **_DATA, slow=_SLOW)
+@accepts(**_REQUEST, **_DATA, on_missing_kernel=_SLOW)
 def compress(
     model: nn.Module,
     *,
@@ -126,11 +126,11 @@ def compress(
     share_size: int | None = None,
     quantize: str | None = None,
     group_size: int | None = None,
-    residual: bool = False,
+    correction: bool = False,
     sequential: bool = False,
-    spill: str | Path | None = None,
+    offload_folder: str | Path | None = None,
     tolerance: float = 1e-3,
-    slow: str = "warn",
+    on_missing_kernel: str = "warn",
     seed: int = 0,
     progress: bool = False,
 ) -> nn.Module:
@@ -181,14 +181,14 @@ def compress(
             ``max_bytes``, chooses for each layer whether it stays, is factorized, is coded, or both, by the
             predicted increase of the loss; all else is coded as int8.
         group_size: Elements that share a scale under ``"int4"``; 32 by default.
-        residual: Let the factors correct what the codes of a weight have lost, ``W ≈ Q + LR``, in place of
+        correction: Let the factors correct what the codes of a weight have lost, ``W ≈ Q + LR``, in place of
             replacing it; the factors are int8. For a ``rank`` or ``max_bytes``, with ``quantize="int4"``, or
             ``"int8"``, which leaves little to correct.
         sequential: Go through the model block by block on ``data``, and let each block make up for what
             was lost before it. Costs some six forward passes more, and no gradients.
-        spill: A folder on a disk, for the hidden states of all data that this needs; by default they
+        offload_folder: A folder on a disk, for the hidden states of all data that this needs; by default they
             stay in memory, twice tokens × hidden size.
-        slow: What to do about int4 weights without a kernel, as in `quantize`.
+        on_missing_kernel: What to do about int4 weights without a kernel, as in `quantize`.
         tolerance: Largest relative excess over each layer's optimal error, proven or measured.
         seed: Seed of the randomized solver; the global random state is not touched.
         progress: Show progress bars on a terminal.
@@ -229,16 +229,18 @@ def compress(
         share_size=share_size,
         quantize=quantize,
         group_size=group_size,
-        residual=residual,
+        correction=correction,
     )
-    if sequential and (residual or quantize == "auto"):
-        raise BudgetError("sequential=True fits factors that replace weights, not residuals: leave one out.")
+    if sequential and (correction or quantize == "auto"):
+        raise BudgetError(
+            "sequential=True fits factors that replace weights, not corrections: leave one out."
+        )
     equal = not sequential  # blocks are gone through one by one
     heads = known_heads(model)  # a bad request fails before the work of calibrating
     layers = drafted(model, request, stats, heads, equal=equal)
     if sequential and data is None:
         raise DataError("sequential=True goes through data once more: give data=.")
-    check_spill(sequential, spill)
+    check_offload_folder(sequential, offload_folder)
     check_targeted(model, layers, request, heads)
     if (sequential or overrule) and isinstance(data, Iterator):
         data = list(data)  # to be gone through twice
@@ -258,7 +260,7 @@ def compress(
         )
         layers = drafted(model, request, stats, heads, equal=equal)
         check_targeted(model, layers, request, heads)  # statistics may lack what was targeted
-    predict = budget.kind != "rank"  # a given rank decides nothing by its error: spare the spectra
+    predict = budget.name != "rank"  # a given rank decides nothing by its error: spare the spectra
     timing = Timing(inputs, latencies)
     chosen = with_reach(model, decided(model, layers, request, stats, predict, progress, timing))
     if targets is None and ignore is None and chosen.reachable_fraction < REACH_TO_WARN_BELOW:
@@ -270,15 +272,15 @@ def compress(
         sequential=sequential,
         data=data if sequential else None,
         tokenizer=tokenizer,
-        spill=spill,
-        slow=slow,
+        offload_folder=offload_folder,
+        on_missing_kernel=on_missing_kernel,
         seed=seed,
         progress=progress,
     )
     return model
 
 
-@accepts(scheme=text(SchemeError), stats=_STATS, slow=_SLOW, seed=SEED, progress=flag)
+@accepts(scheme=text(SchemeError), stats=_STATS, on_missing_kernel=_SLOW, seed=SEED, progress=flag)
 def quantize(
     model: nn.Module,
     scheme: str = "int8",
@@ -287,7 +289,7 @@ def quantize(
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
     stats: Stats | None = None,
-    slow: str = "warn",
+    on_missing_kernel: str = "warn",
     seed: int = 0,
     progress: bool = False,
 ) -> nn.Module:
@@ -304,8 +306,9 @@ def quantize(
         ignore: Patterns to leave alone.
         stats: Statistics of the dense model, from `calibrate`: layers then scale and shift their inputs
             so that integers lose less.
-        slow: What to do where int4 weights of linear layers have no kernel on the model's device, and are
-            decoded at every call: ``"warn"`` (`SlowKernelWarning`), ``"refuse"`` or ``"allow"``.
+        on_missing_kernel: What to do where int4 weights of linear layers have no kernel on the model's
+            device, and are decoded at every call: ``"warn"`` (`SlowKernelWarning`), ``"refuse"`` or
+            ``"allow"``.
         seed: Of the rotation between factors; the global random state is not touched.
         progress: Show a progress bar on a terminal.
 
@@ -315,7 +318,7 @@ def quantize(
 
     Raises:
         SchemeError: If the scheme is unknown, a weight does not divide into its groups, or int4 has no
-            kernel and ``slow="refuse"``.
+            kernel and ``on_missing_kernel="refuse"``.
         WeightError: If a weight is not finite.
         TargetError: If a pattern matches nothing, or names what cannot be coded.
         LowRankError: If nothing is left to code. The model is then as before.
@@ -333,7 +336,7 @@ def quantize(
     done = hf.recorded(model) if hf is not None else None
     known = done.carried_out(found) if done is not None else found
     plan = quantized_plan(model, known, Scheme(scheme, group_size), targets, ignore, stats)
-    return apply(model, plan, stats, slow=slow, seed=seed, progress=progress)
+    return apply(model, plan, stats, on_missing_kernel=on_missing_kernel, seed=seed, progress=progress)
 
 
 @accepts(
@@ -396,7 +399,7 @@ def calibrate(
         (64, ['0', '2'])
     """
     request = Request(metric="weight", targets=targets, ignore=ignore, overrule=overrule)
-    layers = drafted(model, request, None, known_heads(model), tables=True)
+    layers = drafted(model, request, None, known_heads(model), embeddings=True)
     stream = stream_of(model, data, tokenizer, device, batch_size, max_length)
     names = [layer.name for layer in layers.targeted]
     names += [name for name in layers.owners if not isinstance(model.get_submodule(name), TiedLinear)]
@@ -430,7 +433,7 @@ def plan(
     share_size: int | None = None,
     quantize: str | None = None,
     group_size: int | None = None,
-    residual: bool = False,
+    correction: bool = False,
     tolerance: float = 1e-3,
     progress: bool = False,
 ) -> Plan:
@@ -459,7 +462,7 @@ def plan(
         share_size=share_size,
         quantize=quantize,
         group_size=group_size,
-        residual=residual,
+        correction=correction,
     )
     heads = known_heads(model)
     layers = drafted(model, request, stats, heads)
@@ -474,7 +477,7 @@ def plan(
 @accepts(
     plan=instance(Plan, "a Plan, from plan(model, ...)", PlanError),
     stats=_STATS,
-    slow=_SLOW,
+    on_missing_kernel=_SLOW,
     progress=flag,
     **_DATA,
 )
@@ -486,8 +489,8 @@ def apply(
     sequential: bool = False,
     data: Iterable[Any] | None = None,
     tokenizer: Callable[..., Any] | None = None,
-    spill: str | Path | None = None,
-    slow: str = "warn",
+    offload_folder: str | Path | None = None,
+    on_missing_kernel: str = "warn",
     seed: int = 0,
     progress: bool = False,
 ) -> nn.Module:
@@ -504,8 +507,8 @@ def apply(
             see `lowrank.surgery.sequential` for the mathematics.
         data: What to do that on, as for `lowrank.calibrate`; only with ``sequential``.
         tokenizer: A tokenizer of transformers, for data that are strings.
-        spill: A folder on a disk for the hidden states, as in `compress`.
-        slow: What to do about int4 weights without a kernel, as in `quantize`.
+        offload_folder: A folder on a disk for the hidden states, as in `compress`.
+        on_missing_kernel: What to do about int4 weights without a kernel, as in `quantize`.
         seed: Seed of the randomized solver; results are reproducible for a seed.
         progress: Show a progress bar on a terminal.
 
@@ -523,20 +526,22 @@ def apply(
         raise DataError(
             "sequential=True goes with data=, such as those of the calibration; data= goes with nothing else."
         )
-    check_spill(sequential, spill)
+    check_offload_folder(sequential, offload_folder)
     check_model(model)
     hf = plugin()
     if hf is not None:
         hf.check_unquantized(model)
-    quantization_targets.check_kernels(model, plan, slow)
+    quantization_targets.check_kernels(model, plan, on_missing_kernel)
     check_subclasses(model, plan)
     try:
         if data is None:
             replacement.apply(model, plan, stats, seed=seed, progress=progress)
         else:
-            there = Path(spill) if spill is not None else None
+            there = Path(offload_folder) if offload_folder is not None else None
             stream = stream_of(model, data, tokenizer, batch_size=enough_batches(data))
-            fitted = apply_anchored(model, plan, stats, stream, seed=seed, spill=there, progress=progress)
+            fitted = apply_anchored(
+                model, plan, stats, stream, seed=seed, offload_folder=there, progress=progress
+            )
             replacement.quantize_weights(model, plan, stats, seed=seed, progress=progress)
             plan = plan.with_layers(
                 {name: replace(plan[name], reason=f"{plan[name].reason}; fitted anew") for name in fitted}

@@ -16,13 +16,16 @@ from typing import Any
 from lowrank.arguments import LARGEST, accepts, every, instance, is_finite, path, text
 from lowrank.errors import BudgetError, PlanError, RankError, TargetError
 from lowrank.files.atomic_file import replaced
-from lowrank.files.json_file import check_regular, parse_json
+from lowrank.files.json_file import check_format, check_regular, parse_json
 from lowrank.plans.formatting import format_table
 from lowrank.plans.patterns import matches, no_match
 from lowrank.plans.reach import UnplannedWeight, describe_reach, shares
 
-PLAN_FORMAT = 1
-"""Version of the JSON written by `Plan.to_json`; a reader refuses anything newer."""
+PLAN_FORMAT = 2
+"""Version of the JSON written by `Plan.to_json`, the only one that is read."""
+
+EMBEDDING = "embedding"
+"""The layer type of embeddings; linear layers have the names of `lowrank.nn.layer_types`."""
 
 METRICS = ("weight", "diagonal", "inputs", "loss")
 """What an error can measure, from what knows the least about the data to what knows the most."""
@@ -51,23 +54,23 @@ class Budget:
     model's parameters and buffers. ``speedup``: the dense model's latency over the compressed one's.
     """
 
-    kind: str
+    name: str
     value: Any
 
-    KINDS = ("rank", "keep", "energy", "error", "max_bytes", "speedup")
+    NAMES = ("rank", "keep", "energy", "error", "max_bytes", "speedup")
 
     def __post_init__(self) -> None:
-        if self.kind not in self.KINDS:
-            raise BudgetError(f"Unknown budget {self.kind!r}. Give one of: {', '.join(self.KINDS)}.")
-        if self.kind == "rank":
+        if self.name not in self.NAMES:
+            raise BudgetError(f"Unknown budget {self.name!r}. Give one of: {', '.join(self.NAMES)}.")
+        if self.name == "rank":
             self._check_ranks()
-        elif self.kind == "max_bytes":
+        elif self.name == "max_bytes":
             if not isinstance(self.value, numbers.Integral) or isinstance(self.value, bool) or self.value < 1:
                 raise BudgetError(
                     f"max_bytes={self.value!r}: give the bytes that the whole model may take, a whole number."
                 )
             object.__setattr__(self, "value", int(self.value))
-        elif self.kind == "speedup":
+        elif self.name == "speedup":
             number = isinstance(self.value, numbers.Real) and not isinstance(self.value, bool)
             if not number or not is_finite(self.value) or not self.value > 1:
                 raise BudgetError(
@@ -97,29 +100,29 @@ class Budget:
                 "keep": "the fraction of the targeted weights' parameters that remains",
                 "energy": "the fraction of each weight's squared norm that is retained",
                 "error": "the largest relative error of each weight",
-            }[self.kind]
+            }[self.name]
             raise BudgetError(
-                f"{self.kind}={value!r}: {self.kind} is {meaning}, a number strictly between 0 and 1."
+                f"{self.name}={value!r}: {self.name} is {meaning}, a number strictly between 0 and 1."
             )
         object.__setattr__(self, "value", float(value))
 
     @classmethod
-    def of(cls, **kinds: Any) -> Budget:
+    def of(cls, **options: Any) -> Budget:
         """Make the budget from keyword arguments of which exactly one is not ``None``.
 
         Raises:
             BudgetError: If none or several are given, or the value is out of range.
             RankError: If a rank is not a positive integer.
         """
-        given = {kind: value for kind, value in kinds.items() if value is not None}
+        given = {name: value for name, value in options.items() if value is not None}
         if len(given) != 1:
-            got = " and ".join(f"{kind}={value!r}" for kind, value in given.items()) or "none"
-            raise BudgetError(f"Give exactly one budget of {', '.join(cls.KINDS)}; got {got}.")
-        ((kind, value),) = given.items()
-        return cls(kind, value)
+            got = " and ".join(f"{name}={value!r}" for name, value in given.items()) or "none"
+            raise BudgetError(f"Give exactly one budget of {', '.join(cls.NAMES)}; got {got}.")
+        ((name, value),) = given.items()
+        return cls(name, value)
 
     def __str__(self) -> str:
-        return f"{self.kind}={self.value!r}"
+        return f"{self.name}={self.value!r}"
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ class LayerPlan:
 
     Args:
         name: Module name, as in ``model.named_modules()``.
-        kind: Which dense layer it is, ``"linear"`` (weight ``(out, in)``) or ``"conv1d"``; or
+        layer_type: Which dense layer it is, ``"linear"`` (weight ``(out, in)``) or ``"conv1d"``; or
             ``"embedding"``, a table of ``out_features`` rows of ``in_features``.
         in_features, out_features: Shape of the weight.
         bias: Whether the dense layer has a bias.
@@ -147,14 +150,14 @@ class LayerPlan:
         added_bias: Whether the factorized layer gets a bias that the dense one has not.
         loss_increase: Predicted increase of the objective per term (a sample, or a token of a language
             model); ``None`` unless the metric is ``"loss"``.
-        residual: Whether the weight stays, as integers, and the factors correct what these lost:
+        correction: Whether the weight stays, as integers, and the factors correct what these lost:
             ``W ≈ Q + LR``. The plan then has a `QuantizedWeight` called ``"….base"``.
         overruled: Whether the layer may change although reading the model's code leaves a doubt, which the
             user has overruled.
     """
 
     name: str
-    kind: str
+    layer_type: str
     in_features: int
     out_features: int
     bias: bool
@@ -166,7 +169,7 @@ class LayerPlan:
     loss_increase: float | None = None
     held_out_error: float | None = None
     shares_down_with: str | None = None
-    residual: bool = False
+    correction: bool = False
     tied_to: str | None = None
     same_input: bool = True
     was_copy: bool = False
@@ -179,6 +182,11 @@ class LayerPlan:
         _typed(type(self), vars(self), self.name)
 
     @property
+    def is_embedding(self) -> bool:
+        """Whether the layer is an embedding: a lookup of rows, not a product."""
+        return self.layer_type == EMBEDDING
+
+    @property
     def has_bias(self) -> bool:
         """Whether the factorized layer has a bias."""
         return self.bias or self.added_bias
@@ -186,7 +194,7 @@ class LayerPlan:
     @property
     def bias_features(self) -> int:
         """Elements of a bias: the outputs; of a table, the elements of a row."""
-        return self.in_features if self.kind == "embedding" else self.out_features
+        return self.in_features if self.is_embedding else self.out_features
 
     @property
     def dense_parameters(self) -> int:
@@ -203,10 +211,10 @@ class LayerPlan:
     def parameters_at(self, rank: int) -> int:
         """Parameters at ``rank``: ``rank · (in + out)``, or ``rank · out`` with the ``down`` of another.
 
-        Those of a residual are in addition to the weight's.
+        Those of a correction are in addition to the weight's.
         """
         factors = rank * (self.out_features + (self.in_features if self.shares_down_with is None else 0))
-        return factors + (self.dense_parameters if self.residual else 0)
+        return factors + (self.dense_parameters if self.correction else 0)
 
     @property
     def largest_rank_that_saves(self) -> int:
@@ -237,7 +245,7 @@ class LayerPlan:
             loss_increase=None,
             held_out_error=None,
             shares_down_with=None,
-            residual=False,
+            correction=False,
             same_input=True,
         )
 
@@ -260,24 +268,29 @@ class QuantizedWeight:
     Args:
         name: Module name: of a dense layer, of one factor (``"….query.down"``), of the weight that factors
             correct (``"….query.base"``), or of an embedding.
-        kind: ``"linear"``, ``"conv1d"`` or ``"embedding"``.
+        layer_type: ``"linear"``, ``"conv1d"`` or ``"embedding"``.
         rows, columns: Shape of the weight, ``(out, in)`` of a linear layer.
         bias: Whether the module has a bias.
         scheme: ``"int8"`` or ``"int4"``.
         group_size: Elements that share a scale; ``None`` for whole rows.
-        smooth: Whether the layer scales its inputs before they meet the codes.
-        centred: Whether it takes their mean from them.
+        smooth_scale: Whether the layer scales its inputs before they meet the codes.
+        input_shift: Whether it takes their mean from them.
     """
 
     name: str
-    kind: str
+    layer_type: str
     rows: int
     columns: int
     bias: bool
     scheme: str
     group_size: int | None = None
-    smooth: bool = False
-    centred: bool = False
+    smooth_scale: bool = False
+    input_shift: bool = False
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether the weight is looked up by rows, not multiplied by."""
+        return self.layer_type == EMBEDDING
 
 
 @dataclass(frozen=True)
@@ -307,12 +320,13 @@ class Plan:
     Args:
         model: Class name of the model that the plan was made for.
         layers: One `LayerPlan` per linear layer, in the model's order.
-        budget: The request: ``"keep=0.5"``. Only its kind is read again (`bounds_errors`).
+        budget: The request: ``"keep=0.5"``. Only its name is read again (`bounds_errors`).
         metric: What the errors measure, one of `METRICS`; ``"weight"`` is the relative Frobenius error.
         allocation: ``"global"`` or ``"uniform"``, how `keep` was spread over the layers.
         round_to: Chosen ranks are multiples of this.
         tolerance: Largest relative excess over each layer's optimal error that `apply` may have.
-        codes: The weights that are stored as integers; they are coded after the layers are factorized.
+        quantized: The weights that are stored as integers; they are quantized after the layers are
+            factorized.
         model_parameters: All parameters of the model, a tied weight counted once; ``None`` if not known.
         unplanned: Those that belong to no layer of the plan, with the reason.
     """
@@ -324,7 +338,7 @@ class Plan:
     allocation: str = "global"
     round_to: int = 8
     tolerance: float = 1e-3
-    codes: tuple[QuantizedWeight, ...] = ()
+    quantized: tuple[QuantizedWeight, ...] = ()
     model_parameters: int | None = None
     unplanned: tuple[UnplannedWeight, ...] = ()
     _index: dict[str, LayerPlan] = field(init=False, repr=False, compare=False)
@@ -348,7 +362,7 @@ class Plan:
             names = [layer.name for layer in self.layers]
             twice = next(name for name in names if names.count(name) > 1)
             raise PlanError(f"{twice}: the plan lists this layer twice. Keep one of the entries.")
-        coded = [code.name for code in self.codes]
+        coded = [code.name for code in self.quantized]
         if len(set(coded)) != len(coded):
             twice = next(name for name in coded if coded.count(name) > 1)
             raise PlanError(f"{twice}: the plan codes this weight twice. Keep one of the entries.")
@@ -376,7 +390,7 @@ class Plan:
     @property
     def tied(self) -> tuple[LayerPlan, ...]:
         """The layers that use the factors or codes of a table, or of another layer."""
-        compressed = {x.name for x in self.factorized} | {code.name for code in self.codes}
+        compressed = {x.name for x in self.factorized} | {code.name for code in self.quantized}
         return tuple(layer for layer in self.layers if layer.tied_to in compressed)
 
     @property
@@ -385,7 +399,7 @@ class Plan:
         users: dict[str, list[LayerPlan]] = {}
         for layer in self.layers:
             owner = self._index.get(layer.tied_to) if layer.tied_to is not None else None
-            if owner is not None and owner.kind != "embedding":
+            if owner is not None and not owner.is_embedding:
                 users.setdefault(owner.name, []).append(layer)
         return {name: tuple(layers) for name, layers in users.items()}
 
@@ -431,10 +445,10 @@ class Plan:
     @property
     def reachable_parameters(self) -> int:
         """Parameters of the dense weights that the plan may change, and of those that it codes."""
-        coded = {code.name for code in self.codes}
+        coded = {code.name for code in self.quantized}
         layers = [x for x in self.layers if x.targeted or x.name in coded or (x.rank and not x.tied_to)]
-        tables = [code for code in self.codes if code.kind == "embedding" and not self._has(code)]
-        return sum(x.dense_parameters for x in layers) + sum(code.rows * code.columns for code in tables)
+        embeddings = [code for code in self.quantized if code.is_embedding and not self._has(code)]
+        return sum(x.dense_parameters for x in layers) + sum(code.rows * code.columns for code in embeddings)
 
     @property
     def reachable_fraction(self) -> float:
@@ -458,7 +472,7 @@ class Plan:
 
     def _has(self, code: QuantizedWeight) -> bool:
         """Tell whether ``code`` is that of a layer or table in the plan, or of its factor."""
-        return _coded_layer(code, self._index) in self._index
+        return _layer_of(code, self._index) in self._index
 
     @property
     def kept_fraction(self) -> float:
@@ -497,7 +511,7 @@ class Plan:
             if planned is not None and (planned.rank, planned.tied_to) == (layer.rank, layer.tied_to):
                 layers[layer.name] = replace(planned, relative_error=layer.relative_error)
         layers_now = found.with_layers(layers).layers
-        done = replace(self, model=found.model, layers=layers_now, codes=found.codes)
+        done = replace(self, model=found.model, layers=layers_now, quantized=found.quantized)
         # what lies outside of the layers is known of this model only, not of one within it
         return done if found.model == self.model else replace(done, model_parameters=None, unplanned=())
 
@@ -536,12 +550,12 @@ class Plan:
             raise TargetError(f"{pattern}: the layers that it matches have no elements, and stay.")
         reason = "left dense by hand" if rank is None else "set by hand"
         edited = {layer.name: layer.edited(rank, reason) for layer in chosen}
-        return self._parted_from(edited.keys()).with_layers(edited)._without_codes(edited)
+        return self._parted_from(edited.keys()).with_layers(edited)._in_floating_point(edited)
 
-    def _without_codes(self, names: Collection[str]) -> Plan:
+    def _in_floating_point(self, names: Collection[str]) -> Plan:
         """Return the plan with the weights and factors of the named layers in floating point."""
-        codes = (code for code in self.codes if _coded_layer(code, self._index) not in names)
-        return replace(self, codes=tuple(codes))
+        quantized = (code for code in self.quantized if _layer_of(code, self._index) not in names)
+        return replace(self, quantized=tuple(quantized))
 
     def _parted_from(self, names: Collection[str]) -> Plan:
         """Return the plan with the layers that share a ``down`` with one of ``names`` going on without that.
@@ -557,7 +571,7 @@ class Plan:
                     alone = layer.edited(layer.rank, layer.reason)
                     same = layer.same_input or owner is None
                     layers[layer.name] = replace(alone, shares_down_with=owner, same_input=same)
-        return self.with_layers(layers)._without_codes(layers)
+        return self.with_layers(layers)._in_floating_point(layers)
 
     def diff(self, other: Plan) -> list[Change]:
         """List the layers whose rank or form differs, or that only one of the plans has."""
@@ -581,16 +595,12 @@ class Plan:
         """Make a plan from what `to_dict` gave, perhaps edited by hand or written by a stranger.
 
         Raises:
-            PlanError: If it is no plan, is from a newer format, or a field has a wrong type.
+            PlanError: If it is no plan, is from another version, or a field has a wrong type.
             RankError: If a rank is not positive.
         """
-        if not isinstance(data, dict) or type(data.get("format")) is not int:
-            raise PlanError('This is not a plan: it has no "format" number.')
-        if data["format"] > PLAN_FORMAT:
-            raise PlanError(
-                f"The plan has format {data['format']}; this version of lowrank reads up to {PLAN_FORMAT}. "
-                "Install a newer lowrank."
-            )
+        if not isinstance(data, dict):
+            raise PlanError(f"A plan is a JSON object, not {type(data).__name__}.")
+        check_format("The plan", data.get("format"), PLAN_FORMAT, PlanError)
         if not isinstance(data.get("layers"), (list, tuple)):
             raise PlanError('The plan has no list of "layers".')
         for name in _LISTS:
@@ -605,9 +615,9 @@ class Plan:
         layers = tuple(_layer_from_dict(layer) for layer in data["layers"])
         if "model" not in values:
             raise PlanError('The plan does not say which "model" it is for.')
-        codes = tuple(_code_from_dict(code) for code in data.get("codes", []))
+        quantized = tuple(_quantized_from_dict(code) for code in data.get("quantized", []))
         unplanned = tuple(_unplanned_from_dict(weight) for weight in data.get("unplanned", []))
-        return cls(**_typed(cls, values, "The plan"), layers=layers, codes=codes, unplanned=unplanned)
+        return cls(**_typed(cls, values, "The plan"), layers=layers, quantized=quantized, unplanned=unplanned)
 
     def to_json(self) -> str:
         """Return the plan as JSON."""
@@ -660,7 +670,7 @@ class Plan:
                 layer.name,
                 f"{layer.out_features}×{layer.in_features}",
                 "dense" if layer.rank is None else str(layer.rank),
-                *([schemes.get(layer.tied_to or layer.name, "float")] if self.codes else []),
+                *([schemes.get(layer.tied_to or layer.name, "float")] if self.quantized else []),
                 f"{layer.kept_fraction:.0%}",
                 "" if layer.relative_error is None else f"{layer.relative_error:.4f}",
                 layer.reason
@@ -670,8 +680,8 @@ class Plan:
         ]
         before = sum(layer.dense_parameters for layer in self.targeted)
         after = sum(layer.parameters for layer in self.targeted)
-        tables = any(layer.kind == "embedding" for layer in self.layers)
-        layers = "linear layers and tables" if tables else "linear layers"
+        embeddings = any(layer.is_embedding for layer in self.layers)
+        layers = "linear layers and tables" if embeddings else "linear layers"
         footer = (
             f"{self.model}, {self.budget or 'no budget'}: {len(self.factorized)} of {len(self.layers)} "
             f"{layers} factorized; {after:,} of {before:,} targeted parameters remain"
@@ -681,18 +691,18 @@ class Plan:
             footer += f" Errors are of the metric {self.metric!r}."
         if self.loss_increase is not None:
             footer += f" Predicted increase of the loss: {self.loss_increase:.4g}."
-        for scheme in sorted({code.scheme for code in self.codes}):
-            footer += f" {sum(code.scheme == scheme for code in self.codes)} weights as {scheme}."
-        stored = ("stored",) if self.codes else ()
+        for scheme in sorted({code.scheme for code in self.quantized}):
+            footer += f" {sum(code.scheme == scheme for code in self.quantized)} weights as {scheme}."
+        stored = ("stored",) if self.quantized else ()
         header = ("layer", "out×in", "rank", *stored, "kept", "error", "reason")
         reach = [] if self.model_parameters is None else [self.describe_reach()]
         return "\n\n".join([*reach, format_table(header, rows), footer])
 
     def _schemes(self) -> dict[str, str]:
-        """Return by layer how it is stored, such as ``"int4 + int8"`` for a residual."""
+        """Return by layer how it is stored, such as ``"int4 + int8"`` for a correction."""
         found: dict[str, list[str]] = {}
-        for code in self.codes:
-            found.setdefault(_coded_layer(code, self._index), []).append(code.scheme)
+        for code in self.quantized:
+            found.setdefault(_layer_of(code, self._index), []).append(code.scheme)
         return {name: " + ".join(dict.fromkeys(schemes)) for name, schemes in found.items()}
 
 
@@ -700,7 +710,7 @@ def _check_plan(name: str, value: object) -> None:
     instance(Plan, "a Plan, from plan(model, ...)", PlanError)(name, value)
 
 
-def _coded_layer(code: QuantizedWeight, layers: Container[str]) -> str:
+def _layer_of(code: QuantizedWeight, layers: Container[str]) -> str:
     """Return the name of the layer or table that ``code`` is of, or of whose factor."""
     parent = code.name.rpartition(".")[0]
     return code.name if code.name in layers or parent not in layers else parent
@@ -715,13 +725,13 @@ def _summary(layer: LayerPlan | None) -> str:
         return "absent"
     if layer.rank is None:
         return "dense"
-    kind = "residual of rank" if layer.residual else "rank"
+    rank = "correction of rank" if layer.correction else "rank"
     shared = layer.shares_down_with or layer.tied_to
     what = "down" if layer.shares_down_with is not None else "weight"
-    return f"{kind} {layer.rank}" + (f", {what} of {shared}" if shared is not None else "")
+    return f"{rank} {layer.rank}" + (f", {what} of {shared}" if shared is not None else "")
 
 
-_LISTS: dict[str, type] = {"layers": LayerPlan, "codes": QuantizedWeight, "unplanned": UnplannedWeight}
+_LISTS: dict[str, type] = {"layers": LayerPlan, "quantized": QuantizedWeight, "unplanned": UnplannedWeight}
 """The fields of a plan that are lists, and what of."""
 
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -761,7 +771,7 @@ def _layer_from_dict(data: object) -> LayerPlan:
     if not isinstance(data, dict) or not isinstance(data.get("name"), str):
         raise PlanError('The plan has a layer without a "name".')
     values = _typed(LayerPlan, data, data["name"])
-    missing = {"kind", "in_features", "out_features", "bias"} - values.keys()
+    missing = {"layer_type", "in_features", "out_features", "bias"} - values.keys()
     if missing:
         raise PlanError(f"{data['name']}: the plan lacks {', '.join(sorted(missing))}.")
     whole = values.get("rank") is None  # a layer without elements stays as it is
@@ -770,13 +780,13 @@ def _layer_from_dict(data: object) -> LayerPlan:
     return LayerPlan(**values)
 
 
-def _code_from_dict(data: object) -> QuantizedWeight:
+def _quantized_from_dict(data: object) -> QuantizedWeight:
     if not isinstance(data, dict) or not isinstance(data.get("name"), str):
         raise PlanError('The plan has a coded weight without a "name".')
     values = _typed(QuantizedWeight, data, data["name"])
     missing = (
         {field.name for field in fields(QuantizedWeight)}
-        - {"group_size", "smooth", "centred"}
+        - {"group_size", "smooth_scale", "input_shift"}
         - values.keys()
     )
     if missing:

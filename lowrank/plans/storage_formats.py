@@ -2,7 +2,7 @@
 
 A form turns a layer's entry in the plan into `QuantizedWeight`s, and these into bytes. Codes come after
 factors and never before: factors of a coded weight would carry its rounding along. The exception is the
-residual, where factors correct what a coded weight has lost; they are int8 then, whatever the weight is.
+correction, where factors correct what a coded weight has lost; they are int8 then, whatever the weight is.
 """
 
 from __future__ import annotations
@@ -13,12 +13,9 @@ from dataclasses import dataclass
 
 from lowrank.errors import SchemeError
 from lowrank.linalg import Scheme
-from lowrank.plans.plan import LayerPlan, QuantizedWeight
+from lowrank.plans.plan import EMBEDDING, LayerPlan, QuantizedWeight
 
 INT8 = Scheme("int8")
-
-TABLE = "embedding"
-"""The kind of a table: its factors replace it under every form, as there are no sums of coded tables."""
 
 
 @dataclass(frozen=True)
@@ -27,19 +24,19 @@ class StorageFormat:
 
     Args:
         scheme: How they are coded; ``None`` for floating point.
-        residual: Whether factors correct a coded weight, in place of replacing it.
+        correction: Whether factors correct a coded weight, in place of replacing it.
     """
 
     scheme: Scheme | None = None
-    residual: bool = False
+    correction: bool = False
 
     @property
     def rank_step(self) -> int:
         """What ranks must be multiples of, so that factors are whole groups."""
-        grouped = self.scheme is not None and not self.residual
+        grouped = self.scheme is not None and not self.correction
         return (self.scheme.group_size or 1) if grouped and self.scheme is not None else 1
 
-    def codes(
+    def quantized(
         self, layer: LayerPlan, *, shared: bool = False, calibrated: bool = False
     ) -> list[QuantizedWeight]:
         """Return what is coded of ``layer``, as the plan has it.
@@ -51,22 +48,36 @@ class StorageFormat:
         """
         if self.scheme is None:
             return []
-        factors = INT8 if self.residual else self.scheme
-        if layer.kind == TABLE:
+        factors = INT8 if self.correction else self.scheme
+        if layer.is_embedding:
             return _coded_table(layer, self.scheme if layer.rank is None else factors)
         if layer.rank is None:
             sizes = layer.out_features, layer.in_features
-            return [_coded(layer.name, layer.kind, sizes, layer.bias, self.scheme, calibrated, layer.bias)]
+            return [
+                _quantized_linear(
+                    layer.name, layer.layer_type, sizes, layer.bias, self.scheme, calibrated, layer.bias
+                )
+            ]
         made = []
-        if self.residual:
+        if self.correction:
             sizes = layer.out_features, layer.in_features
-            made.append(_coded(f"{layer.name}.base", "linear", sizes, False, self.scheme, calibrated, False))
+            made.append(
+                _quantized_linear(
+                    f"{layer.name}.base", "linear", sizes, False, self.scheme, calibrated, False
+                )
+            )
         if layer.shares_down_with is None:
             sizes = layer.rank, layer.in_features
-            centred = layer.has_bias and not shared
-            made.append(_coded(f"{layer.name}.down", "linear", sizes, False, factors, calibrated, centred))
+            input_shift = layer.has_bias and not shared
+            made.append(
+                _quantized_linear(
+                    f"{layer.name}.down", "linear", sizes, False, factors, calibrated, input_shift
+                )
+            )
         sizes = layer.out_features, layer.rank
-        made.append(_coded(f"{layer.name}.up", "linear", sizes, layer.has_bias, factors, False, False))
+        made.append(
+            _quantized_linear(f"{layer.name}.up", "linear", sizes, layer.has_bias, factors, False, False)
+        )
         return made
 
 
@@ -75,28 +86,28 @@ FLOAT = StorageFormat()
 
 
 def storage_formats_of(
-    quantize: str | None, group_size: int | None = None, residual: bool = False
+    quantize: str | None, group_size: int | None = None, correction: bool = False
 ) -> tuple[StorageFormat, ...]:
     """Return the forms that a request allows.
 
     Args:
         quantize: ``"int8"``, ``"int4"``, ``None`` for floating point, or ``"auto"`` for all of them.
         group_size: Elements that share a scale under ``"int4"``.
-        residual: Whether factors correct coded weights; ``"auto"`` allows that anyway.
+        correction: Whether factors correct coded weights; ``"auto"`` allows that anyway.
 
     Raises:
         SchemeError: If the scheme is unknown, or there is nothing to correct or to group.
     """
     if quantize is None:
-        if residual:
-            raise SchemeError('residual=True corrects what codes lose: give quantize="int4" with it.')
+        if correction:
+            raise SchemeError('correction=True corrects what codes lose: give quantize="int4" with it.')
         if group_size is not None:
             raise SchemeError(f'group_size={group_size!r} is for quantize="int4"; leave it out.')
         return (FLOAT,)
     if quantize == "auto":
         int4 = Scheme("int4", group_size)
-        return FLOAT, StorageFormat(INT8), StorageFormat(int4), StorageFormat(int4, residual=True)
-    return (StorageFormat(Scheme(quantize, group_size), residual),)
+        return FLOAT, StorageFormat(INT8), StorageFormat(int4), StorageFormat(int4, correction=True)
+    return (StorageFormat(Scheme(quantize, group_size), correction),)
 
 
 def scheme_of(code: QuantizedWeight) -> Scheme:
@@ -113,7 +124,7 @@ def quantized_bytes(code: QuantizedWeight) -> int:
     stored = sum(
         math.prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, scheme.dtypes, strict=True)
     )
-    return stored + 2 * code.columns * (code.smooth + code.centred)
+    return stored + 2 * code.columns * (code.smooth_scale + code.input_shift)
 
 
 def stored_bytes(layer: LayerPlan, codes: Iterable[QuantizedWeight], width: int) -> int:
@@ -123,7 +134,7 @@ def stored_bytes(layer: LayerPlan, codes: Iterable[QuantizedWeight], width: int)
 
     Args:
         layer: Its entry, with the rank that it will have.
-        codes: As `StorageFormat.codes` gave them.
+        codes: As `StorageFormat.quantized` gave them.
         width: Bytes of an element in floating point.
     """
     codes = list(codes)
@@ -136,22 +147,24 @@ def _coded_table(layer: LayerPlan, scheme: Scheme) -> list[QuantizedWeight]:
     """Describe a coded table, or its coded factors."""
     how = scheme.name, scheme.group_size
     if layer.rank is None:
-        return [QuantizedWeight(layer.name, TABLE, layer.out_features, layer.in_features, False, *how)]
+        return [QuantizedWeight(layer.name, EMBEDDING, layer.out_features, layer.in_features, False, *how)]
     return [
-        QuantizedWeight(f"{layer.name}.down", TABLE, layer.out_features, layer.rank, False, *how),
+        QuantizedWeight(f"{layer.name}.down", EMBEDDING, layer.out_features, layer.rank, False, *how),
         QuantizedWeight(f"{layer.name}.up", "linear", layer.in_features, layer.rank, layer.has_bias, *how),
     ]
 
 
-def _coded(
+def _quantized_linear(
     name: str,
-    kind: str,
+    layer_type: str,
     sizes: tuple[int, int],
     bias: bool,
     scheme: Scheme,
-    smooth: bool,
+    smooth_scale: bool,
     takes_mean: bool,
 ) -> QuantizedWeight:
     """Describe a coded weight; only integers that meet integer inputs gain from taking their mean away."""
-    centred = smooth and takes_mean and scheme.name == "int8"
-    return QuantizedWeight(name, kind, *sizes, bias, scheme.name, scheme.group_size, smooth, centred)
+    input_shift = smooth_scale and takes_mean and scheme.name == "int8"
+    return QuantizedWeight(
+        name, layer_type, *sizes, bias, scheme.name, scheme.group_size, smooth_scale, input_shift
+    )

@@ -19,7 +19,7 @@ from lowrank.inspection.targets import draft
 from lowrank.inspection.unplanned import with_reach
 from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedLinear, QuantizedModule, TiedLinear
 from lowrank.plans.formatting import format_bytes, format_table, to_json
-from lowrank.plans.plan import LayerPlan, Plan
+from lowrank.plans.plan import EMBEDDING, LayerPlan, Plan
 from lowrank.plans.reach import UnplannedWeight, describe_reach
 from lowrank.reports.evaluation import loss_increase
 
@@ -39,7 +39,7 @@ class LayerReport:
         added_parameters: Of a bias that the dense layer did not have.
         scheme: How the weight or factors are coded, such as ``"int8"``, or ``"int4 + int8"`` for a
             coded weight with factors that correct it; ``None`` if nothing is.
-        kind: ``"linear"``, ``"conv1d"``, or ``"embedding"`` for a factorized table, whose rows are looked up.
+        layer_type: ``"linear"``, ``"conv1d"``, or ``"embedding"``, whose rows are looked up.
         tied_to: The table or layer whose weight it uses; parameters and bytes are counted there, here none.
         macs: Multiply-accumulates per token as the layer is now; looking up takes none.
     """
@@ -54,14 +54,19 @@ class LayerReport:
     bytes: int
     added_parameters: int = 0
     scheme: str | None = None
-    kind: str = "linear"
+    layer_type: str = "linear"
     tied_to: str | None = None
     macs: int = 0
 
     @property
+    def is_embedding(self) -> bool:
+        """Whether the layer is an embedding, whose rows are looked up."""
+        return self.layer_type == EMBEDDING
+
+    @property
     def macs_before(self) -> int:
         """Multiply-accumulates per token of the dense layer; looking up takes none."""
-        return 0 if self.kind == LowRankEmbedding.kind else self.shape[0] * self.shape[1]
+        return 0 if self.is_embedding else self.shape[0] * self.shape[1]
 
 
 @dataclass(frozen=True)
@@ -146,9 +151,9 @@ class Report:
     def __str__(self) -> str:
         header = ("layer", "out×in", "rank", "error", "parameters", "before", "kept", "bytes")
         rows = [_row(layer) for layer in self.layers]
-        tables = [layer for layer in self.layers if layer.kind == LowRankEmbedding.kind]
-        linear_before = sum(layer.parameters_before for layer in self.layers if layer not in tables)
-        linear = sum(layer.parameters for layer in self.layers if layer not in tables)
+        embeddings = [layer for layer in self.layers if layer.is_embedding]
+        linear_before = sum(layer.parameters_before for layer in self.layers if layer not in embeddings)
+        linear = sum(layer.parameters for layer in self.layers if layer not in embeddings)
         total = self.parameters_before
         lines = [
             describe_reach(self.model, total, self.reachable_parameters, self.unplanned),
@@ -156,7 +161,7 @@ class Report:
             format_table(header, rows),
             "",
             f"{self.model}: {len(self.factorized)} of {len(self.layers)} layers factorized."
-            if tables
+            if embeddings
             else f"{self.model}: {len(self.factorized)} of {len(self.layers)} linear layers factorized.",
             f"  linear weights  {linear:,} of {linear_before:,} parameters remain "
             f"({linear / max(1, linear_before):.1%}); {self._macs()}",
@@ -165,15 +170,15 @@ class Report:
             f"  checkpoint      {format_bytes(self.checkpoint_bytes)}, "
             f"dense {format_bytes(self.checkpoint_bytes_before)}",
         ]
-        if tables:
-            before, now = sum(x.parameters_before for x in tables), sum(x.parameters for x in tables)
+        if embeddings:
+            before, now = sum(x.parameters_before for x in embeddings), sum(x.parameters for x in embeddings)
             lines.append(f"  tables          {now:,} of {before:,} parameters remain ({now / before:.1%})")
-        for kind in sorted({(code.scheme, code.runs_on) for code in self.coded}):
-            those = [code for code in self.coded if (code.scheme, code.runs_on) == kind]
+        for stored in sorted({(code.scheme, code.runs_on) for code in self.coded}):
+            those = [code for code in self.coded if (code.scheme, code.runs_on) == stored]
             now, before = sum(code.bytes for code in those), sum(code.bytes_before for code in those)
             lines.append(
-                f"  {kind[0]}            {len(those)} weights in {format_bytes(now)}, "
-                f"{format_bytes(before)} before ({kind[1]})"
+                f"  {stored[0]}            {len(those)} weights in {format_bytes(now)}, "
+                f"{format_bytes(before)} before ({stored[1]})"
             )
         parts = {"predicted": self.loss_increase_predicted, "measured": self.loss_increase_measured}
         known = [f"{word} {value:.4g}" for word, value in parts.items() if value is not None]
@@ -230,7 +235,7 @@ def report(
         plan = hf.recorded(model)
     coded = tuple(_describe_code(n, m) for n, m in model.named_modules() if isinstance(m, QuantizedModule))
     factors = {f"{layer.name}.down" for layer in layers}
-    tables = [code for code in coded if code.runs_on == "lookup" and code.name not in factors]
+    embeddings = [code for code in coded if code.runs_on == "lookup" and code.name not in factors]
     parameters = sum(p.numel() for p in model.parameters()) + sum(code.elements for code in coded)
     added = sum(x.added_parameters for x in layers)
     added_bytes = sum(
@@ -245,7 +250,7 @@ def report(
         checkpoint_bytes_before=size
         - added_bytes
         + sum(x.bytes_before - x.bytes for x in layers)
-        + sum(x.bytes_before - x.bytes for x in tables),
+        + sum(x.bytes_before - x.bytes for x in embeddings),
         checkpoint_bytes=size,
         loss_increase_predicted=plan.loss_increase if plan is not None else None,
         loss_increase_measured=(
@@ -294,7 +299,7 @@ def _describe(model: nn.Module, layer: LayerPlan) -> LayerReport:
         bytes=sum(_stored_bytes(part) for part in parts),
         added_parameters=layer.bias_features if layer.added_bias else 0,
         scheme=" + ".join(schemes) if any(isinstance(part, QuantizedModule) for part in parts) else None,
-        kind=layer.kind,
+        layer_type=layer.layer_type,
         tied_to=layer.tied_to,
         macs=_macs(layer, module),
     )
@@ -303,7 +308,7 @@ def _describe(model: nn.Module, layer: LayerPlan) -> LayerReport:
 def _macs(layer: LayerPlan, module: nn.Module) -> int:
     if isinstance(module, (LowRankLinear, TiedLinear)):
         return module.macs
-    if layer.kind == LowRankEmbedding.kind:
+    if layer.is_embedding:
         return (layer.rank or 0) * layer.in_features
     return layer.dense_parameters
 

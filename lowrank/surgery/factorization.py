@@ -65,7 +65,7 @@ def check_stats(model: nn.Module, plan: Plan, stats: Stats | None) -> None:
             for each in (layer, *plan.equal.get(layer.name, ())):
                 module = model.get_submodule(each.name)
                 check_layer_of(module, each.name, stats)
-                if layer.kind != LowRankEmbedding.kind:
+                if not layer.is_embedding:
                     _check_mean(module, each, stats.moments(each.name).mean)
     for layers in shared:
         if len({stats.sources.get(layer.name, layer.name) for layer in layers}) > 1:
@@ -212,14 +212,17 @@ def corrected(
     weight = weight_of(dense).detach()
     metric = error_metric_of(layer, weight, plan.metric, stats)
     moments = input_moments(stats, layer) if plan.metric != "weight" else None
-    smooth = None
-    if code.smooth:
+    smooth_scale = None
+    if code.smooth_scale:
         assert stats is not None  # checked
-        smooth = smooth_scale_of(weight, stats.moments(layer.name).variances(layer.has_bias))
+        smooth_scale = smooth_scale_of(weight, stats.moments(layer.name).variances(layer.has_bias))
     found = quantize_with_correction(
-        *(weight, layer.rank, scheme, metric, moments), smooth=smooth, tolerance=plan.tolerance, seed=seed
+        *(weight, layer.rank, scheme, metric, moments),
+        smooth_scale=smooth_scale,
+        tolerance=plan.tolerance,
+        seed=seed,
     )
-    base = QuantizedLinear.from_codes(found.codes, found.scale, scheme, weight.dtype, smooth)
+    base = QuantizedLinear.from_codes(found.codes, found.scale, scheme, weight.dtype, smooth_scale)
     left, right = found.left.to(weight.dtype), found.right.to(weight.dtype)
     return _layer(dense, layer, left, right, found.relative_error, plan, stats, base=base)
 
@@ -286,15 +289,15 @@ def weight_of(dense: nn.Module) -> Tensor:
     """Return the weight ``(out, in)`` of a layer that can be factorized, or of a table."""
     if isinstance(dense, nn.Embedding):
         return dense.weight
-    kind = layer_type_of(dense)
-    assert kind is not None  # drafted as a target
-    return kind.weight(dense)
+    layer_type = layer_type_of(dense)
+    assert layer_type is not None  # drafted as a target
+    return layer_type.weight(dense)
 
 
 def matrix_of(dense: nn.Module, layer: LayerPlan, metric: Metric) -> Tensor:
     """Return what the factors are to approximate: the weight; of a centred table, less its mean row."""
     weight = weight_of(dense).detach()
-    if layer.kind != LowRankEmbedding.kind or not layer.has_bias:
+    if not layer.is_embedding or not layer.has_bias:
         return weight
     return weight - _mean_row(weight, metric)
 
@@ -339,7 +342,7 @@ def _layer(
         left,
         right,
         bias,
-        kind=layer.kind,
+        layer_type=layer.layer_type,
         shared=shared,
         relative_error=error,
         added_bias=bias is not dense.bias,
@@ -358,7 +361,7 @@ def follower(
     if stats is not None and plan.metric != "weight" and bias is not None:
         lost = _lost(dense, owner.up.weight.detach(), owner.down.weight.detach(), owner.base)
         bias = _with_mean(bias, lost, stats.moments(layer.name).mean, bias.dtype)
-    return TiedLinear(owner, bias, kind=layer.kind, was_copy=layer.was_copy)
+    return TiedLinear(owner, bias, layer_type=layer.layer_type, was_copy=layer.was_copy)
 
 
 def _lost(dense: nn.Module, left: Tensor, right: Tensor, base: QuantizedLinear | None) -> Tensor:

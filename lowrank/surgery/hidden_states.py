@@ -31,15 +31,15 @@ class CachedHiddenStates:
 
     Args:
         batch: The batch.
-        spill: A folder for the hidden states; ``None`` keeps them in memory.
+        offload_folder: A folder for the hidden states; ``None`` keeps them in memory.
 
     Attributes:
         dense, small: Hidden states before the next block.
     """
 
-    def __init__(self, batch: Batch, spill: Path | None) -> None:
+    def __init__(self, batch: Batch, offload_folder: Path | None) -> None:
         self.batch = batch
-        self._spill = spill
+        self._offload_folder = offload_folder
         self._there: list[_Call] = []  # what the dense model calls each block with, beside the hidden states
         self._here: list[_Call] = []  # the same of the compressed model
 
@@ -114,10 +114,12 @@ class CachedHiddenStates:
 
     def _kept(self, hidden: Tensor, stream: str) -> Tensor:
         """Return ``hidden``, on the disk if that is wanted; what was there before is overwritten."""
-        if self._spill is None:
+        if self._offload_folder is None:
             return hidden
-        file = self._spill / f"{stream}-{self.batch.index}"
-        with refusals(self._spill):  # written here: a full disk kills a process that writes to mapped memory
+        file = self._offload_folder / f"{stream}-{self.batch.index}"
+        with refusals(
+            self._offload_folder
+        ):  # written here: a full disk kills a process that writes to mapped memory
             file.write_bytes(hidden.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         there = torch.from_file(str(file), shared=True, size=hidden.numel(), dtype=hidden.dtype)
         return there.view(hidden.shape)

@@ -32,12 +32,14 @@ def check_subclasses(model: nn.Module, plan: Plan) -> None:
     """
     layers = {name: layer for name, layer in model.named_modules() if name in plan.overruled}
     for name, layer in layers.items():
-        kind = layer_type_of(layer)
-        if kind is None or kind.certain:
+        layer_type = layer_type_of(layer)
+        if layer_type is None or layer_type.certain:
             continue
         weight: Tensor = layer.weight.detach()  # type: ignore[union-attr,operator,assignment]
         bias: Tensor | None = layer.bias  # type: ignore[assignment]
-        again = kind.layer(weight.clone(), None if bias is None else nn.Parameter(bias.detach().clone()))
+        again = layer_type.layer(
+            weight.clone(), None if bias is None else nn.Parameter(bias.detach().clone())
+        )
         for one, what in ((copy.deepcopy(layer), ""), (again, ", built again from its weight and bias,")):
             reason = _unlike_linear(one, weight, bias)
             if reason is not None:

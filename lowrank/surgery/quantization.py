@@ -49,11 +49,12 @@ def base_of(plan: Plan, layer: LayerPlan) -> QuantizedWeight:
         PlanError: If the plan does not say it.
     """
     name = f"{layer.name}.base"
-    for code in plan.codes:
+    for code in plan.quantized:
         if code.name == name:
             return code
     raise PlanError(
-        f"{layer.name}: its factors are to correct a coded weight, but the plan's codes have no {name}."
+        f"{layer.name}: its factors are to correct a quantized weight, but the plan has no {name} among its "
+        "quantized weights."
     )
 
 
@@ -72,9 +73,9 @@ def check_codes(
     """
     modules = dict(model.named_modules())
     for layer in plan:
-        if layer.residual:
+        if layer.correction:
             base_of(plan, layer)
-    for code in plan.codes:
+    for code in plan.quantized:
         module = modules.get(code.name)
         if code.name in plan and plan[code.name].tied_to is not None:
             raise PlanError(
@@ -95,20 +96,20 @@ def check_codes(
                     "Call decompress(model) first, or start from the dense checkpoint."
                 )
             continue
-        if _shape_after(modules, plan, code.name) != (code.kind, code.rows, code.columns, code.bias):
+        if _shape_after(modules, plan, code.name) != (code.layer_type, code.rows, code.columns, code.bias):
             raise PlanError(
-                f"{code.name}: the plan has a coded {code.kind} of shape ({code.rows}, {code.columns}) "
+                f"{code.name}: the plan has a coded {code.layer_type} of shape ({code.rows}, {code.columns}) "
                 f"there, which does not fit {type(model).__name__}."
             )
         if code.name in blocked:
             raise PlanError(f"{code.name}: this weight cannot be coded: it {blocked[code.name]}.")
-        if code.centred and _serves_several(code, plan):
+        if code.input_shift and _serves_several(code, plan):
             raise PlanError(f"{code.name}: cannot be centred: several layers use it, with unlike inputs.")
-        if code.centred > code.smooth or code.smooth > (code.kind != "embedding"):
+        if code.input_shift > code.smooth_scale or code.smooth_scale > (not code.is_embedding):
             raise PlanError(
-                f"{code.name}: a {code.kind} cannot be centred without being smooth, nor a table."
+                f"{code.name}: a {code.layer_type} cannot be centred without being smooth, nor a table."
             )
-        if code.smooth and not loading:
+        if code.smooth_scale and not loading:
             _check_stats(code, modules, plan, stats)
 
 
@@ -121,8 +122,10 @@ def _serves_several(code: QuantizedWeight, plan: Plan) -> bool:
 
 def without_shared_input_shifts(plan: Plan) -> Plan:
     """Return ``plan`` with inputs centred only where one layer uses the weight."""
-    codes = (replace(code, centred=False) if _serves_several(code, plan) else code for code in plan.codes)
-    return replace(plan, codes=tuple(codes))
+    quantized = (
+        replace(code, input_shift=False) if _serves_several(code, plan) else code for code in plan.quantized
+    )
+    return replace(plan, quantized=tuple(quantized))
 
 
 LARGEST_INT4, SMALLEST_INT4 = 2e5, 1e-5
@@ -175,8 +178,8 @@ def _shape_after(
         layer = plan[parent]
         rank = layer.rank or 0
         if part == "base":
-            return ("linear", layer.out_features, layer.in_features, False) if layer.residual else None
-        if layer.kind == LowRankEmbedding.kind:
+            return ("linear", layer.out_features, layer.in_features, False) if layer.correction else None
+        if layer.is_embedding:
             if part == "down":
                 return "embedding", layer.out_features, rank, False
             return "linear", layer.in_features, rank, layer.has_bias
@@ -186,11 +189,11 @@ def _shape_after(
     module = modules.get(name)
     if isinstance(module, nn.Embedding) and (name not in plan or plan[name].rank is None):
         return "embedding", module.num_embeddings, module.embedding_dim, False
-    kind = layer_type_of(module) if module is not None else None
-    if module is None or kind is None or (name in plan and plan[name].rank is not None):
+    layer_type = layer_type_of(module) if module is not None else None
+    if module is None or layer_type is None or (name in plan and plan[name].rank is not None):
         return None
-    rows, columns = kind.weight(module).shape
-    return kind.name, rows, columns, module.bias is not None
+    rows, columns = layer_type.weight(module).shape
+    return layer_type.name, rows, columns, module.bias is not None
 
 
 def _check_stats(
@@ -228,49 +231,51 @@ def quantized_module(
     scheme, module = scheme_of(code), model.get_submodule(code.name)
     if isinstance(module, nn.Embedding):
         return QuantizedEmbedding.from_embedding(module, scheme), None
-    kind = layer_type_named("linear") if isinstance(module, SharedDown) else layer_type_of(module)
-    assert kind is not None  # checked
-    weight = kind.weight(module)
+    layer_type = layer_type_named("linear") if isinstance(module, SharedDown) else layer_type_of(module)
+    assert layer_type is not None  # checked
+    weight = layer_type.weight(module)
     bias: nn.Parameter | None = module.bias  # type: ignore[assignment]
     parent, _, part = code.name.rpartition(".")
     layer = model.get_submodule(parent)
     factor = part if isinstance(layer, LowRankLinear) else None
     reader = code.name if factor is None else parent
     if stats is None or reader not in stats:
-        return _like(module).from_weight(weight, bias, scheme, kind=kind.name), None
+        return _like(module).from_weight(weight, bias, scheme, layer_type=layer_type.name), None
     inputs = stats.inputs[stats.sources[reader]]
     if factor == "up":
         assert isinstance(layer, LowRankLinear)
         seen = _between(layer, inputs)
-        return QuantizedLinear.from_weight(weight, bias, scheme, kind=kind.name, moments=seen), None
+        return QuantizedLinear.from_weight(
+            weight, bias, scheme, layer_type=layer_type.name, moments=seen
+        ), None
     if factor == "down":
         inputs = _of_all(model, layer, stats)
-    smooth = center = mean = None
-    if code.smooth:
-        smooth, center = _scaling(weight, inputs, code.centred)
-    if center is not None and smooth is not None:
-        mean = weight.float() @ (center.float() / smooth.float())
+    smooth_scale = input_shift = mean = None
+    if code.smooth_scale:
+        smooth_scale, input_shift = _scaling(weight, inputs, code.input_shift)
+    if input_shift is not None and smooth_scale is not None:
+        mean = weight.float() @ (input_shift.float() / smooth_scale.float())
         if isinstance(layer, LowRankLinear):
             mean = layer.up.weight.float() @ mean  # of which there is a floating-point one still
     new = _like(module).from_weight(
         weight,
         bias,
         scheme,
-        kind=kind.name,
-        smooth=smooth,
-        center=center,
-        moments=_second(inputs, code.centred, weight.device),
+        layer_type=layer_type.name,
+        smooth_scale=smooth_scale,
+        input_shift=input_shift,
+        moments=_second(inputs, code.input_shift, weight.device),
     )
     return new, mean
 
 
 def _scaling(weight: Tensor, moments: Moments, centred: bool) -> tuple[Tensor, Tensor | None]:
     """Return by what to scale the inputs, and what to take from them then, within the range of float16."""
-    smooth = smooth_scale_of(weight, moments.variances(centred))
+    smooth_scale = smooth_scale_of(weight, moments.variances(centred))
     if not centred:
-        return smooth, None
-    center = moments.mean.to(weight.device) * smooth.double()
-    return smooth, center.clamp(-6e4, 6e4).to(torch.float16)
+        return smooth_scale, None
+    input_shift = moments.mean.to(weight.device) * smooth_scale.double()
+    return smooth_scale, input_shift.clamp(-6e4, 6e4).to(torch.float16)
 
 
 def _second(inputs: Moments, centred: bool, device: torch.device) -> Tensor | None:
@@ -282,7 +287,7 @@ def _second(inputs: Moments, centred: bool, device: torch.device) -> Tensor | No
 def _between(layer: LowRankLinear, inputs: Moments) -> Tensor | None:
     """Return the second moment ``R C Rᵀ`` of what an ``up`` reads, if that is known."""
     down: nn.Module = layer.down
-    centred = isinstance(down, QuantizedLinear) and down.center is not None
+    centred = isinstance(down, QuantizedLinear) and down.input_shift is not None
     right: Tensor = down.dense_weight() if isinstance(down, QuantizedModule) else down.weight  # type: ignore[assignment]
     second = _second(inputs, centred, right.device)
     return None if second is None else right.double() @ second @ right.double().T

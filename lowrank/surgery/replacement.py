@@ -110,7 +110,9 @@ def quantize_weights(
 ) -> None:
     """Put integers in place of the weights that ``plan`` codes, which `check_request` has accepted."""
     stats = pooled(stats, plan, centred=False)
-    todo = [code for code in plan.codes if not isinstance(model.get_submodule(code.name), QuantizedModule)]
+    todo = [
+        code for code in plan.quantized if not isinstance(model.get_submodule(code.name), QuantizedModule)
+    ]
     todo.sort(key=lambda code: code.name.endswith(".up"))  # a down needs its up in floating point
     names = {code.name for code in todo}
     for name, module in model.named_modules():
@@ -156,9 +158,9 @@ def register_overruled(model: nn.Module, plan: Plan) -> None:
     """Let the classes of the layers that ``plan`` overrules be found again by their names."""
     modules = dict(model.named_modules())
     for name in plan.overruled & modules.keys():
-        kind = layer_type_of(modules[name])
-        if kind is not None:
-            register_layer_type(kind)
+        layer_type = layer_type_of(modules[name])
+        if layer_type is not None:
+            register_layer_type(layer_type)
 
 
 def _factorize(
@@ -168,7 +170,7 @@ def _factorize(
     dense = [model.get_submodule(layer.name) for layer in layers]
     new: Sequence[nn.Module]
     try:
-        if layers[0].residual:
+        if layers[0].correction:
             new = [corrected(dense[0], layers[0], base_of(plan, layers[0]), plan, stats, seed)]
         elif len(layers) == 1:
             new = [factorized(dense[0], layers[0], plan, stats, seed)]
@@ -192,7 +194,7 @@ def _follow(model: nn.Module, plan: Plan, owner: str) -> None:
         old = model.get_submodule(layer.name) if layer.tied_to == owner else None
         if old is not None and not isinstance(old, TiedLinear):
             bias: nn.Parameter | None = old.bias  # type: ignore[assignment]
-            new = TiedLinear(whole, bias, kind=layer.kind, was_copy=layer.was_copy)  # type: ignore[arg-type]
+            new = TiedLinear(whole, bias, layer_type=layer.layer_type, was_copy=layer.was_copy)  # type: ignore[arg-type]
             replace_module(model, layer.name, adopt(new, old))
 
 
@@ -243,11 +245,11 @@ def restructure(model: nn.Module, plan: Plan) -> nn.Module:
     for layer in itertools.chain.from_iterable(_together(plan, todo)):
         dense = model.get_submodule(layer.name)
         if isinstance(dense, nn.Embedding):
-            replace_module(model, layer.name, adopt(_table_without_data(layer, dense), dense))
+            replace_module(model, layer.name, adopt(_embedding_without_data(layer, dense), dense))
             continue
-        kind = layer_type_of(dense)
-        assert kind is not None  # _validate has refused everything else
-        weight = kind.weight(dense)
+        layer_type = layer_type_of(dense)
+        assert layer_type is not None  # _validate has refused everything else
+        weight = layer_type.weight(dense)
         bias: nn.Parameter | None = dense.bias  # type: ignore[assignment]
         if bias is None and layer.added_bias:
             bias = nn.Parameter(torch.empty(layer.out_features, device="meta", dtype=weight.dtype))
@@ -255,16 +257,16 @@ def restructure(model: nn.Module, plan: Plan) -> nn.Module:
             torch.empty(layer.out_features, layer.rank or 0, device="meta", dtype=weight.dtype),
             torch.empty(layer.rank or 0, layer.in_features, device="meta", dtype=weight.dtype),
             bias,
-            kind=layer.kind,
+            layer_type=layer.layer_type,
             shared=layer.shares_down_with is not None or layer.name in shared,
             relative_error=layer.relative_error,
             added_bias=layer.added_bias,
-            base=_empty_linear(base_of(plan, layer), weight.dtype) if layer.residual else None,
+            base=_empty_linear(base_of(plan, layer), weight.dtype) if layer.correction else None,
         )
         if layer.shares_down_with is not None:
             new.share_down_with(model.get_submodule(layer.shares_down_with), layer.same_input)  # type: ignore[arg-type]
         replace_module(model, layer.name, adopt(new, dense))
-    for code in plan.codes:
+    for code in plan.quantized:
         old = model.get_submodule(code.name)
         if not isinstance(old, QuantizedModule):
             replace_module(model, code.name, adopt(_without_data(code, old), old))
@@ -273,7 +275,7 @@ def restructure(model: nn.Module, plan: Plan) -> nn.Module:
     return model
 
 
-def _table_without_data(layer: LayerPlan, dense: nn.Embedding) -> LowRankEmbedding:
+def _embedding_without_data(layer: LayerPlan, dense: nn.Embedding) -> LowRankEmbedding:
     new = LowRankEmbedding(
         *(layer.out_features, layer.in_features, layer.rank or 0, layer.has_bias),
         padding_idx=dense.padding_idx,
@@ -288,7 +290,7 @@ def _without_data(code: QuantizedWeight, old: nn.Module) -> QuantizedModule:
     """Make the module that ``code`` describes, on the meta device; a bias stays."""
     scheme = scheme_of(code)
     dtype: torch.dtype = old.weight.dtype  # type: ignore[assignment,union-attr]
-    if code.kind == "embedding":
+    if code.is_embedding:
         padding: int | None = old.padding_idx  # type: ignore[assignment]
         return QuantizedEmbedding(
             code.rows, code.columns, scheme, padding_idx=padding, device="meta", dtype=dtype
@@ -302,9 +304,9 @@ def _without_data(code: QuantizedWeight, old: nn.Module) -> QuantizedModule:
 def _empty_linear(
     code: QuantizedWeight, dtype: torch.dtype, cls: type[QuantizedLinear] = QuantizedLinear
 ) -> QuantizedLinear:
-    flags = {"smooth": code.smooth, "centred": code.centred}
+    flags = {"smooth_scale": code.smooth_scale, "input_shift": code.input_shift}
     sizes, scheme = (code.columns, code.rows), scheme_of(code)
-    return cls(*sizes, False, scheme, kind=code.kind, **flags, device="meta", dtype=dtype)
+    return cls(*sizes, False, scheme, layer_type=code.layer_type, **flags, device="meta", dtype=dtype)
 
 
 def check_structure(model: nn.Module, plan: Plan) -> list[LayerPlan]:
@@ -325,7 +327,7 @@ def decompress(model: nn.Module) -> nn.Module:
         )
     for name, module in model.named_modules():
         if isinstance(module, (LowRankLinear, QuantizedLinear)):
-            layer_type_named(module.kind)  # all are known, or nothing changes
+            layer_type_named(module.layer_type)  # all are known, or nothing changes
         if isinstance(module, _Factorized):
             check_no_hooks(name, module)
     for cls in (
@@ -338,7 +340,7 @@ def decompress(model: nn.Module) -> nn.Module:
     for name, owner in users.items():
         whole, user = model.get_submodule(owner), model.get_submodule(name)
         assert isinstance(user, TiedLinear)
-        layer = adopt(layer_type_named(user.kind).layer(weight_of(whole).detach(), user.bias), user)
+        layer = adopt(layer_type_named(user.layer_type).layer(weight_of(whole).detach(), user.bias), user)
         weight: nn.Parameter = whole.weight  # type: ignore[assignment]
         own = nn.Parameter(weight.detach().clone(), user.trainable) if user.was_copy else weight
         layer.weight = own
@@ -350,7 +352,7 @@ def decompress(model: nn.Module) -> nn.Module:
 def _dense_form(module: nn.Module) -> nn.Module:
     """Make the dense layer or table that ``module`` stands for."""
     if isinstance(module, (LowRankLinear, QuantizedLinear)):
-        return layer_type_named(module.kind).layer(module.dense_weight(), module.dense_bias())
+        return layer_type_named(module.layer_type).layer(module.dense_weight(), module.dense_bias())
     assert isinstance(module, (LowRankEmbedding, QuantizedEmbedding))
     sizes = module.num_embeddings, module.embedding_dim
     return nn.Embedding(*sizes, module.padding_idx, _weight=module.dense_weight(), _freeze=False)
@@ -392,11 +394,11 @@ def _validate(
             )
         if isinstance(module, _Factorized):
             corrects = isinstance(module, LowRankLinear) and module.base is not None
-            if (module.rank, corrects) != (layer.rank, layer.residual):
-                found = f"{'as a residual, ' if corrects else ''}at rank {module.rank}"
+            if (module.rank, corrects) != (layer.rank, layer.correction):
+                found = f"{'as a correction, ' if corrects else ''}at rank {module.rank}"
                 raise PlanError(
                     f"{layer.name}: factorized already, {found}; the plan says "
-                    f"{'residual, ' if layer.residual else ''}{layer.rank or 'dense'}. "
+                    f"{'correction, ' if layer.correction else ''}{layer.rank or 'dense'}. "
                     "Call decompress(model) first, or start from the dense checkpoint."
                 )
             continue
@@ -454,7 +456,7 @@ def _check_shared(
 
 def _check_heads(model: nn.Module, plan: Plan) -> None:
     """Check that no table is replaced without the heads that are tied to it."""
-    compressed = {layer.name for layer in plan.factorized} | {code.name for code in plan.codes}
+    compressed = {layer.name for layer in plan.factorized} | {code.name for code in plan.quantized}
     for head, table in tied_heads(model).items():
         if table in compressed and (head not in plan or plan[head].tied_to != table):
             raise PlanError(
@@ -514,10 +516,14 @@ def _check_equal(model: nn.Module, layer: LayerPlan, plan: Plan, blocked: Mappin
 
 
 def _check_layer(module: nn.Module, layer: LayerPlan, shared: bool) -> None:
-    kind = layer_type_of(module)
-    name = LowRankEmbedding.kind if isinstance(module, nn.Embedding) else getattr(kind, "name", None)
-    if name != layer.kind:
-        raise PlanError(f"{layer.name}: the plan says {layer.kind}, the model has a {type(module).__name__}.")
+    layer_type = layer_type_of(module)
+    name = (
+        LowRankEmbedding.layer_type if isinstance(module, nn.Embedding) else getattr(layer_type, "name", None)
+    )
+    if name != layer.layer_type:
+        raise PlanError(
+            f"{layer.name}: the plan says {layer.layer_type}, the model has a {type(module).__name__}."
+        )
     shape = tuple(weight_of(module).shape)
     if shape != (layer.out_features, layer.in_features):
         raise PlanError(

@@ -59,7 +59,7 @@ def apply_anchored(
     batches: Iterable[Batch],
     *,
     seed: int = 0,
-    spill: Path | None = None,
+    offload_folder: Path | None = None,
     progress: bool = False,
 ) -> set[str]:
     """Carry out ``plan`` block by block; see `lowrank.apply` for the arguments and errors.
@@ -79,7 +79,7 @@ def apply_anchored(
             "sequential=True needs the dense model to compare with; this one has factorized layers. Start "
             "from the dense checkpoint."
         )
-    if any(layer.residual for layer in plan.factorized):
+    if any(layer.correction for layer in plan.factorized):
         raise LowRankError(
             "sequential=True fits factors anew that replace weights, and these correct coded ones. "
             "Leave it out."
@@ -98,7 +98,7 @@ def apply_anchored(
     _check_shared(plan, inside)
     fitted: set[str] = set()
     with contextlib.ExitStack() as stack:
-        folder = None if spill is None else stack.enter_context(_folder_in(spill))
+        folder = None if offload_folder is None else stack.enter_context(_folder_in(offload_folder))
         streams = [CachedHiddenStates(batch, folder) for batch in batches]
         if len(streams) < HELD_OUT:
             raise DataError(
@@ -132,18 +132,20 @@ def apply_anchored(
 
 
 @contextlib.contextmanager
-def _folder_in(spill: Path) -> Iterator[Path]:
+def _folder_in(offload_folder: Path) -> Iterator[Path]:
     try:
-        folder = tempfile.TemporaryDirectory(dir=spill)
+        folder = tempfile.TemporaryDirectory(dir=offload_folder)
     except OSError as error:
-        raise LowRankError(f"spill={str(spill)!r}: hidden states cannot be kept there: {error}.") from error
+        raise LowRankError(
+            f"offload_folder={str(offload_folder)!r}: hidden states cannot be kept there: {error}."
+        ) from error
     with folder as name:
         yield Path(name)
 
 
 def _part(plan: Plan, names: Sequence[str]) -> Plan:
     layers = tuple(layer for layer in plan if layer.name in names or layer.tied_to in names)
-    return replace(plan, layers=layers, codes=())
+    return replace(plan, layers=layers, quantized=())
 
 
 def _check_shared(plan: Plan, inside: Mapping[str, str]) -> None:

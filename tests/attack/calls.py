@@ -60,9 +60,11 @@ def compress(session: Session, random: Random) -> None:
     if "overrule" in arguments or maybe(random, 0.02):
         arguments["inputs"] = session.specimen.batch(3)
     if arguments.get("quantize") == "int4":
-        arguments["slow"] = one(random, "allow", "allow", "refuse")
+        arguments["on_missing_kernel"] = one(random, "allow", "allow", "refuse")
     arguments = spoiled(
-        random, arguments, ("seed", "data", "tokenizer", "loss", "stats", "inputs", "spill", "progress")
+        random,
+        arguments,
+        ("seed", "data", "tokenizer", "loss", "stats", "inputs", "offload_folder", "progress"),
     )
     before, was, twin = dense_weights(session.model), _compressed(session.model), None
     if "data" not in arguments and maybe(random, 0.15):
@@ -82,9 +84,11 @@ def compress(session: Session, random: Random) -> None:
 def _same_by_plan(session: Session, twin: nn.Module, arguments: Arguments) -> None:
     """Deciding first and acting afterwards gives the same, to the bit."""
     options = {
-        name: value for name, value in arguments.items() if name in ("stats", "seed", "slow", "progress")
+        name: value
+        for name, value in arguments.items()
+        if name in ("stats", "seed", "on_missing_kernel", "progress")
     }
-    others = "seed", "slow", "sequential", "loss", "tokenizer", "spill"
+    others = "seed", "on_missing_kernel", "sequential", "loss", "tokenizer", "offload_folder"
     asked = {name: value for name, value in arguments.items() if name not in others}
     done, made = session.call(lowrank.plan, twin, reads=True, **asked)
     if isinstance(made, WeightError):
@@ -134,7 +138,7 @@ def plan(session: Session, random: Random) -> None:
 def apply_at_once(session: Session, random: Random, stats: Stats | None) -> None:
     """Carry out a plan that was made for the model as it is: that must work."""
     before = dense_weights(session.model)
-    done, error = session.call(lowrank.apply, session.model, session.plan, stats, slow="allow")
+    done, error = session.call(lowrank.apply, session.model, session.plan, stats, on_missing_kernel="allow")
     frozen_for_good = session.specimen.name == "in inference mode"  # it can be planned, but not changed
     demand(done or frozen_for_good, f"A plan for this very model is refused: {error}")
     if not done:
@@ -175,8 +179,10 @@ def apply(session: Session, random: Random) -> None:
     arguments: Arguments = {"plan": session.plan}
     arguments |= {"stats": session.stats} if session.stats is not None and maybe(random, 0.6) else {}
     arguments |= {"sequential": True, "data": session.batches(random)} if maybe(random, 0.15) else {}
-    arguments |= {"slow": "allow"}
-    arguments = spoiled(random, arguments, ("data", "seed", "spill", "slow", "tokenizer"))
+    arguments |= {"on_missing_kernel": "allow"}
+    arguments = spoiled(
+        random, arguments, ("data", "seed", "offload_folder", "on_missing_kernel", "tokenizer")
+    )
     done, result = session.call(lowrank.apply, session.model, **arguments)
     if done:
         demand(result is session.model, "apply returns another model.")
@@ -219,10 +225,13 @@ def quantize(session: Session, random: Random) -> None:
     """Code weights."""
     arguments: Arguments = {"scheme": one(random, "int8", "int8", "int4")}
     if arguments["scheme"] == "int4":
-        arguments |= {"slow": one(random, "allow", "allow", "refuse"), "group_size": one(random, 4, 8, None)}
+        arguments |= {
+            "on_missing_kernel": one(random, "allow", "allow", "refuse"),
+            "group_size": one(random, 4, 8, None),
+        }
     arguments |= selection(random, session.layers)
     arguments |= {"stats": session.stats} if session.stats is not None and maybe(random, 0.4) else {}
-    arguments = spoiled(random, arguments, ("group_size", "stats", "slow", "seed", "progress"))
+    arguments = spoiled(random, arguments, ("group_size", "stats", "on_missing_kernel", "seed", "progress"))
     before = _outputs(session)
     done, _ = session.call(lowrank.quantize, session.model, **arguments)
     if done:
@@ -293,14 +302,14 @@ def recover(session: Session, random: Random) -> None:
     data = [session.specimen.batch(random.randint(1, 4)) for _ in range(random.randint(2, 4))]
     arguments: Arguments = {"teacher": session.dense, "data": data, "steps": random.randint(1, 2)}
     arguments |= {"blockwise": True, "steps": 4} if maybe(random, 0.2) else {}
-    arguments |= {"codes": False} if maybe(random, 0.2) else {}
+    arguments |= {"qat": False} if maybe(random, 0.2) else {}
     arguments |= {"hidden_weight": 0.0} if maybe(random, 0.2) else {}
     arguments |= {"mixed_precision": True} if maybe(random, 0.1) else {}
     names = (
         "learning_rate",
         "held_out",
         "seed",
-        "snapshots",
+        "checkpoint_dir",
         "batch_size",
         "minutes",
         "tokenizer",

@@ -78,7 +78,7 @@ def request(random: Random, layers: Sequence[str], size: int) -> Arguments:
         "share_size": (0.03, lambda: one(random, 2, 3)),
         "quantize": (0.3, lambda: one(random, "int8", "int8", "int4", "auto")),
         "group_size": (0.06, lambda: one(random, 4, 8, 2)),
-        "residual": (0.08, lambda: True),
+        "correction": (0.08, lambda: True),
         "tolerance": (0.05, lambda: one(random, 1e-3, 1e-9, 0.5)),
         "overrule": (0.04, lambda: [pattern(random, layers)]),
     }

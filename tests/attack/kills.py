@@ -136,7 +136,7 @@ def recover(path: Path, version: int) -> None:
 
     teacher.register_forward_hook(interrupted)
     with suppress(KeyboardInterrupt) if version == OLD else nullcontext():
-        lowrank.recover(student, teacher, batches(6), steps=6, mixed_precision=False, snapshots=path)
+        lowrank.recover(student, teacher, batches(6), steps=6, mixed_precision=False, checkpoint_dir=path)
 
 
 def read_snapshot(path: Path) -> object:

@@ -270,7 +270,7 @@ def _model(draw: Draw) -> tuple[nn.Module, list[Tensor], dict[str, Any]]:
     options |= {"metric": draw.of("weight", "diagonal", "inputs", "loss"), "round_to": 1}
     options |= draw.of({}, {}, {"quantize": "int8"}, {"quantize": "int4", "group_size": 2, "round_to": 2})
     if "quantize" in options and "rank" in options:
-        options["residual"] = draw.of(True, False)
+        options["correction"] = draw.of(True, False)
     return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.Tanh()), batches, options
 
 

@@ -174,9 +174,9 @@ def module_cases() -> tuple[Case, ...]:
         module_case("int8", stack, lambda m: lowrank.quantize(m, "int8")),
         module_case("int4", stack, lambda m: lowrank.quantize(m, "int4", group_size=32)),
         module_case(
-            "residual",
+            "correction",
             stack,
-            lambda m: lowrank.compress(m, rank=4, quantize="int4", group_size=32, residual=True),
+            lambda m: lowrank.compress(m, rank=4, quantize="int4", group_size=32, correction=True),
         ),
         module_case("embedding", Tied, lambda m: lowrank.compress(m, rank=3, targets=["*"])),
         case("statistics", stats.save, stats_of, StatsError),
@@ -378,7 +378,7 @@ def edited_json(rng: random.Random, data: bytes, mild: bool) -> tuple[bytes, str
         if not mild:
             parent[key] = json.loads(json.dumps(other[taken]))
     elif kind == "add" and isinstance(parent, dict):
-        parent[rng.choice(("x", "verify", "rank", "tensors", "codes"))] = rng.choice(VALUES)
+        parent[rng.choice(("x", "verify", "rank", "tensors", "quantized"))] = rng.choice(VALUES)
     elif kind == "nest":
         parent[key], depth = "HERE", rng.choice((30, 70, 500, 990, 100_000))
         return json.dumps(document).replace(

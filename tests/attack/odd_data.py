@@ -329,7 +329,7 @@ def check_result(found: Any, call: str, model: nn.Module, kind: str) -> None:
     if isinstance(found, Stats):
         sums = [t for moments in found.inputs.values() for t in (moments.total, moments.products)]
         sums += [gradients.products for gradients in found.gradients.values()]
-        sums += [tensor for table in found.tables.values() for tensor in table.tensors.values()]
+        sums += [tensor for table in found.embeddings.values() for tensor in table.tensors.values()]
         if found.tokens < 1 or not all(bool(t.isfinite().all()) for t in sums):
             raise Broken(f"Statistics of {found.tokens} tokens, finite or not.")
         try:

@@ -153,8 +153,8 @@ def check_integer_products(case: Case) -> None:
             handle.remove()
     for name, layer, given, found in seen:
         weight = dequantize_weight(layer.state_dict()["codes"], layer.scale, layer.scheme).double()
-        rows = given.detach().double() * (1.0 if layer.smooth is None else layer.smooth.double())
-        shift = torch.zeros_like(rows) if layer.center is None else layer.center.double()
+        rows = given.detach().double() * (1.0 if layer.smooth_scale is None else layer.smooth_scale.double())
+        shift = torch.zeros_like(rows) if layer.input_shift is None else layer.input_shift.double()
         rows, parts = rows - shift, rows.abs() + shift.abs()
         exact, sizes = rows @ weight.T, parts @ weight.abs().T
         if layer.bias is not None:

@@ -226,13 +226,13 @@ add("itself a table", lambda: nn.Embedding(40, 24), batch=token_ids(40))
 add("on meta", lambda: mlp(24, 32, 24).to("meta"), runs=False, trains=False)
 add("factorized", lambda: mlp(24, 32, 24), prepare=compressed(rank=4), weight=2)
 add("int8", lambda: mlp(24, 32, 24), prepare=quantized("int8"), weight=2)
-add("int4", lambda: mlp(32, 32, 64), 32, prepare=quantized("int4", slow="allow"))
+add("int4", lambda: mlp(32, 32, 64), 32, prepare=quantized("int4", on_missing_kernel="allow"))
 add("factorized and int8", lambda: mlp(24, 32, 24), prepare=compressed(rank=4, quantize="int8"), weight=2)
 add(
     "corrected",
     lambda: mlp(32, 32, 64),
     32,
-    prepare=compressed(rank=4, quantize="int4", residual=True, slow="allow"),
+    prepare=compressed(rank=4, quantize="int4", correction=True, on_missing_kernel="allow"),
 )
 add(
     "shared factors",

@@ -73,9 +73,11 @@ def test_the_spectrum_predicts_one_round_at_every_rank():
     weight, gram = some(24, 32).float(), gram_of(32)
     metric = Metric(Gram(gram))
     predicted = correction_error_curve(weight, rounding_error_of(weight, INT4, gram), metric)
-    smooth = smooth_scale_of(weight, gram.diagonal())
+    smooth_scale = smooth_scale_of(weight, gram.diagonal())
     for rank in (1, 5, 20):
-        found = quantize_with_correction(weight, rank, INT4, metric, gram, smooth=smooth, rounds=1)
+        found = quantize_with_correction(
+            weight, rank, INT4, metric, gram, smooth_scale=smooth_scale, rounds=1
+        )
         assert found.relative_error == pytest.approx(predicted.relative_error(rank), rel=1e-3)
     assert predicted.squared_norm == pytest.approx(metric.squared_norm(weight), rel=1e-6)
 

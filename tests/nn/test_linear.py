@@ -48,7 +48,7 @@ class _FromConv1D(LinearConformance):
         return LowRankLinear.from_linear(dense, rank)
 
     def test_the_kind_is_remembered(self, layer):
-        assert layer.kind == "conv1d"
+        assert layer.layer_type == "conv1d"
         assert layer_type_of(self.dense()) is layer_type_named("conv1d")
 
 

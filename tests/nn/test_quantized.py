@@ -31,11 +31,13 @@ def layer(request):
 
 
 def smoothed():
-    scale, center = (gaussian(64, seed=seed).abs().add(0.5).half() for seed in (1, 2))
+    scale, input_shift = (gaussian(64, seed=seed).abs().add(0.5).half() for seed in (1, 2))
     weight, bias = gaussian(48, 64), gaussian(48)
-    corrected = nn.Parameter(bias + weight @ (center.float() / scale.float()))
-    made = QuantizedLinear.from_weight(weight, corrected, Scheme("int8"), smooth=scale, center=center)
-    x = gaussian(20, 64, seed=3) + center.float() / scale.float()  # the mean that is taken from it
+    corrected = nn.Parameter(bias + weight @ (input_shift.float() / scale.float()))
+    made = QuantizedLinear.from_weight(
+        weight, corrected, Scheme("int8"), smooth_scale=scale, input_shift=input_shift
+    )
+    x = gaussian(20, 64, seed=3) + input_shift.float() / scale.float()  # the mean that is taken from it
     return made, x, nn.functional.linear(x, weight, bias)
 
 
@@ -270,9 +272,9 @@ def test_the_integers_of_the_input_are_the_nearest(monkeypatch):
     codes, step = module.quantized(x, None, None)
     assert torch.equal(step, x.abs().amax(1, keepdim=True) / 127)
     assert ((x.double() / step.double() - codes).abs() < 0.5001).all()
-    scale, center = gaussian(64, seed=1).abs().half(), gaussian(64, seed=2).half()
-    given = x[15:] * scale.float() - center.float()
-    codes, step = module.quantized(x[15:], scale, center)
+    scale, input_shift = gaussian(64, seed=1).abs().half(), gaussian(64, seed=2).half()
+    given = x[15:] * scale.float() - input_shift.float()
+    codes, step = module.quantized(x[15:], scale, input_shift)
     assert ((given.double() / step.double() - codes).abs() < 0.501).all()
 
 
@@ -284,20 +286,20 @@ def test_rows_of_zeros_give_the_bias():
         assert torch.equal(layer(torch.zeros(3, 64)), bias.expand(3, 48))
 
 
-def coded4(rows=64, columns=128, size=32, seed=0, smooth=None):
+def coded4(rows=64, columns=128, size=32, seed=0, smooth_scale=None):
     weight, bias = gaussian(rows, columns, seed=seed), nn.Parameter(gaussian(rows))
-    return QuantizedLinear.from_weight(weight, bias, Scheme("int4", size), smooth=smooth).eval()
+    return QuantizedLinear.from_weight(weight, bias, Scheme("int4", size), smooth_scale=smooth_scale).eval()
 
 
 @weight_only
-@pytest.mark.parametrize("smooth", [False, True], ids=["plain", "smooth"])
+@pytest.mark.parametrize("smooth_scale", [False, True], ids=["plain", "smooth_scale"])
 @pytest.mark.parametrize("tokens", [1, 5, 128])
 @pytest.mark.parametrize(
     ("rows", "columns", "size"), [(16, 32, 32), (48, 64, 64), (64, 128, 32), (112, 256, 256), (160, 256, 128)]
 )
-def test_the_int4_kernel_computes_what_the_decoded_weight_does(rows, columns, size, tokens, smooth):
-    scale = gaussian(columns, seed=5).abs().add(0.5).half() if smooth else None
-    layer, x = coded4(rows, columns, size, smooth=scale), gaussian(tokens, columns, seed=1)
+def test_the_int4_kernel_computes_what_the_decoded_weight_does(rows, columns, size, tokens, smooth_scale):
+    scale = gaussian(columns, seed=5).abs().add(0.5).half() if smooth_scale else None
+    layer, x = coded4(rows, columns, size, smooth_scale=scale), gaussian(tokens, columns, seed=1)
     expected = nn.functional.linear(x, layer.dense_weight(), layer.bias)
     with torch.no_grad():
         y = layer(x)
