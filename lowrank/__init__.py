@@ -11,6 +11,7 @@ from lowrank import _transformers
 from lowrank.allocation.latency import LatencyTable
 from lowrank.calibration.statistics import Stats
 from lowrank.checkpoint.checkpoint import load, save
+from lowrank.config import CompressionConfig, RecoveryConfig
 from lowrank.distillation.recovery import recover
 from lowrank.errors import (
     BudgetError,
@@ -42,6 +43,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BudgetError",
     "CheckpointError",
+    "CompressionConfig",
     "DataError",
     "FewTokensWarning",
     "LatencyTable",
@@ -56,6 +58,7 @@ __all__ = [
     "QuantizedLinear",
     "RankError",
     "ReachWarning",
+    "RecoveryConfig",
     "SchemeError",
     "SlowKernelWarning",
     "Stats",

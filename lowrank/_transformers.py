@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from importlib.abc import Loader
     from importlib.machinery import ModuleSpec
     from types import ModuleType
-    from typing import Any
 
 _TRIGGER = "transformers.modeling_utils"
 
@@ -34,17 +33,6 @@ def load_plugin() -> ModuleType:
     import importlib
 
     return importlib.import_module("lowrank.hf")
-
-
-def check_tokenizer(model: Any, tokenizer: Any) -> None:
-    """Refuse a tokenizer of transformers that cannot be the model's; see `lowrank.hf.tokenizer`.
-
-    Raises:
-        DataError: If its vocabulary is far smaller than the model's.
-    """
-    hf = plugin()
-    if hf is not None:
-        hf.check_tokenizer(model, tokenizer)
 
 
 def watch() -> None:

@@ -9,7 +9,7 @@ import functools
 import inspect
 import math
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -160,6 +160,22 @@ def every(
         elements: Any = value
         for position, element in enumerate(elements):
             item(f"{name}[{position}]", element)
+        return value
+
+    return check
+
+
+def patterns(error: type[LowRankError] = LowRankError, *, may_be_empty: bool = True) -> Check:
+    """Accept ``None``, and lists of Unix-style patterns on module names."""
+
+    def check(name: str, value: Any) -> Any:
+        if value is None:
+            return None
+        listed = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+        if not listed or not all(isinstance(pattern, str) for pattern in value):
+            raise error(f"{name}={value!r}: give a list of patterns, such as ['*.query'].")
+        if not value and not may_be_empty:
+            raise error(f"{name}=[] names no layer. Leave it out to target every layer but the heads.")
         return value
 
     return check

@@ -27,7 +27,7 @@ PAGES = [
 ]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MODULES = sorted(m.name for m in pkgutil.walk_packages(lowrank.__path__, "lowrank."))
-UNTESTED = {"lowrank.hf", "lowrank.__main__"}
+UNTESTED = {"lowrank.__main__", "lowrank.config.__main__"}
 
 
 def python_blocks(text: str) -> list[tuple[int, str]]:
@@ -106,7 +106,7 @@ def test_there_are_examples_in_the_docstrings():
 
 def test_the_example_of_the_config_is_right():
     pytest.importorskip("transformers")
-    assert doctest.testmod(importlib.import_module("lowrank.hf")).failed == 0
+    assert doctest.testmod(importlib.import_module("lowrank.hf.config")).failed == 0
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:lowrank")  # of too few tokens, as they are here

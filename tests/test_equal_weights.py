@@ -11,7 +11,7 @@ from torch import nn
 import lowrank
 from lowrank import LowRankLinear, Plan, QuantizedLinear, compress, quantize, report
 from lowrank.errors import LowRankError, PlanError, TargetError
-from lowrank.inspection.tied_weights import equal_layers
+from lowrank.inspection.inspection import Inspection
 from lowrank.nn import TiedLinear
 
 SIZE = 64
@@ -91,12 +91,12 @@ def test_what_has_only_the_same_sample_or_constant_is_not_equal():
     model = net("copied")
     with torch.no_grad():
         model.c.weight[1, 1] += 1e-3
-    assert equal_layers(model, ["a", "b", "c"]) == []
+    assert Inspection(model).equal_layers(["a", "b", "c"]) == []
     for layer in (model.a, model.b):
         nn.init.zeros_(layer.weight)
-    assert equal_layers(model, ["a", "b", "c"]) == []
-    assert equal_layers(net("copied").to("meta"), ["a", "b", "c"]) == []
-    assert equal_layers(net("copied"), ["a", "b", "c"]) == [["a", "c"]]
+    assert Inspection(model).equal_layers(["a", "b", "c"]) == []
+    assert Inspection(net("copied").to("meta")).equal_layers(["a", "b", "c"]) == []
+    assert Inspection(net("copied")).equal_layers(["a", "b", "c"]) == [["a", "c"]]
 
 
 def test_a_bias_that_both_share_or_a_tied_table_keeps_them_apart():

@@ -9,6 +9,7 @@ import transformers
 from torch import nn
 
 import lowrank
+from lowrank.inspection.inspection import Inspection
 from lowrank.inspection.targets import draft
 from lowrank.nn import layer_type_of, linear_subclasses
 
@@ -167,7 +168,10 @@ def test_at_full_error_zero_the_factors_compute_what_the_subclass_does(cls, matr
 def test_a_subclass_that_may_compute_something_else_or_would_lose_something_stays_dense(cls):
     layer = cls(8) if cls is WithItsOwnSizes else cls(8, 8)
     model = nn.Sequential(layer, nn.Linear(8, 8))
-    assert draft(model)["0"].reason == f"is a {cls.__name__}, which may compute something else than nn.Linear"
+    assert (
+        draft(Inspection(model))["0"].reason
+        == f"is a {cls.__name__}, which may compute something else than nn.Linear"
+    )
 
 
 def test_a_subclass_is_tried_without_touching_random_state_or_default_device():

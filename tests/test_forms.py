@@ -141,11 +141,13 @@ def test_unknown_forms_are_refused():
 
 
 def test_a_merged_menu_has_no_point_that_another_beats(tiny_bert, stats):
+    from lowrank import CompressionConfig
     from lowrank.allocation.candidates import QuantizationError, candidates_of
-    from lowrank.allocation.planner import Request, drafted
+    from lowrank.allocation.planner import drafted
+    from lowrank.inspection.inspection import Inspection
     from lowrank.linalg import ErrorCurve
 
-    layer = drafted(tiny_bert, Request(metric="weight"), None, {}).targeted[0]
+    layer = drafted(Inspection(tiny_bert), CompressionConfig(metric="weight"), None).targeted[0]
     error_curve = ErrorCurve(torch.linspace(1, 0, 65, dtype=torch.float64) ** 2)
     menus = [
         candidates_of(

@@ -9,6 +9,7 @@ from torch import nn
 import lowrank
 from lowrank import BudgetError, TargetError
 from lowrank.inspection.heads import heads_of, output_layer
+from lowrank.inspection.inspection import Inspection
 
 
 class Residual(nn.Module):
@@ -136,7 +137,7 @@ def test_where_only_the_head_could_change_there_is_nothing_to_calibrate():
 
 @pytest.mark.parametrize("model", [ResNet(), Classifier(), Tokens()], ids=lambda model: type(model).__name__)
 def test_the_last_layer_is_compressed_where_a_target_spells_it(model):
-    (head,) = output_layer(model)
+    (head,) = output_layer(Inspection(model))
     assert targeted(model, targets=[head]) == [head]
     lowrank.compress(model, rank=2, targets=["*", head])
     assert isinstance(model.get_submodule(head), lowrank.LowRankLinear)
@@ -184,11 +185,11 @@ def test_heads_beside_each_other_are_all_heads():
     model = nn.ModuleDict({"body": nn.Linear(32, 32), "heads": heads})
     assert targeted(model) == ["body"]
     nested = nn.ModuleDict({"body": nn.Linear(32, 32), "head": nn.ModuleList([VGG().classifier] * 1)})
-    assert heads_of(nested) == {"head.0.6": ("head",)}
+    assert heads_of(Inspection(nested)) == {"head.0.6": ("head",)}
 
 
 def test_a_compressed_model_has_the_heads_of_the_dense_one():
     dense = VGG()
     small = lowrank.compress(copy.deepcopy(dense), rank=2)
-    assert heads_of(small) == heads_of(dense)
-    assert output_layer(small) == output_layer(dense)
+    assert heads_of(Inspection(small)) == heads_of(Inspection(dense))
+    assert output_layer(Inspection(small)) == output_layer(Inspection(dense))

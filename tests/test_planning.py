@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lowrank.config import Budget
 from lowrank.errors import BudgetError, CheckpointError, LowRankError, PlanError, RankError, TargetError
 from lowrank.plans import plan as plan_module
-from lowrank.plans.plan import PLAN_FORMAT, Budget, LayerPlan, Plan
+from lowrank.plans.plan import PLAN_FORMAT, LayerPlan, Plan
 
 LAYERS = (
     LayerPlan("encoder.0.query", "linear", 64, 64, True, 16, 0.25, "as asked"),
@@ -304,7 +305,13 @@ def test_a_plan_is_plain_data_that_needs_no_other_package():
         elif isinstance(node, ast.ImportFrom):
             imported.add(node.module)
     foreign = {name for name in imported if name.split(".")[0] not in sys.stdlib_module_names}
-    assert {name.split(".")[:2][-1] for name in foreign} <= {"arguments", "config", "errors", "files", "plans"}
+    assert {name.split(".")[:2][-1] for name in foreign} <= {
+        "arguments",
+        "config",
+        "errors",
+        "files",
+        "plans",
+    }
 
 
 @pytest.mark.parametrize("rank", [0, -2, 8.0, True, "8"], ids=repr)

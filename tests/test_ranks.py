@@ -13,9 +13,10 @@ from torch import nn
 from lowrank import compress, plan, quantize
 from lowrank.allocation.selection import select
 from lowrank.allocation.solver import Curve, allocate
+from lowrank.config import Budget
 from lowrank.errors import BudgetError, LowRankError, RankError, TargetError
 from lowrank.linalg import error_curve
-from lowrank.plans.plan import Budget, LayerPlan, Plan
+from lowrank.plans.plan import LayerPlan, Plan
 
 
 def weight(rows: int, columns: int, decay: float = 0.5, seed: int = 0) -> torch.Tensor:

@@ -62,7 +62,7 @@ def test_checkpoints_give_the_same_bits_and_the_reported_bytes(tiny_bert, stats,
     for again in (type(small).from_pretrained(folder), lowrank.load(folder)):
         assert torch.equal(outputs(again.eval()), outputs(small))
         assert again.get_submodule(QUERY).base.codes.dtype == torch.uint8
-    found = lowrank.hf.recorded(small)
+    found = lowrank.hf.models.recorded(small)
     assert found[QUERY].correction
     assert {c.name for c in found.quantized} >= {f"{QUERY}.base", f"{QUERY}.down", f"{QUERY}.up"}
 

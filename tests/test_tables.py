@@ -23,6 +23,7 @@ from lowrank import (
 from lowrank.allocation.quantization_error import quantization_errors_of
 from lowrank.calibration.embeddings import EmbeddingStatistics, nearest_product
 from lowrank.errors import BudgetError, PlanError, TargetError
+from lowrank.inspection.inspection import Inspection
 from lowrank.inspection.targets import draft
 from lowrank.linalg import truncated_svd
 from lowrank.nn import TiedLinear
@@ -537,7 +538,7 @@ def test_the_predicted_loss_of_a_coded_table_is_that_of_its_codes():
     """A whole table and its factors, as `allocate` compares them, against the modules that are made."""
     model, table = built(llama), "model.embed_tokens"
     dense = model.model.embed_tokens.weight.detach().clone()
-    drafted = draft(model, [table])
+    drafted = draft(Inspection(model), [table])
     found = quantization_errors_of(model, drafted, storage_formats_of("auto"), None, progress=False)
     assert found.pop(FLOAT) == {}
     for form, outlooks in found.items():

@@ -11,11 +11,12 @@ from lowrank import LowRankLinear, compress, plan
 from lowrank.errors import LowRankError, TargetError
 from lowrank.inspection import eligibility
 from lowrank.inspection.eligibility import find_obstacles
+from lowrank.inspection.inspection import Inspection
 from lowrank.inspection.targets import draft
 
 
 def targeted(model: nn.Module, **patterns: list[str]) -> set[str]:
-    return {layer.name for layer in draft(model, **patterns).targeted}
+    return {layer.name for layer in draft(Inspection(model), **patterns).targeted}
 
 
 class Holder(nn.Module):
@@ -30,7 +31,7 @@ class Holder(nn.Module):
 
 
 def test_a_plan_lists_every_linear_layer_in_the_model_s_order_with_its_shape(tiny_bert):
-    drafted = draft(tiny_bert)
+    drafted = draft(Inspection(tiny_bert))
     linear = {name: m for name, m in tiny_bert.named_modules() if isinstance(m, nn.Linear)}
     assert [layer.name for layer in drafted] == list(linear)
     assert drafted.model == "BertModel"
@@ -42,7 +43,7 @@ def test_a_plan_lists_every_linear_layer_in_the_model_s_order_with_its_shape(tin
 
 
 def test_every_layer_but_the_head_is_a_target_by_default(tiny_bert):
-    drafted = draft(tiny_bert)
+    drafted = draft(Inspection(tiny_bert))
     assert {layer.name for layer in drafted if not layer.targeted} == {"pooler.dense"}
     assert drafted["pooler.dense"].reason == "part of a head (pooler)"
     assert len(drafted.targeted) == 12
@@ -57,7 +58,7 @@ def test_a_head_needs_its_name_spelled(head):
     assert targeted(model, targets=["*"]) == {"first", "last"}
     assert targeted(model, targets=[head]) == {head}
     assert targeted(model, targets=[f"{head}*", "first"]) == {head, "first"}
-    assert draft(model)[head].reason == f"part of a head ({head})"
+    assert draft(Inspection(model))[head].reason == f"part of a head ({head})"
 
 
 def test_a_head_inside_a_head_is_spelled_by_either_name():
@@ -73,7 +74,7 @@ def test_a_name_that_only_contains_a_head_s_name_is_no_head():
 def test_ignore_wins_over_targets(tiny_bert):
     names = targeted(tiny_bert, targets=["*.query", "*.key"], ignore=["encoder.layer.0.*"])
     assert names == {"encoder.layer.1.attention.self.query", "encoder.layer.1.attention.self.key"}
-    drafted = draft(tiny_bert, ["*.query"], ["encoder.layer.0.*"])
+    drafted = draft(Inspection(tiny_bert), ["*.query"], ["encoder.layer.0.*"])
     assert drafted["encoder.layer.0.attention.self.query"].reason == "ignored"
     assert drafted["encoder.layer.1.output.dense"].reason == "not among the targets"
 
@@ -90,7 +91,7 @@ def test_ignore_wins_over_targets(tiny_bert):
 )
 def test_a_pattern_that_matches_nothing_names_the_closest(tiny_bert, argument, pattern, closest):
     with pytest.raises(TargetError) as caught:
-        draft(tiny_bert, **{argument: [pattern]})
+        draft(Inspection(tiny_bert), **{argument: [pattern]})
     first, second = str(caught.value).splitlines()
     assert first == f'"{pattern}" matches none of the 16 linear layers and tables of BertModel.'
     assert second.startswith(f"  Closest: {closest}")
@@ -102,7 +103,7 @@ def test_patterns_come_as_a_list_of_texts(tiny_bert, argument, value):
     with pytest.raises(
         TargetError, match=rf"{argument}=.*: give a list of patterns, such as \['\*\.query'\]"
     ):
-        draft(tiny_bert, **{argument: value})
+        draft(Inspection(tiny_bert), **{argument: value})
 
 
 def test_no_targets_at_all_do_not_mean_all(mlp):
@@ -112,13 +113,13 @@ def test_no_targets_at_all_do_not_mean_all(mlp):
 
 def blocked(model: nn.Module, name: str) -> str:
     """Check that the layer stays dense by default, that naming it is an error, and return the reason."""
-    reason = draft(model)[name].reason
+    reason = draft(Inspection(model))[name].reason
     assert name not in targeted(model)
     with pytest.raises(
         TargetError,
         match=re.escape(f"{name}: this layer cannot be factorized: it {reason}. Take it out of targets"),
     ):
-        draft(model, [name])
+        draft(Inspection(model), [name])
     return reason
 
 
@@ -139,7 +140,7 @@ def test_a_tied_weight_stays_dense_on_both_sides():
     model = Holder(embedding=nn.Embedding(50, 32), decoder=nn.Linear(32, 50), twin=nn.Linear(32, 32))
     model.decoder.weight = model.embedding.weight
     model.twin.weight = model.first.weight
-    assert draft(model)["decoder"].reason == "shares its weight with embedding.weight (tied)"
+    assert draft(Inspection(model))["decoder"].reason == "shares its weight with embedding.weight (tied)"
     assert blocked(model, "twin") == "shares its weight with first.weight (tied)"
     assert blocked(model, "first") == "shares its weight with twin.weight (tied)"
     assert targeted(model) == {"last"}
@@ -219,7 +220,7 @@ def test_a_quantized_weight_stays_dense(dtype):
 def test_a_parametrized_weight_stays_dense():
     model = Holder(normed=nn.utils.parametrizations.weight_norm(nn.Linear(32, 32)))
     assert "normed" not in targeted(model)
-    assert draft(model)["normed"].reason
+    assert draft(Inspection(model))["normed"].reason
 
 
 def test_a_pruned_weight_which_is_no_parameter_stays_dense():
@@ -344,7 +345,7 @@ def test_one_layer_called_many_times_at_one_name_may_shrink():
 
 def test_a_factorized_layer_is_listed_with_its_rank_and_not_a_target(mlp):
     compress(mlp, rank=8, targets=["0"])
-    drafted = draft(mlp)
+    drafted = draft(Inspection(mlp))
     assert [layer.name for layer in drafted] == ["0", "2"]  # not the linear layers inside
     assert drafted["0"].rank == 8
     assert "factorized already, at rank 8; decompress(model) undoes that" in blocked(mlp, "0")
@@ -358,14 +359,14 @@ def test_drafting_reads_names_only_and_works_on_the_meta_device():
 
 
 def test_a_plain_model_has_no_obstacles(mlp, tiny_bert):
-    assert find_obstacles(mlp) == {}
-    assert find_obstacles(tiny_bert) == {}
+    assert find_obstacles(Inspection(mlp)) == {}
+    assert find_obstacles(Inspection(tiny_bert)) == {}
 
 
 def test_the_code_of_a_model_is_read_once_for_each_stage(tiny_bert, monkeypatch):
     scans, find_readers = [], eligibility.find_readers
     monkeypatch.setattr(eligibility, "find_readers", lambda model: scans.append(model) or find_readers(model))
-    draft(tiny_bert, targets=["*.word_embeddings", "*"], separately_saved=[])
+    draft(Inspection(tiny_bert), targets=["*.word_embeddings", "*"], separately_saved=[])
     assert len(scans) == 1
     scans.clear()
     compress(tiny_bert, rank=4, targets=["*"])

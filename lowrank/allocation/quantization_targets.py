@@ -15,16 +15,11 @@ from torch import nn
 
 from lowrank.calibration.statistics import Stats
 from lowrank.errors import LowRankError, SchemeError, SlowKernelWarning, TargetError, WeightError, warn
-from lowrank.inspection.eligibility import (
-    check_holder,
-    find_all_obstacles,
-    find_doubts,
-    find_equals,
-    linear_layers,
-)
+from lowrank.inspection.eligibility import find_all_obstacles, find_equals
 from lowrank.inspection.heads import heads_of
+from lowrank.inspection.inspection import Inspection
 from lowrank.inspection.targets import check_patterns, left_alone, not_wanted, spells
-from lowrank.inspection.tied_weights import embedding_layers, is_copy, tied_heads
+from lowrank.inspection.tied_weights import is_copy
 from lowrank.linalg import Scheme
 from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedModule, SharedDown
 from lowrank.nn.integer_matmul import int4_obstacle
@@ -34,22 +29,19 @@ from lowrank.plans.storage_formats import StorageFormat
 from lowrank.surgery.quantization import check_range, without_shared_input_shifts
 
 
-def with_codes(
-    model: nn.Module,
+def with_quantized_weights(
+    seen: Inspection,
     plan: Plan,
     scheme: Scheme,
     *,
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
     stats: Stats | None = None,
-    heads: Mapping[str, str] | None = None,
-    separately_saved: Sequence[str] = (),
     optional: bool = False,
 ) -> Plan:
-    """Return ``plan`` with what `lowrank.quantize` codes in ``model`` when the plan has been carried out.
+    """Return ``plan`` with what `lowrank.quantize` quantizes when the plan has been carried out.
 
-    With ``optional`` there may be nothing left to code. For ``separately_saved`` see
-    `lowrank.inspection.targets.draft`.
+    With ``optional`` there may be nothing left to quantize.
 
     Raises:
         TargetError: If a pattern matches nothing, or names what cannot be coded.
@@ -57,13 +49,13 @@ def with_codes(
         WeightError: If a weight is out of the range of int4.
         LowRankError: If nothing is left to code.
     """
-    check_holder(model)
+    model = seen.model
     check_patterns("targets", targets)
     check_patterns("ignore", ignore)
-    in_heads = heads_of(model, heads)
-    doubts = find_doubts(model, plan.overruled)
-    plan = plan.with_layers(_equal(model, plan, doubts, targets, ignore, in_heads, separately_saved))
-    chosen = list(_chosen(model, plan, doubts, scheme, targets, ignore, stats, in_heads))
+    in_heads = heads_of(seen)
+    doubts = seen.doubts_but(plan.overruled)
+    plan = plan.with_layers(_equal(seen, plan, doubts, targets, ignore, in_heads))
+    chosen = list(_chosen(seen, plan, doubts, scheme, targets, ignore, stats, in_heads))
     if not chosen and not optional:
         raise LowRankError(
             f"No weight of {type(model).__name__} is left to be coded as {scheme.name}: those that could be "
@@ -75,17 +67,16 @@ def with_codes(
             check_range(modules, code)
         except (SchemeError, WeightError) as error:
             raise type(error)(f"{code.name}: {error}") from error
-    return with_heads(model, without_shared_input_shifts(replace(plan, quantized=(*plan.quantized, *chosen))))
+    return with_heads(seen, without_shared_input_shifts(replace(plan, quantized=(*plan.quantized, *chosen))))
 
 
 def _equal(
-    model: nn.Module,
+    seen: Inspection,
     plan: Plan,
     doubts: Mapping[str, str],
     targets: Sequence[str] | None,
     ignore: Sequence[str] | None,
     heads: Mapping[str, Sequence[str]],
-    separately_saved: Sequence[str],
 ) -> dict[str, LayerPlan]:
     """Return those layers of ``plan`` that stay whole and are going to use the codes of an equal one."""
     taken = plan.equal.keys()
@@ -96,19 +87,19 @@ def _equal(
         and layer.name not in taken
         and not_wanted(layer.name, targets, ignore or (), heads) is None
     ]
-    equal = find_equals(model, wanted, separately_saved, doubts)
+    equal = find_equals(seen, wanted, doubts)
     return {
-        name: replace(plan[name].following(owner), was_copy=is_copy(model, name, owner))
+        name: replace(plan[name].following(owner), was_copy=is_copy(seen.modules, name, owner))
         for name, owner in equal.items()
     }
 
 
-def with_heads(model: nn.Module, plan: Plan) -> Plan:
+def with_heads(seen: Inspection, plan: Plan) -> Plan:
     """Return ``plan`` with the heads that are tied to tables which it codes: they use the codes."""
     embeddings = {code.name for code in plan.quantized if code.is_embedding}
     using = {
         head: plan[head].following(table)
-        for head, table in tied_heads(model).items()
+        for head, table in seen.tied_heads.items()
         if table in embeddings and head in plan
     }
     return plan.with_layers(using)
@@ -152,7 +143,7 @@ def check_kernels(model: nn.Module, plan: Plan, on_missing_kernel: str) -> None:
 
 
 def _chosen(
-    model: nn.Module,
+    seen: Inspection,
     plan: Plan,
     doubts: Mapping[str, str],
     scheme: Scheme,
@@ -161,16 +152,18 @@ def _chosen(
     stats: Stats | None,
     heads: Mapping[str, Sequence[str]],
 ) -> Iterator[QuantizedWeight]:
-    modules = dict([*linear_layers(model), *embedding_layers(model)])
+    modules = {**seen.linear, **seen.embeddings}
     for pattern in [*check_patterns("targets", targets), *check_patterns("ignore", ignore)]:
         if not any(matches(name, pattern) for name in modules):
-            raise no_match(pattern, list(modules), f"linear layers and embeddings of {type(model).__name__}")
+            raise no_match(
+                pattern, list(modules), f"linear layers and embeddings of {type(seen.model).__name__}"
+            )
     layers = {layer.name: layer for layer in plan}
     uses = Counter(id(module) for module in modules.values())
     equal = plan.owners
-    blocked = find_all_obstacles(model, equal, doubts)
+    blocked = find_all_obstacles(seen, equal, doubts)
     done = {code.name for code in plan.quantized}
-    tied = tied_heads(model)
+    tied = seen.tied_heads
     for name, module in modules.items():
         group = [head for head, table in tied.items() if table == name]
         named = any(spells(pattern, head) for head in group for pattern in targets or ())

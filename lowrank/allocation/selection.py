@@ -25,10 +25,11 @@ from lowrank.allocation.candidates import (
     sharing,
 )
 from lowrank.allocation.solver import allocate, uniform
+from lowrank.config import Budget
 from lowrank.errors import BudgetError, RankError, TargetError
 from lowrank.linalg import ErrorCurve
 from lowrank.plans.patterns import is_wildcard, matches, no_match
-from lowrank.plans.plan import Budget, LayerPlan, Plan, QuantizedWeight
+from lowrank.plans.plan import LayerPlan, Plan, QuantizedWeight
 from lowrank.plans.reach import shares
 from lowrank.plans.storage_formats import FLOAT, StorageFormat
 from lowrank.surgery.factorization import importance

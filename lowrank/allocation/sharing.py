@@ -10,38 +10,16 @@ from torch import Tensor, nn
 
 from lowrank.allocation.candidates import Group
 from lowrank.calibration.statistics import Stats
+from lowrank.config import Budget
 from lowrank.errors import BudgetError, WeightError
 from lowrank.inspection.blocks import find_blocks
 from lowrank.linalg import ErrorCurve
 from lowrank.linalg.matmul import without_autocast
-from lowrank.plans.plan import Budget, LayerPlan, Plan
+from lowrank.plans.plan import LayerPlan, Plan
 from lowrank.surgery.factorization import joint_errors, weight_of
-
-SHARES = ("inputs", "layers")
 
 SIZES = (2, 4)
 """How many adjacent blocks share a basis where the allocator chooses: few enough to try all."""
-
-
-def check_share(share: str | None, share_size: int | None) -> None:
-    """Check what the user asks to share.
-
-    Raises:
-        BudgetError: If ``share`` is unknown, or ``share_size`` is no size or comes without ``"layers"``.
-    """
-    if share not in (None, *SHARES):
-        raise BudgetError(
-            f'share={share!r}: give "inputs", to let layers that read the same input share a factor, or '
-            '"layers", for layers of one role in adjacent blocks.'
-        )
-    if share_size is None:
-        return
-    if share != "layers":
-        raise BudgetError(
-            f'share_size={share_size!r} says how many blocks share a basis: it goes with share="layers".'
-        )
-    if not isinstance(share_size, int) or isinstance(share_size, bool) or share_size < 2:
-        raise BudgetError(f"share_size={share_size!r}: give a whole number of blocks, at least 2.")
 
 
 @without_autocast()

@@ -23,7 +23,8 @@ from lowrank.calibration.statistics import Fingerprint, Gradients, Moments, Stat
 from lowrank.errors import DataError, FewTokensWarning, StatsError, warn
 from lowrank.inspection.contexts import check_has_data, hooked, training_only
 from lowrank.inspection.devices import device_of
-from lowrank.inspection.fingerprints import fingerprint_of_layer, fingerprint_of_tokenizer
+from lowrank.inspection.fingerprints import fingerprint_of_tokenizer
+from lowrank.inspection.inspection import Inspection
 from lowrank.linalg.matmul import without_autocast
 from lowrank.linalg.metric import products_of_pairs, squares, wide
 from lowrank.nn import layer_type_of
@@ -40,7 +41,7 @@ the true ones: with four tokens for each the smallest, which factors drop, look 
 
 
 def collect(
-    model: nn.Module,
+    seen: Inspection,
     layers: Collection[str],
     stream: Iterable[Batch],
     loss: Callable[[Any, Any], Tensor] | str | None,
@@ -56,20 +57,21 @@ def collect(
     """
     if not (loss is None or callable(loss) or (isinstance(loss, str) and loss == "auto")):
         raise DataError(f'loss={loss!r}: give "auto", a function loss(outputs, batch), or None.')
+    model = seen.model
     check_has_data(model)
     generator = torch.Generator(device_of(model)).manual_seed(seed)
     differentiate = loss is not None
     embeddings = [name for name in layers if isinstance(model.get_submodule(name), nn.Embedding)]
     users = dict(heads or {}) if differentiate else {}  # without gradients, logits have another unit
     lookups = EmbeddingCollector(model, embeddings, users, differentiate)
-    collector = _Collector(model, [name for name in layers if name not in embeddings], differentiate, lookups)
+    collector = _Collector(seen, [name for name in layers if name not in embeddings], differentiate, lookups)
     held: list[Batch] = []
-    held_tokens = terms = seen = 0
+    held_tokens = terms = given = 0
     bar = tqdm(total=_length(stream), desc="calibrating", unit="batch", disable=None if progress else True)
     with bar, training_only(model), torch.set_grad_enabled(differentiate):
         with collector.listening():
             for batch in stream:
-                seen += 1
+                given += 1
                 if batch.held_out and held_tokens + batch.tokens <= HELD_OUT_TOKENS:
                     held.append(batch)  # its turn comes when the others are known
                     held_tokens += batch.tokens
@@ -86,7 +88,7 @@ def collect(
                 terms += _pass(model, batch, loss, generator)
                 bar.update()
     stats = run.added_to(collector.stats(tokenizer, terms))
-    _warn_of_few_batches(seen)
+    _warn_of_few_batches(given)
     warn_of_few_tokens(stats)
     return stats
 
@@ -148,10 +150,11 @@ class _Collector:
     """Sums moments of inputs and products of gradients, one layer at a time, as the model runs."""
 
     def __init__(
-        self, model: nn.Module, layers: Collection[str], differentiate: bool, lookups: EmbeddingCollector
+        self, seen: Inspection, layers: Collection[str], differentiate: bool, lookups: EmbeddingCollector
     ) -> None:
         self._lookups = lookups
-        self._layers = {name: model.get_submodule(name) for name in layers}
+        self._fingerprint = seen.fingerprint
+        self._layers = {name: seen.model.get_submodule(name) for name in layers}
         self._differentiate = differentiate
         self._inputs: dict[str, _Sums] = {}
         self._gradients: dict[str, _Sums] = {}
@@ -249,7 +252,7 @@ class _Collector:
             tall = _is_tall(layer_type.weight(self._layers[name]))
             gradients[name] = Gradients(sums.rows, sums.products().clone(), tall)
         fingerprint = Fingerprint(
-            {n: fingerprint_of_layer(m) for n, m in (self._layers | self._lookups.embeddings).items()},
+            {name: self._fingerprint(name) for name in (*self._layers, *self._lookups.embeddings)},
             fingerprint_of_tokenizer(tokenizer),
             f"{self._digest:016x}",
         )

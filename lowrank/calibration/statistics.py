@@ -235,7 +235,7 @@ class Stats:
 
         Args:
             layer: Its name.
-            metric: One of `lowrank.plans.plan.METRICS`.
+            metric: One of `lowrank.config.METRICS`.
             centred: Whether a bias will take up the mean of the error.
 
         Raises:

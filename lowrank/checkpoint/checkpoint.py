@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lowrank._transformers import load_plugin, plugin
+from lowrank._transformers import load_plugin
+from lowrank.adapter import adapter
 from lowrank.arguments import accepts, flag, path
 from lowrank.errors import CheckpointError, LowRankError, PlanError, SchemeError
 from lowrank.files.folders import STRUCTURE, TENSORS, settle, staged
@@ -43,13 +44,15 @@ from lowrank.files.safetensors_header import (
     state_of,
     stored_tensors,
 )
-from lowrank.inspection.eligibility import check_model, check_not_compiled
+from lowrank.inspection.inspection import Inspection
+from lowrank.inspection.layers import check_model, check_not_compiled
 from lowrank.inspection.targets import draft
 from lowrank.nn import QuantizedModule
 from lowrank.plans.plan import LayerPlan, Plan
 from lowrank.plans.storage_formats import scheme_of
 from lowrank.reports.model_card import module_card
-from lowrank.surgery.replacement import check_structure, restructure
+from lowrank.surgery.replacement import restructure
+from lowrank.surgery.validation import check_structure
 
 FORMAT = 3
 """Version of ``lowrank.json``, the only one that is read."""
@@ -91,9 +94,8 @@ def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> Pa
 def write(model: nn.Module, folder: Path) -> None:
     """Write the files of a checkpoint into ``folder``, which `lowrank.files.folders.staged` gives."""
     check_values(model)
-    hf = plugin()
-    if hf is not None and hf.is_pretrained(model):
-        hf.save(model, folder)
+    if adapter().saves(model):
+        adapter().save(model, folder)
     else:
         _write(model, folder)
 
@@ -188,7 +190,7 @@ def _write(model: nn.Module, folder: Path) -> None:
     save_file(separate, folder / TENSORS, metadata=METADATA)
     structure = {
         "format": FORMAT,
-        "plan": draft(model).to_dict(),
+        "plan": draft(Inspection(model)).to_dict(),
         "tensors": {name: digest_of(tensor) for name, tensor in ready.items()},
         "aliases": aliases,
     }
@@ -223,9 +225,7 @@ def _read(folder: Path, model: nn.Module) -> nn.Module:
     _check_quantized(file, plan, tensors)
     restructure(model, plan)
     _assign(model, tensors, aliases)
-    hf = plugin()
-    if hf is not None:
-        hf.record(model)  # a transformers model inside can be saved on its own
+    adapter().record(model)  # a transformers model inside can be saved on its own
     return model
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect as inspect_module  # a command below has the short name
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,38 +16,25 @@ from lowrank.cli.inputs import (
     statistics_of,
 )
 from lowrank.cli.options import (
-    AddBias,
-    Allocation,
     Data,
     Debug,
-    Energy,
-    Error,
-    GroupSize,
-    Ignore,
     Json,
-    Keep,
-    MaxBytes,
-    MetricName,
+    Loss,
     Overrule,
-    Quantize,
+    Overwrite,
     Quiet,
-    Rank,
-    Residual,
-    RoundTo,
-    Share,
-    ShareSize,
-    Slow,
     Source,
-    Speedup,
     StatsFolder,
-    Targets,
     Windows,
+    config_of,
+    given_flags,
+    takes_options,
 )
 from lowrank.errors import (
     BudgetError,
     LowRankError,
 )
-from lowrank.pipeline import verbs as pipeline
+from lowrank.pipeline import verbs
 from lowrank.plans.formatting import to_json
 from lowrank.plans.plan import Plan
 
@@ -62,67 +48,32 @@ app = typer.Typer(
 
 
 @app.command()
+@takes_options("plan")
 def plan(
     source: Source,
-    rank: Rank = None,
-    keep: Keep = None,
-    energy: Energy = None,
-    error: Error = None,
-    max_bytes: MaxBytes = None,
-    speedup: Speedup = None,
     data: Data = None,
     stats_folder: StatsFolder = None,
     windows: Windows = None,
-    metric: MetricName = "auto",
-    add_bias: AddBias = False,
-    targets: Targets = None,
-    ignore: Ignore = None,
-    overrule: Overrule = None,
-    allocation: Allocation = "global",
-    round_to: RoundTo = 8,
-    share: Share = None,
-    share_size: ShareSize = None,
-    quantize: Quantize = None,
-    group_size: GroupSize = None,
-    correction: Residual = False,
+    loss: Loss = "auto",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the plan here.")] = None,
     picture: Annotated[Path | None, typer.Option("--plot", help="Draw the ranks into this file.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
+    **options: Any,
 ) -> None:
     """Decide every layer's rank and predict its error; change nothing."""
     from lowrank.files.atomic_file import check_file
 
+    config = config_of(options)
     for file in (out, picture):
         if file is not None:
             check_file(file)
     model = load_model(source, quiet)
     samples = read_samples(model, source, data, windows)
-    made = pipeline.plan(
-        model,
-        rank=rank,
-        keep=keep,
-        energy=energy,
-        error=error,
-        max_bytes=max_bytes,
-        speedup=speedup,
-        inputs=first_batch(samples),
-        stats=statistics_of(model, samples, stats_folder, not quiet, overrule, both=speedup is not None),
-        metric=metric,
-        add_bias=add_bias,
-        targets=targets,
-        ignore=ignore,
-        overrule=overrule,
-        allocation=allocation,
-        round_to=round_to,
-        share=share,
-        share_size=share_size,
-        quantize=quantize,
-        group_size=group_size,
-        correction=correction,
-        progress=not quiet,
-    )
+    both = config.speedup is not None
+    stats = statistics_of(model, samples, stats_folder, not quiet, config.overrule, loss, both=both)
+    made = verbs.plan(model, config, inputs=first_batch(samples), stats=stats, progress=not quiet)
     if out is not None:
         made.save(out)
     if picture is not None:
@@ -133,40 +84,20 @@ def plan(
 
 
 @app.command()
+@takes_options("compress")
 def compress(
     source: Source,
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    rank: Rank = None,
-    keep: Keep = None,
-    energy: Energy = None,
-    error: Error = None,
-    max_bytes: MaxBytes = None,
-    speedup: Speedup = None,
     data: Data = None,
     stats_folder: StatsFolder = None,
     windows: Windows = None,
-    metric: MetricName = "auto",
-    add_bias: AddBias = False,
-    targets: Targets = None,
-    ignore: Ignore = None,
-    overrule: Overrule = None,
-    allocation: Allocation = "global",
-    round_to: RoundTo = 8,
-    share: Share = None,
-    share_size: ShareSize = None,
-    quantize: Quantize = None,
-    group_size: GroupSize = None,
-    correction: Residual = False,
-    on_missing_kernel: Slow = "warn",
+    loss: Loss = "auto",
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Carry out this plan instead.")] = None,
-    sequential: Annotated[
-        bool, typer.Option("--sequential", help="Fit layers to the compressed model's inputs, with --data.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the randomized solver.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that has files.")] = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
+    **options: Any,
 ) -> None:
     """Compress a checkpoint and write it, ready for from_pretrained."""
     from lowrank.checkpoint.checkpoint import write
@@ -174,33 +105,22 @@ def compress(
     from lowrank.hf.tokenizer import vocabulary_of
     from lowrank.reports.report import report
 
-    budget: dict[str, Any] = {"rank": rank, "keep": keep, "energy": energy, "error": error}
-    budget |= {"max_bytes": max_bytes, "speedup": speedup}
-    choice: dict[str, Any] = {"targets": targets, "ignore": ignore, "allocation": allocation}
-    choice |= {
-        "overrule": overrule,
-        "metric": metric,
-        "add_bias": add_bias,
-        "round_to": round_to,
-        "share": share,
-    }
-    choice |= {"share_size": share_size}
-    choice |= {"quantize": quantize, "group_size": group_size, "correction": correction}
+    config = config_of(options)
     if plan_file is not None:
-        _check_plan_says_all(budget | choice)
+        _check_plan_says_all(options)
     check_folder(out, overwrite)
     model = load_model(source, quiet)
     samples = read_samples(model, source, data, windows)
-    both = sequential or speedup is not None
-    stats = statistics_of(model, samples, stats_folder, not quiet, overrule, both=both)
-    how: dict[str, Any] = {"stats": stats, "sequential": sequential, "seed": seed, "progress": not quiet}
-    how |= {"slow": on_missing_kernel}
-    if sequential and samples is not None:
-        how |= {"data": samples.data, "tokenizer": samples.tokenizer}
+    both = config.sequential or config.speedup is not None
+    stats = statistics_of(model, samples, stats_folder, not quiet, config.overrule, loss, both=both)
+    again: dict[str, Any] = {"stats": stats, "progress": not quiet}
+    if config.sequential and samples is not None:
+        again |= {"data": samples.data, "tokenizer": samples.tokenizer}
     if plan_file is not None:
-        pipeline.apply(model, Plan.load(plan_file), **how)
+        how = {name: getattr(config, name) for name in ("sequential", "offload_folder", "on_missing_kernel")}
+        verbs.apply(model, Plan.load(plan_file), seed=config.seed, **how, **again)
     else:
-        pipeline.compress(model, **budget, **choice, **how, inputs=first_batch(samples))
+        verbs.compress(model, config, inputs=first_batch(samples), **again)
     with staged(out, overwrite) as folder:
         write(model, folder)
         if vocabulary_of(model) is not None:
@@ -210,12 +130,10 @@ def compress(
 
 def _check_plan_says_all(options: dict[str, Any]) -> None:
     """Refuse options beside ``--plan`` that would be dropped without a word."""
-    defaults = inspect_module.signature(pipeline.compress).parameters
-    given = [name for name, value in options.items() if value != defaults[name].default]
+    given = given_flags(options, "plan")
     if given:
-        names = ", ".join("--" + name.replace("_", "-") for name in given)
         raise BudgetError(
-            f"Give either --plan or a budget, not both: the plan says it all. Leave out {names}."
+            f"Give either --plan or a budget, not both: the plan says it all. Leave out {', '.join(given)}."
         )
 
 
@@ -226,7 +144,8 @@ def calibrate(
     data: Annotated[Path, typer.Option(help="Text: a sample per line, or one text for a language model.")],
     windows: Windows = None,
     overrule: Overrule = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that has files.")] = False,
+    loss: Loss = "auto",
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -235,7 +154,7 @@ def calibrate(
 
     check_folder(out, overwrite)
     model = load_model(source, quiet)
-    stats = statistics_of(model, read_samples(model, source, data, windows), None, not quiet, overrule)
+    stats = statistics_of(model, read_samples(model, source, data, windows), None, not quiet, overrule, loss)
     assert stats is not None
     stats.save(out, overwrite=overwrite)
     if not quiet:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from lowrank.errors import (
     DataError,
     LowRankError,
 )
-from lowrank.pipeline import verbs as pipeline
+from lowrank.pipeline.verbs import calibrate
 
 
 def load_model(source: str, quiet: bool) -> nn.Module:
@@ -48,13 +49,13 @@ def read_samples(model: nn.Module, source: str, file: Path | None, windows: int 
     """Read a file: a sample per line, or windows of 512 tokens for a language model."""
     if file is None:
         return None
-    from lowrank._transformers import check_tokenizer
+    from lowrank.adapter import adapter
     from lowrank.calibration import data
     from lowrank.calibration.text_files import read_lines, read_text
     from lowrank.hf.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(source)
-    check_tokenizer(model, tokenizer)
+    adapter().check_tokenizer(model, tokenizer)
     if not type(model).__name__.endswith(("CausalLM", "LMHeadModel")):
         return Samples(read_lines(file), tokenizer)
     ids = data.windows(read_text(file), tokenizer)[:windows]
@@ -73,17 +74,21 @@ def statistics_of(
     samples: Samples | None,
     folder: Path | None,
     progress: bool,
-    overrule: list[str] | None,
+    overrule: Sequence[str] | None,
+    loss: str,
     both: bool = False,
 ) -> Stats | None:
     """Load the statistics, or calibrate; ``both`` if the samples have another use, too."""
+    if loss not in ("auto", "none"):
+        raise DataError(f"--loss {loss}: choose auto or none.")
     if samples is not None and folder is not None and not both:
         raise BudgetError("Give either --data or --stats, not both.")
     if folder is not None:
         return Stats.load(folder)
     if samples is None:
         return None
-    return pipeline.calibrate(model, *samples, overrule=overrule, progress=progress)
+    objective = None if loss == "none" else loss
+    return calibrate(model, *samples, objective, overrule=overrule, progress=progress)
 
 
 def calm_transformers(quiet: bool) -> None:

@@ -9,17 +9,17 @@ the model that comes back is never worse on them than the one that was given.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from lowrank._transformers import check_tokenizer
-from lowrank.arguments import MODEL_OF, SEED, accepts, flag, function, instance, number, optional, path, whole
+from lowrank.adapter import adapter
+from lowrank.arguments import MODEL_OF, accepts, flag, function, instance, optional, path
 from lowrank.calibration.data import Batch, batches
+from lowrank.config import RecoveryConfig, configured, documented
 from lowrank.distillation.blockwise import BlockwiseTrainer
 from lowrank.distillation.distributed import (
     check_alike,
@@ -36,24 +36,22 @@ from lowrank.files.folders import check_folder
 from lowrank.inspection.blocks import find_blocks
 from lowrank.inspection.contexts import check_has_data, eval_mode, training_only
 from lowrank.inspection.devices import device_of
-from lowrank.inspection.eligibility import check_model
+from lowrank.inspection.layers import check_model
 from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedLinear
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from lowrank.config import RecoveryOptions
 
 EVALUATIONS = 8
 """How often the held-out batches are looked at, beside the first time."""
 
 
+@documented(RecoveryConfig, "recover")
 @accepts(
     teacher=instance(nn.Module, MODEL_OF),
     tokenizer=optional(function),
-    hidden_weight=number(0),
-    mixed_precision=optional(flag),
-    held_out=optional(whole(1)),
-    blockwise=flag,
-    qat=flag,
-    batch_size=whole(1),
-    max_length=optional(whole(1)),
-    seed=SEED,
     checkpoint_dir=optional(path(CheckpointError)),
     progress=flag,
 )
@@ -62,20 +60,11 @@ def recover(
     teacher: nn.Module,
     data: Iterable[Any],
     tokenizer: Callable[..., Any] | None = None,
+    config: RecoveryConfig | None = None,
     *,
-    minutes: float | None = None,
-    steps: int | None = None,
-    learning_rate: float = 3e-4,
-    hidden_weight: float = 1.0,
-    mixed_precision: bool | None = None,
-    held_out: int | None = None,
-    blockwise: bool = False,
-    qat: bool = True,
-    batch_size: int = 32,
-    max_length: int | None = None,
-    seed: int = 0,
     checkpoint_dir: str | Path | None = None,
     progress: bool = False,
+    **options: Unpack[RecoveryOptions],
 ) -> nn.Module:
     """Train the factors of ``model``, in place, until it does what ``teacher`` does.
 
@@ -88,28 +77,12 @@ def recover(
         teacher: The dense model that it was made from, on any device; it is not changed.
         data: As for `lowrank.calibrate`. The batches are kept in memory and visited in random order.
         tokenizer: A tokenizer of transformers, for strings.
-        minutes: How long, looking at held-out batches included. Give either this or ``steps``.
-        steps: How many batches to train on, in each process.
-        learning_rate: Its peak; it rises over the first twentieth and falls to zero as a cosine.
-        hidden_weight: How much hidden states count beside the outputs; 0 spares them.
-        mixed_precision: Whether matrix products run in bfloat16 (`torch.autocast`); by default where the
-            processor has instructions for that, three times as fast. Parameters stay as they are.
-        held_out: Batches not trained on, which choose the state that is kept; by default a sixteenth,
-            at most 8.
-        blockwise: Train one block after the other towards the teacher's hidden states, each for an even
-            share of the time, where gradients of the whole model do not fit. Beside both models and the
-            batches, memory holds the graph of one block and its optimizer, and two copies of what is
-            trained. Nothing outside of the stack of blocks is trained.
-        qat: Whether quantized weights of linear layers are trained, too: as floating-point weights that are
-            rounded in every forward pass, which take the memory of dense ones meanwhile. Without it only
-            what is floating point makes up for them.
-        batch_size: Strings per batch.
-        max_length: Longest string in tokens; by default what the tokenizer allows, at most 512.
-        seed: Seed of the order of batches; the global random state is not touched.
+        config: The options below as an object, in place of keywords.
         checkpoint_dir: A folder that keeps where the run stands, written whenever the held-out batches are
             looked at, and on an interrupt; block by block, after each block only. The same call made again
             goes on from there. One process writes, all read.
         progress: Show a progress bar with the loss on a terminal.
+        **options: listed here.
 
     Returns:
         The same model in its best state on the held-out batches, perhaps the one that it came in.
@@ -124,29 +97,32 @@ def recover(
 
     Source: Hinton et al. 2015 (arXiv:1503.02531); the optimizer: Loshchilov & Hutter 2019 (AdamW).
     """
-    _check(model, teacher, minutes, steps)
-    if not isinstance(learning_rate, (int, float)) or not 0 < learning_rate < math.inf:
-        raise LowRankError(f"learning_rate={learning_rate!r}: give a positive number, such as 3e-4.")
+    _check(model, teacher)
+    config = configured(RecoveryConfig, "recover", config, options)
     folder = Path(checkpoint_dir) if checkpoint_dir is not None else None
     if folder is not None and process_number() == 0:
         check_folder(folder, overwrite=True)
     student, teacher = unwrapped(model), unwrapped(teacher)
-    check_tokenizer(teacher, tokenizer)
+    adapter().check_tokenizer(teacher, tokenizer)
     device = device_of(student)
     stream = batches(
-        data, tokenizer, device=device, batch_size=batch_size, max_length=max_length, by_length=True
+        *(data, tokenizer),
+        device=device,
+        batch_size=config.batch_size,
+        max_length=config.max_length,
+        by_length=True,
     )
     every = list(stream)
-    train, held = _split(every, held_out)
+    train, held = _split(every, config.held_out)
     _make_alike(student, every, device)
-    mixed = _multiplies_bfloat16(device) if mixed_precision is None else mixed_precision
+    mixed = _multiplies_bfloat16(device) if config.mixed_precision is None else config.mixed_precision
     lesson = DistillationLoss(
-        student, teacher, hidden_weight, torch.autocast(device.type, torch.bfloat16, mixed)
+        student, teacher, config.hidden_weight, torch.autocast(device.type, torch.bfloat16, mixed)
     )
-    course = TrainingConfig(train, held, learning_rate, EVALUATIONS, seed, progress)
-    pace = TrainingBudget(minutes, steps)
-    with _quantization_aware(student, qat):
-        if blockwise:
+    course = TrainingConfig(train, held, config.learning_rate, EVALUATIONS, config.seed, progress)
+    pace = TrainingBudget(config.minutes, config.steps)
+    with _quantization_aware(student, config.qat):
+        if config.blockwise:
             blocks = _trainable_blocks(student, teacher)
             with training_only(student), eval_mode(teacher):
                 _finish(BlockwiseTrainer(student, lesson, blocks, pace, course, folder), held)
@@ -230,7 +206,7 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
     return False
 
 
-def _check(model: nn.Module, teacher: nn.Module, minutes: float | None, steps: int | None) -> None:
+def _check(model: nn.Module, teacher: nn.Module) -> None:
     for one in (model, teacher):
         check_has_data(check_model(one))
     if model is teacher:
@@ -240,13 +216,6 @@ def _check(model: nn.Module, teacher: nn.Module, minutes: float | None, steps: i
         raise LowRankError(
             "The model has no factorized or coded layer, so there is nothing to recover. Compress it first."
         )
-    if (minutes is None) == (steps is None):
-        raise LowRankError(f"Give either minutes or steps; got minutes={minutes!r} and steps={steps!r}.")
-    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool)):
-        raise LowRankError(f"steps={steps!r}: give a whole number of batches.")
-    duration = minutes if minutes is not None else steps
-    if not isinstance(duration, (int, float)) or not 0 < duration < math.inf:
-        raise LowRankError(f"minutes={minutes!r}, steps={steps!r}: the duration must be positive.")
 
 
 def _make_alike(model: nn.Module, every: list[Batch], device: torch.device) -> None:

@@ -7,12 +7,12 @@ mostly no linear layers, but convolutions or recurrent layers, the last layer is
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
 from torch import nn
 
-from lowrank.inspection.eligibility import dense_elements, find_readers, linear_layers, other_parameters
-from lowrank.inspection.tied_weights import embedding_layers
+from lowrank.inspection.inspection import Inspection
+from lowrank.inspection.layers import dense_elements, other_parameters
 
 HEADS = frozenset(
     {
@@ -26,23 +26,22 @@ HEADS = frozenset(
 """Name components of output heads: small, close to the loss, and often tied to an embedding."""
 
 
-def heads_of(model: nn.Module, told: Mapping[str, str] | None = None) -> dict[str, tuple[str, ...]]:
+def heads_of(seen: Inspection) -> dict[str, tuple[str, ...]]:
     """Return ``{layer name: heads}`` for the linear layers and tables that belong to heads.
 
     Args:
-        model: What has them.
-        told: ``{layer name: head}`` of those that are known to, beside those that `HEADS` tells.
+        seen: The model.
     """
-    names = [name for name, _ in linear_layers(model)]
+    names = list(seen.linear)
     found = {}
-    for name in [*names, *(name for name, _ in embedding_layers(model))]:
+    for name in [*names, *seen.embeddings]:
         parts = name.split(".")
         heads = [
             part
             for depth, part in enumerate(parts)
-            if part in HEADS and not _goes_on(model, parts, depth, names)
+            if part in HEADS and not _goes_on(seen.model, parts, depth, names)
         ]
-        heads += [told[name]] if told is not None and name in told else []
+        heads += [seen.known_heads[name]] if name in seen.known_heads else []
         if heads:
             found[name] = tuple(heads)
     return found
@@ -61,17 +60,17 @@ def _goes_on(model: nn.Module, parts: list[str], depth: int, names: Collection[s
     return False
 
 
-def output_layer(model: nn.Module) -> dict[str, str]:
+def output_layer(seen: Inspection) -> dict[str, str]:
     """Return ``{layer name: its last part}`` for the last layer, where what precedes it is of other kinds.
 
     That is a linear layer after all other matrices of the model, of which those in no linear layer, or in one
     whose module multiplies by the weight itself, have more elements than the other linear layers. A stack of
     linear layers has none: its last layer is like the others.
     """
-    places = {name: place for place, (name, _) in enumerate(model.named_modules())}
-    layers = {name: layer for name, layer in linear_layers(model) if name in places}
-    matrices = [(name, p.numel()) for name, _, _, p in other_parameters(model) if p.ndim > 1]
-    readers, last = find_readers(model), next(reversed(layers), None)
+    places = {name: place for place, (name, _) in enumerate(seen.model.named_modules())}
+    layers = {name: layer for name, layer in seen.linear.items() if name in places}
+    matrices = [(name, p.numel()) for name, _, _, p in other_parameters(seen.model) if p.ndim > 1]
+    readers, last = seen.readers, next(reversed(layers), None)
     read = {name for name, layer in layers.items() if id(layer) in readers}
     if last is None or last in read or any(places[name] > places[last] for name, _ in matrices):
         return {}

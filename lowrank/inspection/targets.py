@@ -14,17 +14,13 @@ from dataclasses import replace
 
 from torch import nn
 
+from lowrank.arguments import patterns
 from lowrank.errors import TargetError
-from lowrank.inspection.eligibility import (
-    check_holder,
-    find_doubts,
-    find_embedding_obstacles,
-    find_equals,
-    find_obstacles,
-    linear_layers,
-)
+from lowrank.inspection.eligibility import find_embedding_obstacles, find_equals, find_obstacles
 from lowrank.inspection.heads import heads_of
-from lowrank.inspection.tied_weights import embedding_layers, followers, is_copy, pads_with_zeros, tied_heads
+from lowrank.inspection.inspection import Inspection
+from lowrank.inspection.layers import linear_layers
+from lowrank.inspection.tied_weights import embedding_layers, followers, is_copy, pads_with_zeros
 from lowrank.nn import (
     LowRankEmbedding,
     LowRankLinear,
@@ -38,28 +34,23 @@ from lowrank.plans.plan import LayerPlan, Plan, QuantizedWeight
 
 
 def draft(
-    model: nn.Module,
+    seen: Inspection,
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
-    heads: Mapping[str, str] | None = None,
     embeddings: bool = False,
-    separately_saved: Sequence[str] | None = None,
+    equal: bool = False,
     overrule: Sequence[str] | None = None,
 ) -> Plan:
-    """List every linear layer of ``model`` as a plan without ranks.
+    """List every linear layer of a model as a plan without ranks.
 
     Args:
-        model: Any module, on any device; only names, shapes and dtypes are read, and weights with
-            ``separately_saved``.
+        seen: Any module, on any device; only names, shapes and dtypes are read, and weights with ``equal``.
         targets: Unix-style patterns on module names; ``None`` means every layer but the heads. A head
             is a target only if a pattern spells its name (``"classifier"``, ``"lm_head*"``), and so is an
             embedding table (``"*.word_embeddings"``, ``"*embed*"``). A table and its tied heads are one.
         ignore: Patterns of layers to leave alone; they win over ``targets``.
-        heads: ``{layer name: head}`` of layers that belong to a head, beside those that names tell.
         embeddings: Whether all embedding tables are targets, too, unless ``targets`` are given.
-        separately_saved: Names of the modules within ``model`` that are saved on their own: of two equal
-            weights one is kept only where both are in the same of them. ``None`` does not look for equal
-            weights.
+        equal: Whether to look for layers with equal weights, of which one is kept.
         overrule: Patterns of layers that may change although reading the model's code leaves a doubt.
 
     Returns:
@@ -69,59 +60,79 @@ def draft(
         TargetError: If a pattern matches no linear layer, if one without wildcards names a layer
             that cannot be factorized, or if the model is itself a linear layer.
     """
-    check_holder(model)
-    layers = dict(linear_layers(model))
-    lookups = dict(embedding_layers(model))
-    known = [*layers, *lookups]
+    model, layers = seen.model, seen.linear
+    known = [*layers, *seen.embeddings]
     given = {"targets": targets, "ignore": ignore, "overrule": overrule}
     for pattern in [pattern for name, value in given.items() for pattern in check_patterns(name, value)]:
         if not any(matches(name, pattern) for name in known):
-            where = "linear layers and tables" if lookups else "linear layers"
+            where = "linear layers and tables" if seen.embeddings else "linear layers"
             raise no_match(pattern, known, f"{where} of {type(model).__name__}")
-    doubts = find_doubts(model)
     overruled = {
         name
-        for name in doubts.keys() & layers.keys()
+        for name in seen.doubts.keys() & layers.keys()
         if not _is_dense(layers[name]) or any(matches(name, pattern) for pattern in overrule or ())
     }
-    counting = {name: reason for name, reason in doubts.items() if name not in overruled}
+    counting = seen.doubts_but(overruled)
     every = embeddings and targets is None
-    embeddings_found = _embeddings(model, lookups, counting, targets or (), ignore or (), every)
+    embeddings_found = _embeddings(seen, counting, targets or (), ignore or (), every)
     plans = {plan.name: plan for plan in embeddings_found}
     targeted = {plan.name for plan in plans.values() if plan.targeted}
-    users = followers(model) | {head: x for head, x in tied_heads(model).items() if x in targeted}
-    equal: dict[str, str] = {}
-    in_heads = heads_of(model, heads)
-    if separately_saved is not None:
+    users = followers(model) | {head: x for head, x in seen.tied_heads.items() if x in targeted}
+    owners_of_equal: dict[str, str] = {}
+    in_heads = heads_of(seen)
+    if equal:
         wanted = [name for name in layers if not_wanted(name, targets, ignore or (), in_heads) is None]
-        equal = find_equals(model, [name for name in wanted if name not in users], separately_saved, counting)
-    users |= equal
-    blocked = find_obstacles(model, equal, counting)
-    owners = {id(x.down): n for n, x in layers.items() if isinstance(x, LowRankLinear) and x.owns_down}
+        owners_of_equal = find_equals(seen, [name for name in wanted if name not in users], counting)
+    users |= owners_of_equal
+    blocked = find_obstacles(seen, owners_of_equal, counting)
+    owners = _owners_of_down(layers)
     for name, module in layers.items():
         plan = _describe(name, module, owners)
         plan = replace(plan, overruled=True) if name in overruled else plan
         if name in users:
-            was_copy = is_copy(model, name, users[name]) if name in equal else plan.was_copy
+            was_copy = is_copy(seen.modules, name, users[name]) if name in owners_of_equal else plan.was_copy
             plans[name] = replace(_following(plan, users[name]), was_copy=was_copy)
             continue
         reason = blocked.get(name)
         if reason and name in (targets or ()):
-            tried = " If reading the code is mistaken there, overrule= tries it." if name in doubts else ""
+            tried = (
+                " If reading the code is mistaken there, overrule= tries it." if name in seen.doubts else ""
+            )
             raise TargetError(
                 f"{name}: this layer cannot be factorized: it {reason}. "
                 f"Take it out of targets; it stays as it is.{tried}"
             )
         reason = reason or not_wanted(name, targets, ignore or (), in_heads)
         plans[name] = replace(plan, reason=reason or "", targeted=reason is None)
+    return _in_order(model, plans)
+
+
+def structure(model: nn.Module) -> Plan:
+    """Return what the layers of a model are now, factorized, quantized or dense, without reasons."""
+    layers = dict(linear_layers(model))
+    owners = _owners_of_down(layers)
+    users = followers(model)
+    plans = {name: _describe(name, module, owners) for name, module in layers.items()}
+    plans |= {name: _following(plans[name], owner) for name, owner in users.items() if name in plans}
+    found = (_describe_embedding(name, module) for name, module in embedding_layers(model))
+    plans |= {plan.name: plan for plan in found if plan.rank is not None}
+    return _in_order(model, plans)
+
+
+def _owners_of_down(layers: Mapping[str, nn.Module]) -> dict[int, str]:
+    """Return by ``id`` of a ``down`` the name of the layer that owns it."""
+    return {id(x.down): n for n, x in layers.items() if isinstance(x, LowRankLinear) and x.owns_down}
+
+
+def _in_order(model: nn.Module, plans: Mapping[str, LayerPlan]) -> Plan:
+    """Return the plan of ``plans`` in the model's order, with what is quantized already."""
     ordered = tuple(plans[n] for n, _ in model.named_modules(remove_duplicate=False) if n in plans)
     quantized = tuple(described(n, m) for n, m in model.named_modules() if isinstance(m, QuantizedModule))
     return Plan(model=type(model).__name__, layers=ordered, quantized=quantized)
 
 
 def _embeddings(
-    model: nn.Module,
-    embeddings: Mapping[str, nn.Embedding | LowRankEmbedding],
+    seen: Inspection,
     doubts: Mapping[str, str],
     targets: Sequence[str],
     ignore: Sequence[str],
@@ -131,9 +142,9 @@ def _embeddings(
 
     With ``every`` all tables are as if spelled.
     """
-    blocked = find_embedding_obstacles(model, doubts)
-    heads = tied_heads(model)
-    for name, table in embeddings.items():
+    blocked = find_embedding_obstacles(seen, doubts)
+    heads = seen.tied_heads
+    for name, table in seen.embeddings.items():
         plan = _describe_embedding(name, table)
         group = [head for head, owner in heads.items() if owner == name]
         spelled = every or any(spells(pattern, one) for pattern in targets for one in (name, *group))
@@ -214,16 +225,9 @@ def _describe(name: str, module: nn.Module, owners: Mapping[int, str]) -> LayerP
     return LayerPlan(name, layer_type.name, columns, rows, bias)
 
 
-def check_patterns(argument: str, patterns: Sequence[str] | None) -> Sequence[str]:
+def check_patterns(name: str, value: Sequence[str] | None) -> Sequence[str]:
     """Return the patterns, none for ``None``; raises `TargetError` if they are no list of strings."""
-    if patterns is None:
-        return ()
-    listed = isinstance(patterns, Sequence) and not isinstance(patterns, str)
-    if not listed or not all(isinstance(pattern, str) for pattern in patterns):
-        raise TargetError(f"{argument}={patterns!r}: give a list of patterns, such as ['*.query'].")
-    if argument == "targets" and not patterns:
-        raise TargetError("targets=[] names no layer. Leave it out to target every layer but the heads.")
-    return patterns
+    return patterns(TargetError, may_be_empty=name != "targets")(name, value) or ()
 
 
 def not_wanted(

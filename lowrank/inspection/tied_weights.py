@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lowrank.inspection.fingerprints import fingerprint_of_layer
 from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedModule, TiedLinear, layer_type_of
 
 
@@ -54,7 +53,10 @@ def followers(model: nn.Module) -> dict[str, str]:
 
 
 def equal_layers(
-    model: nn.Module, names: Iterable[str], separately_saved: Sequence[str] = ()
+    modules: Mapping[str, nn.Module],
+    names: Iterable[str],
+    fingerprint: Callable[[str], str],
+    separately_saved: Iterable[str] = (),
 ) -> list[list[str]]:
     """Group the linear layers among ``names`` whose weights are one parameter, or equal to the last element.
 
@@ -62,13 +64,13 @@ def equal_layers(
     equal to others by itself, and not as their copy.
 
     Args:
-        model: What has them; on the meta device nothing is equal.
+        modules: What has them, by name; on the meta device nothing is equal.
         names: The layers to compare; groups have their order.
-        separately_saved: Names of modules within ``model`` that are saved on their own: nothing inside of one
+        fingerprint: Returns the digest of a layer's weight by name (`Inspection.fingerprint`).
+        separately_saved: Names of modules that are saved on their own: nothing inside of one
             is compared with what is outside.
     """
     groups: dict[tuple[object, ...], list[list[str]]] = {}
-    modules = dict(model.named_modules())
     for name in names:
         layer_type = layer_type_of(modules[name]) if name in modules else None
         weight = modules[name].weight if layer_type is not None else None
@@ -77,7 +79,7 @@ def equal_layers(
         if is_lazy(weight) or weight.is_meta or not weight.is_floating_point() or not weight.numel():
             continue
         home = max((part for part in separately_saved if name.startswith(f"{part}.")), key=len, default="")
-        key = home, layer_type.name, weight.dtype, weight.device, fingerprint_of_layer(modules[name])
+        key = home, layer_type.name, weight.dtype, weight.device, fingerprint(name)
         alike = groups.setdefault(key, [])
         group = next((one for one in alike if _are_equal(modules[one[0]].weight, weight)), None)  # type: ignore[arg-type]
         if group is None:
@@ -95,9 +97,9 @@ def _are_equal(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one, other) and not bool((one == one.flatten()[0]).all())
 
 
-def is_copy(model: nn.Module, name: str, owner: str) -> bool:
+def is_copy(modules: Mapping[str, nn.Module], name: str, owner: str) -> bool:
     """Tell whether a layer has a weight of its own, and not the parameter of ``owner``."""
-    one, other = (model.get_submodule(layer).weight for layer in (name, owner))
+    one, other = (modules[layer].weight for layer in (name, owner))
     return place_of(one) != place_of(other)  # type: ignore[arg-type]
 
 

@@ -8,14 +8,10 @@ from dataclasses import replace
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from lowrank.inspection.eligibility import (
-    dense_elements,
-    find_doubts,
-    find_embedding_obstacles,
-    linear_layers,
-    other_parameters,
-)
-from lowrank.inspection.tied_weights import embedding_layers, place_of
+from lowrank.inspection.eligibility import find_embedding_obstacles
+from lowrank.inspection.inspection import Inspection
+from lowrank.inspection.layers import dense_elements, other_parameters
+from lowrank.inspection.tied_weights import place_of
 from lowrank.nn import LowRankEmbedding, QuantizedEmbedding, TiedLinear
 from lowrank.plans.plan import Plan
 from lowrank.plans.reach import LISTED, UnplannedWeight
@@ -23,38 +19,39 @@ from lowrank.plans.reach import LISTED, UnplannedWeight
 _RECURRENT = nn.RNNBase, nn.RNNCellBase
 
 
-def with_reach(model: nn.Module, plan: Plan) -> Plan:
+def with_reach(seen: Inspection, plan: Plan) -> Plan:
     """Return ``plan`` with the number of the model's parameters, and those in none of its layers."""
     planned = {layer.name for layer in plan} | {code.name for code in plan.quantized}
     covered, others = 0, []
-    for name, module in _matrices(model):
+    for name, module in _matrices(seen):
         if name in planned or isinstance(module, QuantizedEmbedding):
             covered += dense_elements(module)
         else:
             others.append((name, module))
-    weights = [*_embeddings(model, plan, others), *_others(model)]
+    weights = [*_embeddings(seen, plan, others), *_others(seen.model)]
     total = covered + sum(weight.parameters for weight in weights)
     return replace(plan, model_parameters=total, unplanned=_with_small_ones_together(weights, total))
 
 
-def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _matrices(seen: Inspection) -> Iterator[tuple[str, nn.Module]]:
     """Yield the tables and then the linear layers, each weight once."""
-    embeddings = dict(embedding_layers(model))
-    coded = ((n, m) for n, m in model.named_modules() if isinstance(m, QuantizedEmbedding))
-    factors = {f"{name}.down" for name, table in embeddings.items() if isinstance(table, LowRankEmbedding)}
-    seen: set[int] = set()
-    for name, module in [*embeddings.items(), *coded, *linear_layers(model)]:
+    coded = ((n, m) for n, m in seen.model.named_modules() if isinstance(m, QuantizedEmbedding))
+    factors = {
+        f"{name}.down" for name, table in seen.embeddings.items() if isinstance(table, LowRankEmbedding)
+    }
+    known: set[int] = set()
+    for name, module in [*seen.embeddings.items(), *coded, *seen.linear.items()]:
         weight: Tensor = module.weight  # type: ignore[assignment]
         place = place_of(weight) if isinstance(weight, nn.Parameter) else id(module)
-        if place not in seen and name not in factors and not isinstance(module, TiedLinear):
-            seen.add(place)
+        if place not in known and name not in factors and not isinstance(module, TiedLinear):
+            known.add(place)
             yield name, module
 
 
 def _embeddings(
-    model: nn.Module, plan: Plan, others: list[tuple[str, nn.Module]]
+    seen: Inspection, plan: Plan, others: list[tuple[str, nn.Module]]
 ) -> Iterator[UnplannedWeight]:
-    blocked = find_embedding_obstacles(model, find_doubts(model, plan.overruled))
+    blocked = find_embedding_obstacles(seen, seen.doubts_but(plan.overruled))
     for name, module in others:
         why = blocked.get(name)
         reason = "embedding that no target spells" if why is None else f"embedding that {why}"

@@ -1,4 +1,4 @@
-"""What the verbs are made of: the steps between a request and a plan, and between data and batches."""
+"""The stages between the verbs, on one inspection of the model: calibrate, decide, quantize, carry out."""
 
 from __future__ import annotations
 
@@ -8,31 +8,75 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lowrank._transformers import check_tokenizer, plugin
-from lowrank.allocation import quantization_targets
-from lowrank.allocation.planner import (
-    Request,
-    Timing,
-    decide,
-    known_heads,
-)
+from lowrank.adapter import adapter
+from lowrank.allocation.planner import Latencies, decide, drafted, storage_formats
+from lowrank.allocation.quantization_targets import check_kernels, with_heads, with_quantized_weights
+from lowrank.allocation.selection import reasons
+from lowrank.calibration.collector import collect
 from lowrank.calibration.data import Batch, batches
 from lowrank.calibration.statistics import Stats
-from lowrank.errors import (
-    DataError,
-)
+from lowrank.config import CompressionConfig
+from lowrank.errors import DataError, LowRankError, TargetError
 from lowrank.inspection.devices import device_of
+from lowrank.inspection.inspection import Inspection
 from lowrank.linalg import Scheme
+from lowrank.nn import TiedLinear
 from lowrank.plans.plan import Plan
 from lowrank.plans.storage_formats import INT8
 from lowrank.surgery.overruled import check_reads, check_subclasses
 from lowrank.surgery.quantization import without_shared_input_shifts
+from lowrank.surgery.replacement import apply_plan, quantize_weights
+from lowrank.surgery.sequential import apply_sequentially
+
+
+def stream_of(
+    model: nn.Module,
+    data: Iterable[Any],
+    tokenizer: Callable[..., Any] | None,
+    device: torch.device | str | None = None,
+    batch_size: int = 32,
+    max_length: int | None = None,
+) -> Iterator[Batch]:
+    """Return the batches of ``data``, where the model is."""
+    adapter().check_tokenizer(model, tokenizer)
+    if device is None:
+        device = device_of(model)
+    return batches(
+        data, tokenizer, device=device, batch_size=batch_size, max_length=max_length, by_length=True
+    )
+
+
+def calibrated(
+    seen: Inspection,
+    config: CompressionConfig,
+    data: Iterable[Any],
+    tokenizer: Callable[..., Any] | None,
+    loss: Callable[[Any, Any], Tensor] | str | None,
+    device: torch.device | str | None = None,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    *,
+    progress: bool = False,
+) -> Stats:
+    """Return the statistics of the layers that ``config`` targets; `lowrank.calibrate` tells the rest."""
+    model = seen.model
+    patterns = CompressionConfig(targets=config.targets, ignore=config.ignore, overrule=config.overrule)
+    layers = drafted(seen, patterns, None, embeddings=True)
+    stream = stream_of(model, data, tokenizer, device, batch_size, max_length)
+    names = [layer.name for layer in layers.targeted]
+    names += [name for name in layers.owners if not isinstance(model.get_submodule(name), TiedLinear)]
+    if not names:
+        raise TargetError("\n".join([f"No layer of {layers.model} is there to calibrate.", *reasons(layers)]))
+    heads = {layer.name: layer.tied_to for layer in layers if layer.tied_to is not None}
+    return collect(
+        *(seen, names, stream, loss), heads=heads, tokenizer=tokenizer, seed=config.seed, progress=progress
+    )
 
 
 def quantized_plan(
-    model: nn.Module,
+    seen: Inspection,
     plan: Plan,
     scheme: Scheme,
     targets: Sequence[str] | None,
@@ -41,40 +85,51 @@ def quantized_plan(
     optional: bool = False,
 ) -> Plan:
     """Return ``plan`` with the weights that ``scheme`` is to store as integers."""
-    hf = plugin()
-    separately_saved = hf.parts(model) if hf is not None else ()
-    found = quantization_targets.with_codes(
-        *(model, plan, scheme),
-        targets=targets,
-        ignore=ignore,
-        stats=stats,
-        heads=known_heads(model),
-        separately_saved=separately_saved,
-        optional=optional,
+    found = with_quantized_weights(
+        *(seen, plan, scheme), targets=targets, ignore=ignore, stats=stats, optional=optional
     )
     return found.without_needless_ties()
 
 
+def decided(
+    seen: Inspection,
+    layers: Plan,
+    config: CompressionConfig,
+    stats: Stats | None,
+    predict: bool,
+    progress: bool,
+    latencies: Latencies,
+) -> Plan:
+    """Return the plan for ``config``: ranks and formats of the targeted layers, integers for all else."""
+    asked = seen, layers, config, stats, predict, progress, latencies
+    if config.quantize is None:
+        return decide(*asked).without_needless_ties()
+    (form, *others) = storage_formats(config)
+    scheme = INT8 if others or form.scheme is None else form.scheme
+    if config.max_bytes is None:
+        return quantized_plan(seen, decide(*asked), scheme, None, config.ignore, stats)
+    ignored = [*(config.ignore or ()), *(layer.name for layer in layers.targeted)]
+    rest = quantized_plan(
+        seen, replace(layers, quantized=()), scheme, None, ignored, stats, optional=True
+    ).quantized
+    chosen = with_heads(seen, decide(*asked, rest))
+    return without_shared_input_shifts(chosen).without_needless_ties()
+
+
 def check_overruled(
-    model: nn.Module,
+    seen: Inspection,
     plan: Plan,
     inputs: Any,
     data: Iterable[Any] | None = None,
     tokenizer: Callable[..., Any] | None = None,
 ) -> None:
     """Try what the user has overruled, on ``inputs`` or on the first batch of ``data``."""
-    check_subclasses(model, plan)
+    check_subclasses(seen.model, plan)
     samples = data if inputs is None else [inputs]
-    batch = (
-        next(stream_of(model, samples, tokenizer), None) if plan.overruled and samples is not None else None
-    )
-    check_reads(model, plan, batch)
-
-
-def enough_batches(data: Iterable[Any]) -> int:
-    """Return the strings per batch that make eight batches of few strings, and else 32."""
-    few = isinstance(data, Sequence) and isinstance(data[0] if data else None, str)
-    return max(1, min(32, len(data) // 8)) if few and isinstance(data, Sequence) else 32
+    batch = None
+    if plan.overruled and samples is not None:
+        batch = next(stream_of(seen.model, samples, tokenizer), None)
+    check_reads(seen, plan, batch)
 
 
 def check_offload_folder(sequential: bool, offload_folder: str | Path | None) -> None:
@@ -89,43 +144,46 @@ def check_offload_folder(sequential: bool, offload_folder: str | Path | None) ->
         raise DataError(f"offload_folder={str(offload_folder)!r}: there is no such folder.")
 
 
-def stream_of(
-    model: nn.Module,
-    data: Iterable[Any],
-    tokenizer: Callable[..., Any] | None,
-    device: torch.device | str | None = None,
-    batch_size: int = 32,
-    max_length: int | None = None,
-) -> Iterator[Batch]:
-    """Return the batches of ``data``, where the model is."""
-    check_tokenizer(model, tokenizer)
-    if device is None:
-        device = device_of(model)
-    return batches(
-        data, tokenizer, device=device, batch_size=batch_size, max_length=max_length, by_length=True
-    )
-
-
-def decided(
-    model: nn.Module,
-    layers: Plan,
-    request: Request,
+def carried_out(
+    seen: Inspection,
+    plan: Plan,
     stats: Stats | None,
-    predict: bool,
-    progress: bool,
-    timing: Timing,
-) -> Plan:
-    """Return the plan for ``request``: ranks and forms of the targeted layers, codes for all else."""
-    if request.quantize is None:
-        return decide(model, layers, request, stats, predict, progress, timing).without_needless_ties()
-    (form, *others) = request.forms
-    scheme = INT8 if others or form.scheme is None else form.scheme
-    if request.budget is None or request.budget.name != "max_bytes":
-        chosen = decide(model, layers, request, stats, predict, progress, timing)
-        return quantized_plan(model, chosen, scheme, None, request.ignore, stats)
-    ignored = [*(request.ignore or ()), *(layer.name for layer in layers.targeted)]
-    rest = quantized_plan(
-        model, replace(layers, quantized=()), scheme, None, ignored, stats, optional=True
-    ).quantized
-    chosen = decide(model, layers, request, stats, predict, progress, timing, rest)
-    return without_shared_input_shifts(quantization_targets.with_heads(model, chosen)).without_needless_ties()
+    data: Iterable[Any] | None = None,
+    tokenizer: Callable[..., Any] | None = None,
+    *,
+    offload_folder: str | Path | None = None,
+    on_missing_kernel: str = "warn",
+    seed: int = 0,
+    progress: bool = False,
+) -> nn.Module:
+    """Change the model as ``plan`` says, on ``data`` block by block if there are some; and record it."""
+    model = seen.model
+    adapter().check_unquantized(model)
+    check_kernels(model, plan, on_missing_kernel)
+    check_subclasses(model, plan)
+    try:
+        if data is None:
+            apply_plan(seen, plan, stats, seed=seed, progress=progress)
+        else:
+            folder = Path(offload_folder) if offload_folder is not None else None
+            stream = stream_of(model, data, tokenizer, batch_size=_enough_batches(data))
+            fitted = apply_sequentially(
+                seen, plan, stats, stream, seed=seed, offload_folder=folder, progress=progress
+            )
+            quantize_weights(model, plan, stats, seed=seed, progress=progress)
+            plan = plan.with_layers(
+                {name: replace(plan[name], reason=f"{plan[name].reason}; fitted anew") for name in fitted}
+            )
+    except LowRankError:
+        raise  # nothing has changed
+    except BaseException:  # an interrupt: what is done is done, and can be saved
+        adapter().record(model, plan)
+        raise
+    adapter().record(model, plan)
+    return model
+
+
+def _enough_batches(data: Iterable[Any]) -> int:
+    """Return the strings per batch that make eight batches of few strings, and else 32."""
+    few = isinstance(data, Sequence) and isinstance(data[0] if data else None, str)
+    return max(1, min(32, len(data) // 8)) if few and isinstance(data, Sequence) else 32

@@ -7,14 +7,14 @@ can be edited (`Plan.with_rank`) and compared (`Plan.diff`). Nothing here touche
 from __future__ import annotations
 
 import json
-import numbers
 from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from lowrank.arguments import LARGEST, accepts, every, instance, is_finite, path, text
-from lowrank.errors import BudgetError, PlanError, RankError, TargetError
+from lowrank.config import METRICS, check_rank
+from lowrank.errors import PlanError, RankError, TargetError
 from lowrank.files.atomic_file import replaced
 from lowrank.files.json_file import check_format, check_regular, parse_json
 from lowrank.plans.formatting import format_table
@@ -26,103 +26,6 @@ PLAN_FORMAT = 2
 
 EMBEDDING = "embedding"
 """The layer type of embeddings; linear layers have the names of `lowrank.nn.layer_types`."""
-
-METRICS = ("weight", "diagonal", "inputs", "loss")
-"""What an error can measure, from what knows the least about the data to what knows the most."""
-
-
-def check_rank(rank: object, where: str = "rank") -> int:
-    """Return ``rank`` if it is a positive integer.
-
-    Raises:
-        RankError: If it is not a whole number (a ``bool`` is not), or below 1.
-    """
-    if not isinstance(rank, numbers.Integral) or isinstance(rank, bool):
-        raise RankError(f"{where}: a rank is a whole number, not {rank!r} ({type(rank).__name__}).")
-    if rank < 1:
-        raise RankError(f"{where}: {rank} is not positive. The smallest rank is 1.")
-    return int(rank)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much may remain, in one of six units.
-
-    ``rank``: an int for every layer, or a mapping of name pattern to int. ``keep``: the fraction
-    of the targeted weights' parameters that remain. ``energy``: the fraction of each layer's
-    squared norm to retain. ``error``: the largest relative error per layer. ``max_bytes``: the whole
-    model's parameters and buffers. ``speedup``: the dense model's latency over the compressed one's.
-    """
-
-    name: str
-    value: Any
-
-    NAMES = ("rank", "keep", "energy", "error", "max_bytes", "speedup")
-
-    def __post_init__(self) -> None:
-        if self.name not in self.NAMES:
-            raise BudgetError(f"Unknown budget {self.name!r}. Give one of: {', '.join(self.NAMES)}.")
-        if self.name == "rank":
-            self._check_ranks()
-        elif self.name == "max_bytes":
-            if not isinstance(self.value, numbers.Integral) or isinstance(self.value, bool) or self.value < 1:
-                raise BudgetError(
-                    f"max_bytes={self.value!r}: give the bytes that the whole model may take, a whole number."
-                )
-            object.__setattr__(self, "value", int(self.value))
-        elif self.name == "speedup":
-            number = isinstance(self.value, numbers.Real) and not isinstance(self.value, bool)
-            if not number or not is_finite(self.value) or not self.value > 1:
-                raise BudgetError(
-                    f"speedup={self.value!r}: give the dense latency over the compressed one, above 1."
-                )
-            object.__setattr__(self, "value", float(self.value))
-        else:
-            self._check_fraction()
-
-    def _check_ranks(self) -> None:
-        if not isinstance(self.value, Mapping):
-            object.__setattr__(self, "value", check_rank(self.value))
-            return
-        if not self.value:
-            raise BudgetError("rank={}: the mapping is empty. Map name patterns to ranks: {'*.query': 64}.")
-        for pattern in self.value:
-            if not isinstance(pattern, str):
-                raise BudgetError(f"rank={{{pattern!r}: …}}: a key is a name pattern, such as '*.query'.")
-        ranks = {pattern: check_rank(rank, where=pattern) for pattern, rank in self.value.items()}
-        object.__setattr__(self, "value", ranks)
-
-    def _check_fraction(self) -> None:
-        value = self.value
-        number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if not number or not is_finite(value) or not 0 < value < 1:
-            meaning = {
-                "keep": "the fraction of the targeted weights' parameters that remains",
-                "energy": "the fraction of each weight's squared norm that is retained",
-                "error": "the largest relative error of each weight",
-            }[self.name]
-            raise BudgetError(
-                f"{self.name}={value!r}: {self.name} is {meaning}, a number strictly between 0 and 1."
-            )
-        object.__setattr__(self, "value", float(value))
-
-    @classmethod
-    def of(cls, **options: Any) -> Budget:
-        """Make the budget from keyword arguments of which exactly one is not ``None``.
-
-        Raises:
-            BudgetError: If none or several are given, or the value is out of range.
-            RankError: If a rank is not a positive integer.
-        """
-        given = {name: value for name, value in options.items() if value is not None}
-        if len(given) != 1:
-            got = " and ".join(f"{name}={value!r}" for name, value in given.items()) or "none"
-            raise BudgetError(f"Give exactly one budget of {', '.join(cls.NAMES)}; got {got}.")
-        ((name, value),) = given.items()
-        return cls(name, value)
-
-    def __str__(self) -> str:
-        return f"{self.name}={self.value!r}"
 
 
 @dataclass(frozen=True)
@@ -497,6 +400,11 @@ class Plan:
             if layer.was_copy and layer.name not in changed
         }
         return self.with_layers(layers)
+
+    def explains(self, found: Plan) -> bool:
+        """Tell whether every layer of ``found`` has an entry here with the same rank and tie."""
+        mine = {layer.name: (layer.rank, layer.tied_to) for layer in self.layers}
+        return all(mine.get(layer.name, ()) == (layer.rank, layer.tied_to) for layer in found)
 
     def carried_out(self, found: Plan) -> Plan:
         """Return ``found``, a draft of the compressed model, with this plan's request and reasons.

@@ -24,7 +24,7 @@ from lowrank.arguments import MODEL_OF, accepts, instance, whole
 from lowrank.errors import DataError, LowRankError
 from lowrank.inspection.contexts import check_has_data, eval_mode, hooked
 from lowrank.inspection.devices import device_of, dtype_of
-from lowrank.inspection.eligibility import check_model
+from lowrank.inspection.layers import check_model
 from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear, layer_type_of
 from lowrank.plans.formatting import format_bytes, format_table, to_json
 

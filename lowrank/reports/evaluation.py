@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank._transformers import check_tokenizer
+from lowrank.adapter import adapter
 from lowrank.arguments import MODEL_OF, accepts, every, function, instance, number, optional, text, whole
 from lowrank.calibration.data import as_batch, batches, windows
 from lowrank.calibration.objectives import increase, pooled
@@ -45,7 +45,7 @@ def embed(
     Raises:
         DataError: If there are no texts, or the model refuses them.
     """
-    check_tokenizer(model, tokenizer)
+    adapter().check_tokenizer(model, tokenizer)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding
     ordered = [texts[i] for i in order]
     parts = []
@@ -148,7 +148,7 @@ def perplexity(
         DataError: If the text is too short, comes without a tokenizer, or gets a loss that is not finite.
         LowRankError: If the perplexity is beyond the largest number.
     """
-    check_tokenizer(model, tokenizer)
+    adapter().check_tokenizer(model, tokenizer)
     ids = windows(text, tokenizer, tokens=window)
     if count is not None and not 1 <= count <= len(ids):
         raise DataError(f"The text has {len(ids)} windows of {window} tokens, not {count}.")
@@ -190,7 +190,7 @@ def accuracy(
         DataError: If there is not one label for each text, a label is none of the model's classes, or the
             logits are not finite.
     """
-    check_tokenizer(model, tokenizer)
+    adapter().check_tokenizer(model, tokenizer)
     right, start = 0, 0
     with evaluating(model):
         for batch in batches(texts, tokenizer, device=device_of(model), batch_size=batch_size):
@@ -231,7 +231,7 @@ def loss_increase(
         tokenizer: A tokenizer of transformers, for strings.
         batch_size: Strings per forward pass.
     """
-    check_tokenizer(dense, tokenizer)
+    adapter().check_tokenizer(dense, tokenizer)
     total, terms = 0.0, 0
     with evaluating(model), evaluating(dense):
         for batch in batches(data, tokenizer, device=device_of(model), batch_size=batch_size):

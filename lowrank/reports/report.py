@@ -9,12 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lowrank._transformers import plugin
-from lowrank.allocation.planner import known_heads
+from lowrank.adapter import adapter, inspect
 from lowrank.arguments import MODEL_OF, accepts, function, instance, optional
 from lowrank.errors import LowRankError, PlanError
-from lowrank.files.safetensors_header import safetensors_bytes, stored_tensors
-from lowrank.inspection.eligibility import check_model
+from lowrank.files.safetensors_header import safetensors_bytes
 from lowrank.inspection.targets import draft
 from lowrank.inspection.unplanned import with_reach
 from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedLinear, QuantizedModule, TiedLinear
@@ -221,18 +219,14 @@ def report(
         >>> report(compress(nn.Sequential(nn.Linear(64, 64)), rank=8)).layers[0].parameters
         1024
     """
-    check_model(model)
+    seen = inspect(model)
     if (dense is None) != (data is None):
         raise LowRankError("The increase of the loss is measured with both dense= and data=.")
-    drafted = with_reach(model, draft(model, heads=known_heads(model)))
+    drafted = with_reach(seen, draft(seen))
     layers = tuple(_describe(model, layer) for layer in drafted)
-    hf = plugin()
-    if hf is not None and hf.is_pretrained(model):
-        tensors = hf.saved_tensors(model)
-    else:
-        tensors, _ = stored_tensors(model)
-    if plan is None and hf is not None:
-        plan = hf.recorded(model)
+    tensors = adapter().saved_tensors(model)
+    if plan is None:
+        plan = adapter().recorded(model)
     coded = tuple(_describe_code(n, m) for n, m in model.named_modules() if isinstance(m, QuantizedModule))
     factors = {f"{layer.name}.down" for layer in layers}
     embeddings = [code for code in coded if code.runs_on == "lookup" and code.name not in factors]

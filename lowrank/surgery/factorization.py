@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lowrank.calibration.statistics import Stats
 from lowrank.errors import PlanError, StatsError, WeightError
-from lowrank.inspection.fingerprints import fingerprint_of_layer
+from lowrank.inspection.inspection import Inspection
 from lowrank.inspection.tied_weights import pads_with_zeros
 from lowrank.linalg import (
     Diagonal,
@@ -38,7 +38,7 @@ from lowrank.plans.plan import LayerPlan, Plan, QuantizedWeight
 from lowrank.plans.storage_formats import scheme_of
 
 
-def check_stats(model: nn.Module, plan: Plan, stats: Stats | None) -> None:
+def check_stats(seen: Inspection, plan: Plan, stats: Stats | None) -> None:
     """Check that ``stats`` are what the plan's metric needs.
 
     Raises:
@@ -46,7 +46,7 @@ def check_stats(model: nn.Module, plan: Plan, stats: Stats | None) -> None:
         StatsError: If they are of another model, or lack a layer.
     """
     factors = LowRankLinear, LowRankEmbedding
-    dense = {x.name for x in plan.factorized if not isinstance(model.get_submodule(x.name), factors)}
+    dense = {x.name for x in plan.factorized if not isinstance(seen.model.get_submodule(x.name), factors)}
     shared = [
         layers
         for layers in plan.shared.values()
@@ -63,8 +63,8 @@ def check_stats(model: nn.Module, plan: Plan, stats: Stats | None) -> None:
         if layer.name in dense:
             stats.metric(layer.name, plan.metric, layer.has_bias)
             for each in (layer, *plan.equal.get(layer.name, ())):
-                module = model.get_submodule(each.name)
-                check_layer_of(module, each.name, stats)
+                module = seen.model.get_submodule(each.name)
+                check_same_weight(seen, each.name, stats)
                 if not layer.is_embedding:
                     _check_mean(module, each, stats.moments(each.name).mean)
     for layers in shared:
@@ -95,13 +95,13 @@ def _check_mean(dense: nn.Module, layer: LayerPlan, mean: Tensor) -> None:
         )
 
 
-def check_layer_of(layer: nn.Module, name: str, stats: Stats) -> None:
+def check_same_weight(seen: Inspection, name: str, stats: Stats) -> None:
     """Refuse statistics of another model.
 
     Raises:
         StatsError: If the layer's weight is not the one that was calibrated.
     """
-    if stats.fingerprint.layers.get(name) not in (None, fingerprint_of_layer(layer)):
+    if stats.fingerprint.layers.get(name) not in (None, seen.fingerprint(name)):
         raise StatsError(
             f"{name}: the statistics are of another model, or of other weights. Calibrate this model, as it "
             "is now."
@@ -138,7 +138,7 @@ def joint_errors(
     Args:
         layers: Their entries in the plan; the first one owns the factor.
         weights: Their weights ``(out, in)``.
-        metric: One of `lowrank.plans.plan.METRICS`.
+        metric: One of `lowrank.config.METRICS`.
         stats: The statistics, unless the metric is ``"weight"``.
         estimate: Whether errors may be estimates where bounds are known
             (`lowrank.linalg.shared_basis_error_curves`).

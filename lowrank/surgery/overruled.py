@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from lowrank.calibration.data import Batch
 from lowrank.errors import DataError, TargetError
 from lowrank.inspection.contexts import evaluating
-from lowrank.inspection.eligibility import find_readers
+from lowrank.inspection.inspection import Inspection
 from lowrank.nn import layer_type_of
 from lowrank.plans.plan import Plan
 from lowrank.surgery.replacement import replace_module
@@ -74,7 +74,7 @@ def _unlike_linear(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> str
     return None
 
 
-def check_reads(model: nn.Module, plan: Plan, batch: Batch | None) -> None:
+def check_reads(seen: Inspection, plan: Plan, batch: Batch | None) -> None:
     """Run the model on ``batch`` without the weights of overruled layers that a method seems to read.
 
     It runs in eval mode. What is read in training only, or for other inputs, it does not see.
@@ -83,7 +83,8 @@ def check_reads(model: nn.Module, plan: Plan, batch: Batch | None) -> None:
         DataError: If there is a layer to try and no batch.
         TargetError: If the outputs are others without a weight, or the model fails.
     """
-    readers = find_readers(model) if plan.overruled else {}
+    model = seen.model
+    readers = seen.readers if plan.overruled else {}
     found = {name: readers.get(id(model.get_submodule(name))) for name in sorted(plan.overruled)}
     names = [name for name, reader in found.items() if reader is not None]
     if not names:

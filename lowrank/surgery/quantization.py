@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lowrank.calibration.statistics import Moments, Stats
 from lowrank.errors import PlanError, StatsError, WeightError
+from lowrank.inspection.inspection import Inspection
 from lowrank.inspection.targets import described
 from lowrank.linalg import Scheme, rotated, smooth_scale_of
 from lowrank.linalg.svd import checked_weight
@@ -36,7 +37,7 @@ from lowrank.nn import (
 )
 from lowrank.plans.plan import LayerPlan, Plan, QuantizedWeight
 from lowrank.plans.storage_formats import scheme_of
-from lowrank.surgery.factorization import check_layer_of
+from lowrank.surgery.factorization import check_same_weight
 
 PARTS = ("base", "down", "up")
 """What a `LowRankLinear` can hold that is coded on its own, by its name within the layer."""
@@ -58,8 +59,8 @@ def base_of(plan: Plan, layer: LayerPlan) -> QuantizedWeight:
     )
 
 
-def check_codes(
-    model: nn.Module, plan: Plan, stats: Stats | None, blocked: Mapping[str, str], loading: bool = False
+def check_quantized_weights(
+    seen: Inspection, plan: Plan, stats: Stats | None, blocked: Mapping[str, str], loading: bool = False
 ) -> None:
     """Check that every coded weight of ``plan`` is a layer, table or factor of that shape.
 
@@ -71,7 +72,7 @@ def check_codes(
         WeightError: If a weight is not finite, or does not divide into groups.
         StatsError: If the statistics are of another model.
     """
-    modules = dict(model.named_modules())
+    modules = dict(seen.model.named_modules())
     for layer in plan:
         if layer.correction:
             base_of(plan, layer)
@@ -99,7 +100,7 @@ def check_codes(
         if _shape_after(modules, plan, code.name) != (code.layer_type, code.rows, code.columns, code.bias):
             raise PlanError(
                 f"{code.name}: the plan has a coded {code.layer_type} of shape ({code.rows}, {code.columns}) "
-                f"there, which does not fit {type(model).__name__}."
+                f"there, which does not fit {type(seen.model).__name__}."
             )
         if code.name in blocked:
             raise PlanError(f"{code.name}: this weight cannot be coded: it {blocked[code.name]}.")
@@ -110,7 +111,7 @@ def check_codes(
                 f"{code.name}: a {code.layer_type} cannot be centred without being smooth, nor a table."
             )
         if code.smooth_scale and not loading:
-            _check_stats(code, modules, plan, stats)
+            _check_stats(code, seen, plan, stats)
 
 
 def _serves_several(code: QuantizedWeight, plan: Plan) -> bool:
@@ -196,9 +197,7 @@ def _shape_after(
     return layer_type.name, rows, columns, module.bias is not None
 
 
-def _check_stats(
-    code: QuantizedWeight, modules: Mapping[str, nn.Module], plan: Plan, stats: Stats | None
-) -> None:
+def _check_stats(code: QuantizedWeight, seen: Inspection, plan: Plan, stats: Stats | None) -> None:
     """Refuse to scale inputs without statistics, or by those of another model."""
     parent, _, part = code.name.rpartition(".")
     within = part in ("base", "down") and parent in plan and plan[parent].rank is not None
@@ -208,8 +207,8 @@ def _check_stats(
             f"{code.name}: the plan scales this layer's inputs by their statistics: pass "
             "stats=calibrate(model, data)."
         )
-    if layer_type_of(modules[reader]) is not None:
-        check_layer_of(modules[reader], reader, stats)
+    if layer_type_of(seen.modules[reader]) is not None:
+        check_same_weight(seen, reader, stats)
     features = len(stats.inputs[stats.sources[reader]].total)
     if features != code.columns:
         raise StatsError(

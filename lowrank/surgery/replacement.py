@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowrank.calibration.statistics import Stats
-from lowrank.errors import LowRankError, PlanError, WeightError
-from lowrank.inspection.contexts import check_can_train, uninterrupted
-from lowrank.inspection.eligibility import check_holder, check_model, find_all_obstacles, find_doubts
-from lowrank.inspection.tied_weights import equal_layers, followers, tied_heads
+from lowrank.errors import LowRankError, WeightError
+from lowrank.inspection.contexts import uninterrupted
+from lowrank.inspection.inspection import Inspection
+from lowrank.inspection.layers import check_holder
+from lowrank.inspection.tied_weights import followers
 from lowrank.linalg.matmul import without_autocast
-from lowrank.linalg.svd import check_options, checked_weight
 from lowrank.nn import (
     LowRankEmbedding,
     LowRankLinear,
@@ -36,10 +35,9 @@ from lowrank.nn import (
     layer_type_of,
     register_layer_type,
 )
-from lowrank.plans.plan import LayerPlan, Plan, QuantizedWeight, largest_shared_rank
+from lowrank.plans.plan import LayerPlan, Plan, QuantizedWeight
 from lowrank.plans.storage_formats import scheme_of
 from lowrank.surgery.factorization import (
-    check_stats,
     corrected,
     factorized,
     follower,
@@ -48,23 +46,38 @@ from lowrank.surgery.factorization import (
     weight_of,
 )
 from lowrank.surgery.inheritance import adopt, check_no_hooks
-from lowrank.surgery.quantization import base_of, check_codes, quantized_module, readers_of, rotate
+from lowrank.surgery.quantization import base_of, quantized_module, readers_of, rotate
+from lowrank.surgery.validation import check_request, check_structure, layers_to_factorize
 
 _Factorized = LowRankLinear, LowRankEmbedding
 
 
-@without_autocast()
-def apply(
-    model: nn.Module,
+def apply_plan(
+    seen: Inspection,
     plan: Plan,
     stats: Stats | None = None,
     *,
     seed: int = 0,
     progress: bool = False,
-) -> nn.Module:
-    """Replace layers by their factors; the arguments and errors are those of `lowrank.apply`."""
-    todo = check_request(model, plan, stats, seed)
-    register_overruled(model, plan)
+) -> None:
+    """Replace layers by their factors, then weights by integers; `lowrank.apply` tells the arguments."""
+    todo = check_request(seen, plan, stats, seed)
+    register_overruled(seen.model, plan)
+    factorize(seen.model, plan, todo, stats, seed=seed, progress=progress)
+    quantize_weights(seen.model, plan, stats, seed=seed, progress=progress)
+
+
+@without_autocast()
+def factorize(
+    model: nn.Module,
+    plan: Plan,
+    todo: Sequence[LayerPlan],
+    stats: Stats | None = None,
+    *,
+    seed: int = 0,
+    progress: bool = False,
+) -> None:
+    """Replace the layers of ``todo``, which `check_request` has accepted, by their factors."""
     joint = pooled(stats, plan)
     bar = tqdm(total=len(todo), desc="factorizing", unit="layer", disable=None if progress else True)
     with bar, _all_or_none(model, plan, todo):
@@ -73,8 +86,6 @@ def apply(
             with uninterrupted():
                 _factorize(model, layers, plan, joint, seed)  # whose dense weights are gone when it returns
             bar.update(len(layers))
-    quantize_weights(model, plan, stats, seed=seed, progress=progress)
-    return model
 
 
 @contextlib.contextmanager
@@ -121,7 +132,7 @@ def quantize_weights(
             if {f"{reader}.up" for reader in readers} <= names:
                 with uninterrupted():
                     rotate(list(readers.values()), seed)
-    for code in tqdm(todo, desc="coding", unit="weight", disable=None if progress else True):
+    for code in tqdm(todo, desc="quantizing", unit="weight", disable=None if progress else True):
         with uninterrupted():
             _quantize_weight(model, code, plan, stats)
 
@@ -137,21 +148,6 @@ def _quantize_weight(model: nn.Module, code: QuantizedWeight, plan: Plan, stats:
         taker = holder.bias if isinstance(holder, LowRankLinear) else new.bias
         with torch.no_grad():
             taker.add_(mean.to(taker.dtype))  # type: ignore[operator,union-attr,arg-type]
-
-
-def check_request(model: nn.Module, plan: Plan, stats: Stats | None, seed: int) -> list[LayerPlan]:
-    """Return the layers that `apply` would factorize; raises as it does, and changes nothing."""
-    check_model(model)
-    if not isinstance(plan, Plan):
-        raise PlanError(f"apply needs a Plan, not {type(plan).__name__}. Make one with plan(model, ...).")
-    check_can_train(model)
-    check_options(plan.tolerance, seed)
-    blocked = _blocked(model, plan)
-    todo = _validate(model, plan, blocked)
-    if todo:
-        check_stats(model, plan, stats)
-    check_codes(model, plan, stats, blocked)
-    return todo
 
 
 def register_overruled(model: nn.Module, plan: Plan) -> None:
@@ -207,11 +203,12 @@ def _together(plan: Plan, todo: Sequence[LayerPlan]) -> Iterator[tuple[LayerPlan
 
 
 @contextlib.contextmanager
-def sketched(model: nn.Module, plan: Plan) -> Iterator[None]:
-    """Give ``model`` the structure of ``plan`` for a while, with factors of zeros: to time it."""
+def sketched(seen: Inspection, plan: Plan) -> Iterator[None]:
+    """Give the model the structure of ``plan`` for a while, with factors of zeros: to time it."""
     kept: dict[str, nn.Module] = {}
+    model = seen.model
     try:
-        for layer in _validate(model, plan, _blocked(model, plan)):
+        for layer in layers_to_factorize(seen, plan):
             dense = model.get_submodule(layer.name)
             weight: Tensor = dense.weight  # type: ignore[assignment]
             rank = layer.rank or 0
@@ -309,12 +306,6 @@ def _empty_linear(
     return cls(*sizes, False, scheme, layer_type=code.layer_type, **flags, device="meta", dtype=dtype)
 
 
-def check_structure(model: nn.Module, plan: Plan) -> list[LayerPlan]:
-    """Return the layers that `restructure` would factorize; raises as it does, and changes nothing."""
-    check_codes(model, plan, None, {}, loading=True)
-    return _validate(model, plan, _blocked(model, plan), loading=True)
-
-
 @without_autocast()
 def decompress(model: nn.Module) -> nn.Module:
     """Replace factorized layers by dense ones; see `lowrank.decompress`."""
@@ -362,195 +353,3 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put ``new`` in the place that the dotted ``name`` gives."""
     parent, _, child = name.rpartition(".")
     model.get_submodule(parent)._modules[child] = new
-
-
-def _blocked(model: nn.Module, plan: Plan) -> dict[str, str]:
-    """Return why layers and tables must stay as they are, whatever ``plan`` says."""
-    return find_all_obstacles(model, plan.owners, find_doubts(model, plan.overruled))
-
-
-def _validate(
-    model: nn.Module, plan: Plan, blocked: Mapping[str, str], loading: bool = False
-) -> list[LayerPlan]:
-    """Return the layers to factorize, or raise before anything has changed."""
-    equal = plan.owners
-    modules = dict(model.named_modules())
-    shared = plan.shared
-    todo = []
-    if not loading:
-        _check_heads(model, plan)
-    for layer in plan:
-        module = modules.get(layer.name)
-        if layer.tied_to is not None:
-            _check_follower(layer, plan, modules)
-            if layer.name in equal and not loading:
-                _check_equal(model, layer, plan, blocked)
-            continue
-        if layer.rank is None and not isinstance(module, _Factorized):
-            continue
-        if module is None:
-            raise PlanError(
-                f"{layer.name}: {type(model).__name__} has no such layer. The plan is for {plan.model}."
-            )
-        if isinstance(module, _Factorized):
-            corrects = isinstance(module, LowRankLinear) and module.base is not None
-            if (module.rank, corrects) != (layer.rank, layer.correction):
-                found = f"{'as a correction, ' if corrects else ''}at rank {module.rank}"
-                raise PlanError(
-                    f"{layer.name}: factorized already, {found}; the plan says "
-                    f"{'correction, ' if layer.correction else ''}{layer.rank or 'dense'}. "
-                    "Call decompress(model) first, or start from the dense checkpoint."
-                )
-            continue
-        if layer.name in blocked:
-            raise PlanError(f"{layer.name}: this layer must stay dense: it {blocked[layer.name]}.")
-        _check_layer(module, layer, shared=layer.shares_down_with is not None or layer.name in shared)
-        if not loading:  # a checkpoint's ranks and weights are as they are
-            if layer.shares_down_with is None and layer.name not in shared:
-                _check_pays(layer)
-            _check_weight(module, layer)
-        todo.append(layer)
-    for name, layers in shared.items():
-        _check_shared(name, layers, modules, loading)
-    return todo
-
-
-def _check_shared(
-    name: str, layers: Sequence[LayerPlan], modules: Mapping[str, nn.Module], loading: bool
-) -> None:
-    """Check that ``layers`` can use the ``down`` of the layer called ``name``, the first of them."""
-    owner = layers[0]
-    for layer in (layer for layer in layers if layer.shares_down_with == name):
-        if owner.name != name or owner.shares_down_with is not None:
-            raise PlanError(
-                f"{layer.name}: is to use the down of {name}, which has none of its own in the plan."
-            )
-        if (layer.rank, layer.in_features) != (owner.rank, owner.in_features):
-            raise PlanError(
-                f"{layer.name}: is to use the down of {name}, but has rank {layer.rank} and "
-                f"{layer.in_features} inputs where that has rank {owner.rank} and {owner.in_features}."
-            )
-    if len({layer.same_input for layer in layers if layer.shares_down_with is not None}) > 1:
-        raise PlanError(
-            f"{name}: by the plan only some of the layers that use its down read the same input. "
-            "Set same_input of all of them, or of none."
-        )
-    done = {layer.name for layer in layers if isinstance(modules.get(layer.name), LowRankLinear)}
-    if done and len(done) < len(layers):
-        raise PlanError(
-            f"{name}: shares its down with other layers, but only some of them are factorized. "
-            "Call decompress(model) first, or start from the dense checkpoint."
-        )
-    if loading or done:
-        return
-    weights = [modules[layer.name].weight for layer in layers]
-    if len({(weight.dtype, weight.device) for weight in weights}) > 1:
-        raise PlanError(f"{name}: layers that share a down must have one dtype and one device.")
-    largest = largest_shared_rank(layers)
-    if owner.rank is not None and owner.rank > largest:
-        raise PlanError(
-            f"{name}: joint rank {owner.rank} of {len(layers)} layers does not save parameters.\n"
-            f"  Use a rank of at most {largest}, or let each have factors of its own."
-        )
-
-
-def _check_heads(model: nn.Module, plan: Plan) -> None:
-    """Check that no table is replaced without the heads that are tied to it."""
-    compressed = {layer.name for layer in plan.factorized} | {code.name for code in plan.quantized}
-    for head, table in tied_heads(model).items():
-        if table in compressed and (head not in plan or plan[head].tied_to != table):
-            raise PlanError(
-                f"{table}: the plan changes this table, but not {head}, which is tied to it. Make the plan "
-                f"for this model, so that {head} is the same as {table} in it."
-            )
-
-
-def _check_follower(layer: LayerPlan, plan: Plan, modules: Mapping[str, nn.Module]) -> None:
-    """Check that ``layer`` can use the weight of what the plan names."""
-    module, table = modules.get(layer.name), modules.get(layer.tied_to or "")
-    if isinstance(module, TiedLinear):
-        if module.owner is not table:
-            raise PlanError(f"{layer.name}: the plan says that it uses {layer.tied_to}, but it uses another.")
-        return
-    owners = nn.Embedding, *_Factorized, QuantizedModule
-    if table is None or not (isinstance(table, owners) or layer_type_of(table) is not None):
-        raise PlanError(
-            f"{layer.name}: is to use the weight of {layer.tied_to}, which is no table or linear layer here."
-        )
-    if module is None or (layer.rank is not None and layer.tied_to not in plan):
-        raise PlanError(
-            f"{layer.name}: the model or the plan lacks it, or {layer.tied_to}, which it is to use."
-        )
-    _check_layer(module, replace(layer, rank=None), shared=False)
-    rows, columns = _sizes(table)
-    if (layer.out_features, layer.in_features) != (rows, columns):
-        raise PlanError(
-            f"{layer.name}: is to use the weight of {layer.tied_to}, which has another shape: "
-            f"{rows} rows of {columns}."
-        )
-
-
-def _sizes(owner: nn.Module) -> tuple[int, int]:
-    """Return the shape ``(rows, columns)`` of the weight of a table or layer, whatever it is stored as."""
-    if isinstance(owner, LowRankLinear):
-        return owner.out_features, owner.in_features
-    if isinstance(owner, LowRankEmbedding):
-        return owner.num_embeddings, owner.embedding_dim
-    if isinstance(owner, QuantizedModule):
-        return owner.shape
-    rows, columns = weight_of(owner).shape
-    return rows, columns
-
-
-def _check_equal(model: nn.Module, layer: LayerPlan, plan: Plan, blocked: Mapping[str, str]) -> None:
-    """Check that a linear layer has the weight that it is to use of another, if that is to change."""
-    owner = layer.tied_to or ""
-    if layer not in plan.tied or isinstance(model.get_submodule(layer.name), TiedLinear):
-        return
-    if layer.name in blocked:
-        raise PlanError(f"{layer.name}: cannot use the weight of {owner}: it {blocked[layer.name]}.")
-    if plan[owner].tied_to is not None or not equal_layers(model, [owner, layer.name]):
-        raise PlanError(
-            f"{layer.name}: is to use the weight of {owner}, but has another. Make the plan for this model."
-        )
-
-
-def _check_layer(module: nn.Module, layer: LayerPlan, shared: bool) -> None:
-    layer_type = layer_type_of(module)
-    name = (
-        LowRankEmbedding.layer_type if isinstance(module, nn.Embedding) else getattr(layer_type, "name", None)
-    )
-    if name != layer.layer_type:
-        raise PlanError(
-            f"{layer.name}: the plan says {layer.layer_type}, the model has a {type(module).__name__}."
-        )
-    shape = tuple(weight_of(module).shape)
-    if shape != (layer.out_features, layer.in_features):
-        raise PlanError(
-            f"{layer.name}: the plan is for a weight (out={layer.out_features}, in={layer.in_features}), "
-            f"the model's is (out={shape[0]}, in={shape[1]}). Make a plan for this model."
-        )
-    largest = shape[1] if shared else min(shape)  # joint factors have as many rows as all weights together
-    if layer.rank is not None and layer.rank > largest:
-        raise PlanError(
-            f"{layer.name}: rank {layer.rank} is above {'in' if shared else 'min(out, in)'} = {largest} of "
-            "the weight."
-        )
-
-
-def _check_pays(layer: LayerPlan) -> None:
-    rank = layer.rank or 0
-    if rank > layer.largest_rank_that_saves:
-        raise PlanError(
-            f"{layer.name}: rank {rank} does not save parameters.\n"
-            f"  The weight (out={layer.out_features}, in={layer.in_features}) has "
-            f"{layer.dense_parameters:,} parameters; rank {rank} needs {layer.parameters_at(rank):,}.\n"
-            f"  Use a rank of at most {layer.largest_rank_that_saves}, or keep this layer dense."
-        )
-
-
-def _check_weight(module: nn.Module, layer: LayerPlan) -> None:
-    try:
-        checked_weight(module.weight)  # type: ignore[arg-type]
-    except WeightError as error:
-        raise WeightError(f"{layer.name}: {error}") from error

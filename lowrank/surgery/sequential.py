@@ -41,19 +41,21 @@ from lowrank.calibration.statistics import Stats
 from lowrank.errors import DataError, LowRankError, PlanError
 from lowrank.inspection.blocks import find_blocks
 from lowrank.inspection.contexts import eval_mode
+from lowrank.inspection.inspection import Inspection
 from lowrank.linalg.ridge import Regression
-from lowrank.nn import LowRankLinear
+from lowrank.nn import LowRankEmbedding, LowRankLinear
 from lowrank.plans.plan import Plan
 from lowrank.surgery.hidden_states import CachedHiddenStates
-from lowrank.surgery.replacement import apply, check_request, register_overruled
+from lowrank.surgery.replacement import factorize, register_overruled
 from lowrank.surgery.residual_adds import Listener
+from lowrank.surgery.validation import check_request
 
 RIDGES = (1e-3, 1e-2, 1e-1, math.inf)
 """Candidates for λ; at infinity the factor stays as it was."""
 
 
-def apply_anchored(
-    model: nn.Module,
+def apply_sequentially(
+    seen: Inspection,
     plan: Plan,
     stats: Stats | None,
     batches: Iterable[Batch],
@@ -67,8 +69,49 @@ def apply_anchored(
     Returns:
         The layers that were fitted anew.
     """
-    check_request(model, plan, stats, seed)
+    model = seen.model
+    check_request(seen, plan, stats, seed)
     blocks = find_blocks(model)
+    _check_can_go_through(model, plan, blocks)
+    inside = {x.name: name for x in plan.factorized for name in blocks if x.name.startswith(f"{name}.")}
+    _check_shared(plan, inside)
+    fitted: set[str] = set()
+    with contextlib.ExitStack() as stack:
+        folder = None if offload_folder is None else stack.enter_context(_folder_in(offload_folder))
+        streams = [CachedHiddenStates(batch, folder) for batch in batches]
+        if len(streams) < HELD_OUT:
+            raise DataError(
+                f"sequential=True needs {HELD_OUT} batches or more, one of them to see what it gains; there "
+                f"are {len(streams)}. Give more data, or the same in smaller batches."
+            )
+        with torch.no_grad(), eval_mode(model):
+            for number, each in enumerate(streams):
+                each.enter(model, list(blocks.values()), to_the_end=number == 0)
+            _check_sums(blocks, inside, streams[0])
+        register_overruled(model, plan)
+        outside = [layer.name for layer in plan.factorized if layer.name not in inside]
+        if outside:
+            _factorize(model, _part(plan, outside), stats, seed)
+            with torch.no_grad(), eval_mode(model):
+                for each in streams:
+                    each.enter_compressed(model, list(blocks.values()))
+        bar = tqdm(blocks.items(), desc="fitting", unit="block", disable=None if progress else True)
+        for number, (name, block) in enumerate(bar):
+            dense = copy.deepcopy(block)
+            names = [layer for layer, home in inside.items() if home == name]
+            _factorize(model, _part(plan, names), stats, seed)
+            with torch.no_grad(), eval_mode(block), eval_mode(dense):
+                done = _refit(
+                    dense, block, [layer.removeprefix(f"{name}.") for layer in names], streams, number
+                )
+                fitted |= {f"{name}.{layer}" for layer in done}
+                for each in streams:
+                    each.advance(dense, block, number)
+    return fitted
+
+
+def _check_can_go_through(model: nn.Module, plan: Plan, blocks: Mapping[str, nn.Module]) -> None:
+    """Refuse models and plans that cannot be gone through block by block."""
     if not blocks:
         raise LowRankError(
             f"sequential=True goes through a stack of repeated blocks, and {type(model).__name__} has none. "
@@ -94,41 +137,6 @@ def apply_anchored(
             "sequential=True needs blocks of several layers, and these are linear layers themselves. "
             "Leave it out."
         )
-    inside = {x.name: name for x in plan.factorized for name in blocks if x.name.startswith(f"{name}.")}
-    _check_shared(plan, inside)
-    fitted: set[str] = set()
-    with contextlib.ExitStack() as stack:
-        folder = None if offload_folder is None else stack.enter_context(_folder_in(offload_folder))
-        streams = [CachedHiddenStates(batch, folder) for batch in batches]
-        if len(streams) < HELD_OUT:
-            raise DataError(
-                f"sequential=True needs {HELD_OUT} batches or more, one of them to see what it gains; there "
-                f"are {len(streams)}. Give more data, or the same in smaller batches."
-            )
-        with torch.no_grad(), eval_mode(model):
-            for number, each in enumerate(streams):
-                each.enter(model, list(blocks.values()), to_the_end=number == 0)
-            _check_sums(blocks, inside, streams[0])
-        register_overruled(model, plan)
-        outside = [layer.name for layer in plan.factorized if layer.name not in inside]
-        if outside:
-            apply(model, _part(plan, outside), stats, seed=seed)
-            with torch.no_grad(), eval_mode(model):
-                for each in streams:
-                    each.enter_compressed(model, list(blocks.values()))
-        bar = tqdm(blocks.items(), desc="anchoring", unit="block", disable=None if progress else True)
-        for number, (name, block) in enumerate(bar):
-            dense = copy.deepcopy(block)
-            names = [layer for layer, home in inside.items() if home == name]
-            apply(model, _part(plan, names), stats, seed=seed)
-            with torch.no_grad(), eval_mode(block), eval_mode(dense):
-                done = _refit(
-                    dense, block, [layer.removeprefix(f"{name}.") for layer in names], streams, number
-                )
-                fitted |= {f"{name}.{layer}" for layer in done}
-                for each in streams:
-                    each.advance(dense, block, number)
-    return fitted
 
 
 @contextlib.contextmanager
@@ -141,6 +149,13 @@ def _folder_in(offload_folder: Path) -> Iterator[Path]:
         ) from error
     with folder as name:
         yield Path(name)
+
+
+def _factorize(model: nn.Module, plan: Plan, stats: Stats | None, seed: int) -> None:
+    """Replace the layers of a part of the plan, which has been checked as a whole."""
+    done = LowRankLinear, LowRankEmbedding
+    todo = [x for x in plan.factorized if not isinstance(model.get_submodule(x.name), done)]
+    factorize(model, plan, todo, stats, seed=seed)
 
 
 def _part(plan: Plan, names: Sequence[str]) -> Plan:
