@@ -8,7 +8,7 @@ Two models: all-MiniLM-L6-v2 (``minilm``) and SmolLM2-135M (``smollm2``). Beside
 - ONNX Runtime: float32, and dynamic int8 of the dense model and of this library's factors.
 
 Every tool is used as it comes, on what it takes by default: PyTorch and torchao leave embeddings alone, so
-that SmolLM2's head, coded, is no longer tied to its table. Bytes are those of the file with the weights:
+that SmolLM2's head, quantized, is no longer tied to its table. Bytes are those of the file with the weights:
 ``model.safetensors``, ``torch.save`` of the state dict where a model has no other file, ``model.onnx`` with
 its data. Accuracy is on text that calibration has not seen:
 

@@ -1,7 +1,7 @@
 """Measure what integer weights cost and win: bytes, accuracy and latency, beside PyTorch's dynamic int8.
 
 - ``minilm``: all-MiniLM-L6-v2 dense and compressed, as floating point, int8 and int4: bytes of the whole
-  checkpoint, STS Benchmark (dev) and the cosine to the embeddings before coding.
+  checkpoint, STS Benchmark (dev) and the cosine to the embeddings before quantizing.
 - ``correction``: SmolLM2-135M, int4 and int4 with low-rank correction at the same bytes: perplexity on
 windows
   300 to 323 of WikiText-2's validation text, which calibration has not seen.
@@ -9,7 +9,7 @@ windows
   ``torch.ao.quantization.quantize_dynamic`` of it, and of ``keep=0.5`` in float32 and int8; each eager
   and by ``torch.compile``.
 - ``int4``: one layer at a time on a few tokens, on ``--device``: latency of floating point (float32, on CUDA
-  bfloat16), of int4 by PyTorch's kernel and decoded, and of int8.
+  bfloat16), of int4 by PyTorch's kernel and dequantized, and of int8.
 
 The folder given with ``--data`` holds ``stsb-train.csv``, ``stsb-dev.csv`` and ``wikitext2-valid.txt``.
 """
@@ -37,7 +37,7 @@ from lowrank.nn import integer_matmul
 from lowrank.reports.evaluation import embed, perplexity, spearman
 
 SMALLEST = (11_400_000, 9_500_000, 7_900_000, 6_000_000)
-"""Bytes of parameters and buffers within which the allocator chooses how each layer is stored."""
+"""Bytes of parameters and buffers within which the solver chooses how each layer is stored."""
 
 SIZES = {
     "cpu": [(576, 576), (576, 1536), (1536, 384), (768, 3072), (3072, 768)],
@@ -205,7 +205,7 @@ def int4(device: str, repeats: int) -> list[dict[str, Any]]:
             tasks = {
                 "float": lambda dense=dense: run(dense, most),
                 "int4 by the kernel": lambda kernel=kernel: run(kernel, 2**20),
-                "int4 decoded": lambda decoded=decoded: run(decoded, 0),
+                "int4 dequantized": lambda decoded=decoded: run(decoded, 0),
                 "int8": lambda integers=integers: run(integers, most),
             }
             with torch.no_grad():

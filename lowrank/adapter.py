@@ -76,6 +76,7 @@ def inspect(model: nn.Module) -> Inspection:
     Raises:
         LowRankError: If it is no module that holds layers.
     """
-    seen = Inspection(model, adapter().separately_saved(model))
+    seen = Inspection(model)
+    seen.separately_saved = adapter().separately_saved(model)
     seen.known_heads = adapter().heads(seen)
     return seen

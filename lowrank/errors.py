@@ -26,7 +26,7 @@ class RankError(LowRankError):
 
 
 class WeightError(LowRankError):
-    """A weight cannot be factorized or coded: NaN, infinite, integer, or without data."""
+    """A weight cannot be factorized or quantized: NaN, infinite, integer, or without data."""
 
 
 class SchemeError(WeightError):
@@ -34,7 +34,7 @@ class SchemeError(WeightError):
 
 
 class SlowKernelWarning(UserWarning):
-    """int4 weights of linear layers have no kernel on their device, and are decoded at every call."""
+    """int4 weights of linear layers have no kernel on their device, and are dequantized at every call."""
 
 
 class FewTokensWarning(UserWarning):

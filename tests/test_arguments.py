@@ -114,7 +114,7 @@ CASES: dict[str, Case] = {
         lambda at: {"model": dense(), "scheme": "int4", "on_missing_kernel": "allow"},
     ),
     "decompress": (lowrank.decompress, lambda at: {"model": small()}),
-    "spectra": (lowrank.error_curves, lambda at: {"model": dense()}),
+    "error_curves": (lowrank.error_curves, lambda at: {"model": dense()}),
     "recover": (
         lowrank.recover,
         lambda at: {
@@ -366,5 +366,7 @@ def test_a_decorated_function_keeps_its_name_and_its_arguments():
 
 
 def test_an_unknown_argument_is_named_with_the_function():
-    with pytest.raises(TypeError, match=r"^compress\(\): got an unexpected keyword argument 'kep'$"):
+    with pytest.raises(
+        TypeError, match=r"^compress\(\): got an unexpected keyword argument 'kep'\. Did you mean keep=\?$"
+    ):
         lowrank.compress(dense(), kep=0.5)

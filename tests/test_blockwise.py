@@ -86,10 +86,10 @@ def padded() -> torch.Tensor:
 
 
 def distance(teacher: nn.Module, small: nn.Module, data: list) -> float:
-    lesson = DistillationLoss(small, teacher)
-    with lesson.listening():
+    distillation_loss = DistillationLoss(small, teacher)
+    with distillation_loss.listening():
         every = [as_batch(given) for given in data]
-        return mean_distance(lesson.distance, every, torch.device("cpu"))
+        return mean_distance(distillation_loss.distance, every, torch.device("cpu"))
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -118,7 +118,7 @@ def test_it_brings_the_model_closer_to_its_teacher_and_trains_nothing_but_blocks
 def test_a_block_reads_what_the_recovered_blocks_before_it_make(kind):
     teacher, small, data = made(kind)
     names, batch = list(find_blocks(teacher)), as_batch(data[0])
-    lesson = DistillationLoss(small, teacher)
+    distillation_loss = DistillationLoss(small, teacher)
     with (
         torch.no_grad(),
         outputs_of(find_blocks(teacher).values()) as its,
@@ -127,7 +127,7 @@ def test_a_block_reads_what_the_recovered_blocks_before_it_make(kind):
         batch.call(teacher), batch.call(small)
         x, t = batch.real(mine[1]), batch.real(its[1])
         expected = float(((x - t).square().sum(-1) / t.square().sum(-1)).mean())
-    assert lesson.block_distance(names[1], batch).item() == pytest.approx(expected, rel=1e-5)
+    assert distillation_loss.block_distance(names[1], batch).item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -254,9 +254,9 @@ def test_a_block_that_training_makes_worse_stays_as_it_was(monkeypatch):
     before, right = state(small), DistillationLoss.block_distance
     names = list(find_blocks(teacher))
 
-    def wrong(lesson, name, batch):
+    def wrong(distillation_loss, name, batch):
         sign = -1 if name == names[1] and torch.is_grad_enabled() else 1
-        return sign * right(lesson, name, batch)
+        return sign * right(distillation_loss, name, batch)
 
     monkeypatch.setattr(DistillationLoss, "block_distance", wrong)
     recover(small, teacher, data, steps=60, **OPTIONS)
@@ -269,10 +269,10 @@ def test_steps_are_divided_evenly_over_the_blocks(monkeypatch):
     trained = []
     spied = DistillationLoss.block_distance
 
-    def spy(lesson, name, batch):
+    def spy(distillation_loss, name, batch):
         if torch.is_grad_enabled():
             trained.append(name)
-        return spied(lesson, name, batch)
+        return spied(distillation_loss, name, batch)
 
     monkeypatch.setattr(DistillationLoss, "block_distance", spy)
     recover(small, teacher, data, steps=11, **OPTIONS)

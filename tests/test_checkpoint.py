@@ -275,7 +275,7 @@ def test_values_that_no_quantized_weight_has_are_refused_though_the_digests_fit(
     fresh = build_mlp()
     before = {key: tensor.clone() for key, tensor in fresh.state_dict().items()}
     with pytest.raises(
-        CheckpointError, match=rf"the tensor {re.escape(name)} has values that no coded weight"
+        CheckpointError, match=rf"the tensor {re.escape(name)} has values that no quantized weight"
     ):
         lowrank.load(tmp_path, fresh)
     assert all(torch.equal(before[key], tensor) for key, tensor in fresh.state_dict().items())

@@ -587,7 +587,7 @@ def test_compress_codes_the_weights(run, dense, tmp_path):
     done = run("compress", dense, tmp_path / "out", "--rank", 16, "--quantize", "int8", "-q")
     assert done.code == 0, done.err
     report = json.loads(run("inspect", tmp_path / "out", "--json").out)
-    assert {code["scheme"] for code in report["coded"]} == {"int8"}
+    assert {code["scheme"] for code in report["quantized"]} == {"int8"}
     refused = run("compress", dense, tmp_path / "other", "--rank", 16, "--quantize", "int3")
     assert (refused.code, refused.out) == (2, "")
     assert "known schemes are" in refused.err

@@ -247,15 +247,17 @@ def expected(folder):
     order = shuffled([batch for batch in every if batch not in held], seed=0)
     parameters = trainable(small)
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
-    lesson = DistillationLoss(small, teacher)
-    with lesson.listening():
+    distillation_loss = DistillationLoss(small, teacher)
+    with distillation_loss.listening():
         for step in range(STEPS):
             optimizer.param_groups[0]["lr"] = OPTIONS["learning_rate"] * schedule(step / STEPS)
-            ((lesson.distance(next(order)) + lesson.distance(next(order))) / 2).backward()
+            (
+                (distillation_loss.distance(next(order)) + distillation_loss.distance(next(order))) / 2
+            ).backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             small.zero_grad()
-        return state(small), mean_distance(lesson.distance, held, torch.device("cpu"))
+        return state(small), mean_distance(distillation_loss.distance, held, torch.device("cpu"))
 
 
 EQUAL = ["recovered", "resumed", "wrapped", "with_a_folder_for_one", "accelerated"]

@@ -316,7 +316,7 @@ def test_a_plan_that_changes_one_of_two_tied_layers_is_refused(change):
     else:
         (code, *_) = lowrank.plan(net(""), rank=16, quantize="int8", targets=["b"]).quantized
         plan = Plan("Net", quantized=(replace(code, name="a", rows=SIZE, columns=SIZE, bias=True),))
-        message = r"a: this weight cannot be coded: it shares its weight with c\.weight \(tied\)"
+        message = r"a: this weight cannot be quantized: it shares its weight with c\.weight \(tied\)"
     with pytest.raises(PlanError, match=message):
         lowrank.apply(model, plan)
     assert all(torch.equal(x, before[n]) for n, x in model.state_dict().items())
@@ -351,7 +351,7 @@ def test_going_through_blocks_one_by_one_looks_for_no_equal_weights():
 def test_coding_names_the_owner_only():
     small = quantize(net("tied"))
     assert isinstance(small.a, QuantizedLinear)
-    with pytest.raises(LowRankError, match="No weight of Net is left to be coded"):
+    with pytest.raises(LowRankError, match="No weight of Net is left to be quantized"):
         quantize(small)
     with pytest.raises(LowRankError, match=r"c: uses the weight of a module outside of this one"):
         lowrank.decompress(nn.ModuleDict({"c": small.c}))

@@ -1,4 +1,4 @@
-"""Bits as a choice: what forms cost in bytes, and which of them the allocator takes."""
+"""Bits as a choice: what forms cost in bytes, and which of them the solver takes."""
 
 import copy
 
@@ -68,7 +68,7 @@ def test_auto_fits_the_budget_and_predicts_no_more_loss_than_any_single_form(tin
     for quantize, planned in found.items():
         small = lowrank.apply(copy.deepcopy(tiny_bert), planned, stats=stats)
         assert size(small) <= limit, quantize
-        if quantize == "int8":  # what is not targeted there, the tables, is coded alike at best
+        if quantize == "int8":  # what is not targeted there, the tables, is quantized alike at best
             layers = [found["auto"][layer.name].loss_increase or 0.0 for layer in planned.targeted]
             assert sum(layers) <= 1.02 * planned.loss_increase + 1e-9
 
@@ -149,15 +149,15 @@ def test_a_merged_menu_has_no_point_that_another_beats(tiny_bert, stats):
 
     layer = drafted(Inspection(tiny_bert), CompressionConfig(metric="weight"), None).targeted[0]
     error_curve = ErrorCurve(torch.linspace(1, 0, 65, dtype=torch.float64) ** 2)
-    menus = [
+    candidates = [
         candidates_of(
             [layer], [error_curve], [1.0], 8, form, [QuantizationError(0.01 * number, 0.001 * number)]
         )
         for number, form in enumerate(SOME[:3])
     ]
-    whole = merged(menus)
+    whole = merged(candidates)
     assert (whole.costs[1:] > whole.costs[:-1]).all()
     assert (whole.losses[1:] < whole.losses[:-1]).all()
-    for menu in menus:
-        for cost, loss in zip(menu.costs, menu.losses, strict=True):
+    for candidate_list in candidates:
+        for cost, loss in zip(candidate_list.costs, candidate_list.losses, strict=True):
             assert (whole.losses[whole.costs <= cost] <= loss).any()

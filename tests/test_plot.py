@@ -1,4 +1,4 @@
-"""Plots write pictures of what the plan and the spectra say."""
+"""Plots write pictures of what the plan and the error curves say."""
 
 import builtins
 
@@ -34,8 +34,8 @@ def test_ranks_are_written_as_a_png(mlp, tmp_path):
 @pytest.mark.usefixtures("matplotlib")
 def test_spectra_are_curves_from_one_to_zero_with_the_plans_ranks_marked(mlp, tmp_path):
     plan = lowrank.plan(mlp, rank=8)
-    figure = lowrank.plot_error_curves(lowrank.error_curves(mlp), plan, tmp_path / "spectra.png")
-    assert (tmp_path / "spectra.png").read_bytes().startswith(PNG)
+    figure = lowrank.plot_error_curves(lowrank.error_curves(mlp), plan, tmp_path / "error curves.png")
+    assert (tmp_path / "error curves.png").read_bytes().startswith(PNG)
     curves = [line for line in figure.axes[0].lines if len(line.get_ydata()) > 1]
     marks = [line for line in figure.axes[0].lines if len(line.get_ydata()) == 1]
     assert len(curves) == len(marks) == 2

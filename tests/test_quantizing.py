@@ -161,11 +161,11 @@ def test_the_report_counts_every_byte_and_names_the_kernel(tiny_bert):
     quantize(compress(tiny_bert, rank=16))
     told = report(tiny_bert)
     assert told.checkpoint_bytes_before == pytest.approx(dense_bytes, rel=0.02)
-    assert {code.runs_on for code in told.coded} <= {"lookup", "int8", "decoded"}
+    assert {code.runs_on for code in told.coded} <= {"lookup", "int8", "dequantized"}
     layer = next(layer for layer in told.layers if layer.name == "encoder.layer.0.output.dense")
     assert (layer.scheme, layer.bytes) == ("int8", 16 * (128 + 64) + 4 * (16 + 64))
     assert "int8" in str(told)
-    assert json.loads(told.to_json())["coded"][0]["scheme"] == "int8"
+    assert json.loads(told.to_json())["quantized"][0]["scheme"] == "int8"
 
 
 def test_a_head_that_is_ignored_keeps_its_table_as_it_is(tiny_bert):
@@ -283,7 +283,7 @@ def test_quantizing_twice_is_refused_and_mixing_is_not(tiny_bert):
     quantize(tiny_bert, "int8")
     schemes = {module.scheme.name for module in coded(tiny_bert).values()}
     assert schemes == {"int4", "int8"}
-    with pytest.raises(LowRankError, match="coded already"):
+    with pytest.raises(LowRankError, match="quantized already"):
         quantize(tiny_bert, "int8")
     with pytest.raises(TargetError, match=r"it is quantized already \(int8\)"):
         quantize(tiny_bert, targets=["encoder.layer.0.attention.self.query"])
@@ -361,7 +361,7 @@ def test_a_failed_call_changes_nothing():
         compress(model, rank=32, quantize="int8")
     assert type(model[1]) is nn.Linear
     embeddings = shared_tables()
-    with pytest.raises(TargetError, match="1: this weight cannot be coded: it has a max_norm"):
+    with pytest.raises(TargetError, match="1: this weight cannot be quantized: it has a max_norm"):
         quantize(embeddings, targets=["1"])
     assert type(quantize(embeddings)[1]) is nn.Embedding
 
@@ -457,7 +457,7 @@ def test_codes_of_another_dtype_are_refused_whatever_the_digests_say(tmp_path, p
     structure = json.loads(file.read_text())
     structure["tensors"][f"0.{part}"] = digest_of(tensors[f"0.{part}"])
     file.write_text(json.dumps(structure))
-    with pytest.raises(CheckpointError, match=rf"0\.{part} is .*; codes need"):
+    with pytest.raises(CheckpointError, match=rf"0\.{part} is .*; its scheme needs"):
         lowrank.load(tmp_path / "small", model=skeleton)
     assert type(skeleton[0]) is nn.Linear
 
@@ -483,11 +483,11 @@ def test_int4_without_a_kernel_warns_once_or_refuses_as_was_chosen():
         small = quantize(narrow(), "int4", targets=["*"])
     (told,) = [w for w in caught if w.category is SlowKernelWarning]
     kernel = int4_obstacle(64, 64, 32, torch.device("cpu")) is None
-    assert f"{1 if kernel else 2} int4 weights of linear layers have to be decoded" in str(told.message)
+    assert f"{1 if kernel else 2} int4 weights of linear layers have to be dequantized" in str(told.message)
     assert "since the kernel wants outputs in multiples of 16 (the first: 1)" in str(told.message)
-    assert small[1].runs_on() == "decoded"
+    assert small[1].runs_on() == "dequantized"
     untouched = narrow()
-    with pytest.raises(SchemeError, match=r"decoded at every call.*on_missing_kernel='allow'"):
+    with pytest.raises(SchemeError, match=r"dequantized at every call.*on_missing_kernel='allow'"):
         quantize(untouched, "int4", targets=["*"], on_missing_kernel="refuse")
     assert type(untouched[1]) is nn.Linear
     with warnings.catch_warnings():

@@ -27,7 +27,7 @@ def weight(rows: int, columns: int, decay: float = 0.5, seed: int = 0) -> torch.
 
 
 def drafted(**weights: torch.Tensor) -> tuple[Plan, dict]:
-    """A plan without ranks for these weights, and their spectra; no model is needed."""
+    """A plan without ranks for these weights, and their error curves; no model is needed."""
     layers = tuple(LayerPlan(name, "linear", w.shape[1], w.shape[0], True) for name, w in weights.items())
     return Plan("Model", layers), {name: error_curve(w) for name, w in weights.items()}
 
@@ -274,7 +274,7 @@ def test_keep_leaves_a_layer_dense_that_is_too_small_or_worth_it():
     chosen = select(draft, Budget.of(keep=0.9), error_curves, round_to=8)
     assert chosen["tiny"].reason == "too small: no rank saves parameters"
     assert chosen["flat"].reason == "worth its parameters"
-    assert chosen["steep"].reason == "chosen by the allocator"
+    assert chosen["steep"].reason == "chosen by the solver"
 
 
 def test_the_last_matching_pattern_of_a_mapping_wins():

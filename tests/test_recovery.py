@@ -367,9 +367,11 @@ def test_a_lesson_works_under_distributed_data_parallel(tiny_bert, tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     try:
         wrapped = nn.parallel.DistributedDataParallel(small)
-        lesson = DistillationLoss(small, tiny_bert)
-        with lesson.listening():
-            _, loss = lesson.outputs_and_distance(as_batch({"input_ids": torch.arange(8)[None]}), wrapped)
+        distillation_loss = DistillationLoss(small, tiny_bert)
+        with distillation_loss.listening():
+            _, loss = distillation_loss.outputs_and_distance(
+                as_batch({"input_ids": torch.arange(8)[None]}), wrapped
+            )
         loss.backward()
     finally:
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""``correction=True``: factors that correct a coded weight, from the request to the checkpoint and back."""
+"""``correction=True``: factors that correct a quantized weight, from the request to the checkpoint."""
 
 import copy
 import os
@@ -302,7 +302,7 @@ def test_ctrl_c_waits_for_a_whole_step_and_the_same_plan_finishes(tiny_bert, sta
     assert signal.getsignal(signal.SIGINT) is handler
     assert len(swaps) > at  # the step was done
     small = lowrank.apply(tiny_bert, planned, stats=stats)
-    if at < 12:  # among the factors; later these may be rotated twice before they are coded
+    if at < 12:  # among the factors; later these may be rotated twice before they are quantized
         for name, tensor in whole.state_dict().items():
             assert torch.equal(small.state_dict()[name], tensor), name
     assert error(small, whole) < 0.1 * error(whole, dense)
@@ -333,7 +333,7 @@ def test_values_that_no_coded_weight_has_are_refused(tiny_bert, stats, tmp_path,
     tensors = load_file(tmp_path / "model.safetensors")
     tensors[f"{QUERY}.{part}"].view(-1)[3] = -128 if part == "codes" else 0
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(lowrank.errors.CheckpointError, match=rf"query\.{part} has values that no coded"):
+    with pytest.raises(lowrank.errors.CheckpointError, match=rf"query\.{part} has values that no quantized"):
         type(small).from_pretrained(tmp_path)
 
 

@@ -348,7 +348,9 @@ def test_a_shared_factor_is_coded_once_for_all_who_use_it(tiny_bert, scheme, sha
     least = 0.999 if scheme == "int8" else 0.9
     assert torch.cosine_similarity(found, expected, dim=-1).mean() > least
     owners = {
-        plan.shares_down_with for plan in lowrank.hf.models.recorded(small) if plan.shares_down_with is not None
+        plan.shares_down_with
+        for plan in lowrank.hf.models.recorded(small)
+        if plan.shares_down_with is not None
     }
     assert owners
     for owner in owners:

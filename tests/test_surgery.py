@@ -356,7 +356,7 @@ def test_decompress_refuses_hooks_on_factors_which_would_be_lost(mlp):
 @pytest.mark.parametrize(
     "compressed",
     [quantize, lambda model: compress(model, rank=8, quantize="int8"), lambda model: compress(model, rank=8)],
-    ids=["coded", "coded-factors", "factors"],
+    ids=["quantized", "quantized-factors", "factors"],
 )
 def test_a_frozen_weight_is_frozen_still_when_it_is_dense_again(mlp, compressed):
     model = nn.Sequential(mlp, nn.Embedding(16, 64))
@@ -509,7 +509,7 @@ def test_compressing_a_compressed_model_is_refused_with_advice(tiny_bert, budget
         lambda model: compress(model, rank=8, targets=["*.query"]),
         lambda model: quantize(model, targets=["*.query"]),
     ],
-    ids=["factorized", "coded"],
+    ids=["factorized", "quantized"],
 )
 @pytest.mark.parametrize(
     "request_", [{"keep": 0.5}, {"rank": 4}, {"rank": 4, "targets": ["*.query", "*.key"]}], ids=str
@@ -521,7 +521,8 @@ def test_compressing_what_was_left_of_a_model_is_refused_and_says_what_to_do(
     before = snapshot(tiny_bert)
     layers = 4 if "targets" in request_ else 12
     message = (
-        rf"BertModel is compressed already: of {layers} layers .*, 2 are factorized or coded \(the first: "
+        rf"BertModel is compressed already: of {layers} layers .*, 2 are factorized or quantized \(the "
+        rf"first: "
         r"encoder\.layer\.0\.attention\.self\.query\).*decompress\(model\) first.*targets=.*ignore="
     )
     with pytest.raises(BudgetError, match=message):

@@ -541,10 +541,10 @@ def test_the_predicted_loss_of_a_coded_table_is_that_of_its_codes():
     drafted = draft(Inspection(model), [table])
     found = quantization_errors_of(model, drafted, storage_formats_of("auto"), None, progress=False)
     assert found.pop(FLOAT) == {}
-    for form, outlooks in found.items():
+    for form, quantization_errors in found.items():
         coded = quantize(copy.deepcopy(model), form.scheme.name, targets=[table]).model.embed_tokens
         lost = float((coded.dense_weight() - dense).square().sum() / dense.square().sum())
-        assert outlooks[table].whole == pytest.approx(lost, rel=0.01)
+        assert quantization_errors[table].whole == pytest.approx(lost, rel=0.01)
 
 
 def test_recovery_goes_through_the_coded_factors_of_a_table():

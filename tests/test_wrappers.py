@@ -48,7 +48,7 @@ CALLS = {
     "plan": lambda model: lowrank.plan(model, rank=8),
     "calibrate": lambda model: lowrank.calibrate(model, [torch.arange(8)[None]]),
     "quantize": lambda model: lowrank.quantize(model, "int8"),
-    "spectra": lambda model: lowrank.error_curves(model),
+    "error_curves": lambda model: lowrank.error_curves(model),
     "decompress": lambda model: lowrank.decompress(model),
     "report": lambda model: lowrank.report(model),
     "recover": lambda model: lowrank.recover(model, model, [torch.arange(8)[None]], steps=1),

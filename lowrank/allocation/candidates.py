@@ -1,10 +1,12 @@
-"""What the allocator picks from: for each layer, or for layers that may share ``down``, a menu of ranks.
+"""What the solver picks from: for each layer, or for layers that may share ``down``, a list of candidates of
+ranks.
 
-Where weights may be coded, a menu has the ranks of each form (`lowrank.plans.storage_formats`), and the
-coded whole weight.
+Where weights may be quantized, a list of candidates has the ranks of each form
+(`lowrank.plans.storage_formats`), and the quantized whole weight.
 
 Of layers that may share ``down``, some may share ``down`` while others have factors of their own. Each
-way to divide them is a partition, with one menu per part; which partition is best depends on the budget.
+way to divide them is a partition, with one list of candidates per part; which partition is best depends on
+the budget.
 """
 
 from __future__ import annotations
@@ -53,38 +55,39 @@ class Candidates(Curve):
         """Return the layers as they are at ``point``."""
         rank, form = int(self.ranks[point]), self.forms[point]
         if rank:
-            layers = sharing(self.layers, rank, "chosen by the allocator")
+            layers = sharing(self.layers, rank, "chosen by the solver")
             return [replace(x, correction=form.correction and not x.is_embedding) for x in layers]
         reason = "worth its parameters" if len(self.ranks) > 1 else "too small: no rank saves parameters"
         if form.scheme is not None:
-            reason = "chosen whole by the allocator"
+            reason = "chosen whole by the solver"
         return [layer.dense(reason) for layer in self.layers]
 
     def quantized_at(self, point: int, calibrated: Container[str]) -> list[QuantizedWeight]:
-        """Return what is coded at ``point``; ``calibrated`` are the layers with statistics."""
+        """Return what is quantized at ``point``; ``calibrated`` are the layers with statistics."""
         layers, form = self.layers_at(point), self.forms[point]
         return [
-            code
+            stored
             for layer in layers
-            for code in form.quantized(layer, shared=len(layers) > 1, calibrated=layer.name in calibrated)
+            for stored in form.quantized(layer, shared=len(layers) > 1, calibrated=layer.name in calibrated)
         ]
 
     def priced(self, costs: np.ndarray[Any, Any]) -> Candidates:
-        """Return the menu with other costs, less what another point beats."""
+        """Return the list of candidates with other costs, less what another point beats."""
         return merged([replace(self, costs=costs)])
 
 
-def merged(menus: Sequence[Candidates]) -> Candidates:
-    """Return one menu of the same layers with the points of all, but for those that another one beats."""
+def merged(candidates: Sequence[Candidates]) -> Candidates:
+    """Return the candidates of all lists, which are of the same layers, but for those that another beats."""
     costs, losses, ranks = (
-        np.concatenate([getattr(menu, part) for menu in menus]) for part in ("costs", "losses", "ranks")
+        np.concatenate([getattr(candidate_list, part) for candidate_list in candidates])
+        for part in ("costs", "losses", "ranks")
     )
-    forms = [form for menu in menus for form in menu.forms]
+    forms = [form for candidate_list in candidates for form in candidate_list.forms]
     order = np.lexsort((losses, costs))
     best = np.minimum.accumulate(np.append(np.inf, losses[order]))[:-1]
     kept = order[losses[order] < best]
     return replace(
-        menus[0],
+        candidates[0],
         costs=costs[kept],
         losses=losses[kept],
         ranks=ranks[kept],
@@ -108,7 +111,7 @@ class Costs:
     Args:
         limit: What the whole model may cost.
         fixed: What everything but the targeted weights costs.
-        price: Returns a menu with its costs in this unit.
+        price: Returns a list of candidates with its costs in this unit.
         say: Puts a cost into words.
     """
 
@@ -122,9 +125,9 @@ class QuantizationError(NamedTuple):
     """What a form does to one layer, as shares of squared norms; nothing where it is floating point.
 
     Args:
-        whole: What the coded weight loses.
-        factors: What coded factors lose of what they capture.
-        corrected: The errors of factors that correct the coded weight, for a correction.
+        whole: What the quantized weight loses.
+        factors: What quantized factors lose of what they capture.
+        corrected: The errors of factors that correct the quantized weight, for a correction.
     """
 
     whole: float = 0.0
@@ -138,7 +141,7 @@ def candidates_of(
     scales: Sequence[float],
     round_to: int,
     form: StorageFormat = FLOAT,
-    outlooks: Sequence[QuantizationError] = (),
+    quantization_errors: Sequence[QuantizationError] = (),
 ) -> Candidates:
     """List the ranks that save parameters, for one layer or for several with one ``down``.
 
@@ -148,19 +151,19 @@ def candidates_of(
         scales: Factor from the squared error of each to the loss.
         round_to: Ranks are multiples of this, and of what the form needs.
         form: How all of them are stored.
-        outlooks: What that does to each.
+        quantization_errors: What that does to each.
     """
     step = math.lcm(round_to, form.rank_step)
     ranks = np.arange(step, largest_shared_rank(layers) + 1, step)
     losses = np.zeros(len(ranks) + 1)
-    for each, scale, outlook in zip(
-        error_curves, scales, outlooks or [QuantizationError()] * len(layers), strict=True
+    for each, scale, quantization_error in zip(
+        error_curves, scales, quantization_errors or [QuantizationError()] * len(layers), strict=True
     ):
-        errors = outlook.corrected or each
+        errors = quantization_error.corrected or each
         tail = errors.tail.numpy()[ranks]
         captured = errors.tail.numpy()[0] - tail
-        losses[:-1] += (tail + outlook.factors * captured) * errors.scale**2 * scale
-        losses[-1] += outlook.whole * each.squared_norm * scale
+        losses[:-1] += (tail + quantization_error.factors * captured) * errors.scale**2 * scale
+        losses[-1] += quantization_error.whole * each.squared_norm * scale
     dense = sum(layer.dense_parameters for layer in layers)
     return Candidates(
         costs=np.append(ranks * parameters_per_shared_rank(layers), dense),
@@ -172,20 +175,21 @@ def candidates_of(
 
 
 def partitions(
-    names: tuple[str, ...], menus: Mapping[tuple[str, ...], Candidates]
+    names: tuple[str, ...], candidates: Mapping[tuple[str, ...], Candidates]
 ) -> Iterator[tuple[Candidates, ...]]:
     """Yield every way to divide layers into those that share ``down`` and those that do not.
 
     Args:
         names: The layers.
-        menus: The menu of each layer, and of those that may share, by the names of its layers.
+        candidates: The list of candidates of each layer, and of those that may share, by the names of its
+            layers.
     """
     if not names:
         yield ()
-    for part, menu in menus.items():
+    for part, candidate_list in candidates.items():
         if part[:1] == names[:1] and set(part) <= set(names):
             rest = tuple(name for name in names if name not in part)
-            yield from ((menu, *others) for others in partitions(rest, menus))
+            yield from ((candidate_list, *others) for others in partitions(rest, candidates))
 
 
 def best_partitions(groups: Sequence[Sequence[tuple[Candidates, ...]]], limit: float) -> list[Candidates]:
@@ -205,17 +209,25 @@ def best_partitions(groups: Sequence[Sequence[tuple[Candidates, ...]]], limit: f
         curves.append(Curve(np.array([point[0] for point in kept]), np.array([point[1] for point in kept])))
         origins.append([point[2] for point in kept])
     chosen = allocate(curves, limit)
-    return [menu for parts, number in zip(origins, chosen, strict=True) for menu in parts[number]]
+    return [
+        candidate_list
+        for parts, number in zip(origins, chosen, strict=True)
+        for candidate_list in parts[number]
+    ]
 
 
-def _hull_of_sums(menus: Sequence[Candidates]) -> Iterator[tuple[float, float]]:
+def _hull_of_sums(candidates: Sequence[Candidates]) -> Iterator[tuple[float, float]]:
     """Yield cost and loss along the lower convex hull of all combinations."""
-    at = [0] * len(menus)
-    steps = [(slope, i, stop) for i, menu in enumerate(menus) for slope, _, stop in hull_segments(menu)]
+    at = [0] * len(candidates)
+    steps = [
+        (slope, i, stop)
+        for i, candidate_list in enumerate(candidates)
+        for slope, _, stop in hull_segments(candidate_list)
+    ]
     for _, number, stop in [(0.0, 0, 0), *sorted(steps, key=lambda step: -step[0])]:
         at[number] = stop
-        chosen = list(zip(menus, at, strict=True))
+        chosen = list(zip(candidates, at, strict=True))
         yield (
-            sum(float(menu.costs[i]) for menu, i in chosen),
-            sum(float(menu.losses[i]) for menu, i in chosen),
+            sum(float(candidate_list.costs[i]) for candidate_list, i in chosen),
+            sum(float(candidate_list.losses[i]) for candidate_list, i in chosen),
         )

@@ -8,8 +8,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from lowrank.allocation.candidates import Candidates, Costs
+from lowrank.plans.parts import layer_bytes, quantized_bytes
 from lowrank.plans.plan import Plan, QuantizedWeight
-from lowrank.plans.storage_formats import quantized_bytes, stored_bytes
 
 
 def byte_costs(
@@ -25,10 +25,10 @@ def byte_costs(
 
     Args:
         model: The dense model.
-        draft: Its layers; those that are targeted are priced by the menus, with the copies of their weights,
-            which stay where they do.
+        draft: Its layers; those that are targeted are priced by the candidates, with the copies of their
+            weights, which stay where they do.
         max_bytes: The budget.
-        rest: What is coded of everything else.
+        rest: What is quantized of everything else.
         calibrated: The layers with statistics.
     """
     weights: dict[str, Tensor] = {}
@@ -41,26 +41,26 @@ def byte_costs(
         for owner, users in draft.equal.items()
     }
     fixed = _bytes(tensors) - _bytes(weights.values()) - sum(copies.values())
-    for code in rest:
-        weight: Tensor = model.get_submodule(code.name).weight  # type: ignore[assignment]
-        fixed += quantized_bytes(code) - _bytes([weight])
+    for stored in rest:
+        weight: Tensor = model.get_submodule(stored.name).weight  # type: ignore[assignment]
+        fixed += quantized_bytes(stored) - _bytes([weight])
 
-    def price(menu: Candidates) -> Candidates:
-        width = weights[menu.layers[0].name].element_size()
+    def price(candidate_list: Candidates) -> Candidates:
+        width = weights[candidate_list.layers[0].name].element_size()
 
         def cost(point: int) -> int:
-            layers, codes = menu.layers_at(point), menu.quantized_at(point, calibrated)
+            layers, codes = candidate_list.layers_at(point), candidate_list.quantized_at(point, calibrated)
             own = {layer.name: [c for c in codes if _belongs(c, layer.name)] for layer in layers}
-            stored = sum(stored_bytes(layer, own[layer.name], width) for layer in layers)
+            stored = sum(layer_bytes(layer, own[layer.name], width) for layer in layers)
             return stored + sum(copies.get(x.name, 0) for x in layers if x.rank is None and not own[x.name])
 
-        costs = np.array([0 if rank else cost(point) for point, rank in enumerate(menu.ranks)])
-        factors = np.flatnonzero(menu.ranks)
+        costs = np.array([0 if rank else cost(point) for point, rank in enumerate(candidate_list.ranks)])
+        factors = np.flatnonzero(candidate_list.ranks)
         if len(factors):  # whose bytes grow linearly with the rank
             ends = factors[[0, -1]]
             known = [cost(int(point)) for point in ends]
-            costs[factors] = np.interp(menu.ranks[factors], menu.ranks[ends], known)
-        return menu.priced(costs)
+            costs[factors] = np.interp(candidate_list.ranks[factors], candidate_list.ranks[ends], known)
+        return candidate_list.priced(costs)
 
     return Costs(max_bytes, fixed, price, lambda cost: f"{cost:,.0f} bytes")
 
@@ -69,5 +69,5 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _belongs(code: QuantizedWeight, layer: str) -> bool:
-    return code.name == layer or code.name.rpartition(".")[0] == layer
+def _belongs(stored: QuantizedWeight, layer: str) -> bool:
+    return stored.name == layer or stored.name.rpartition(".")[0] == layer

@@ -2,7 +2,7 @@
 
 What a rank costs on a processor is no formula: kernels like some sizes, small matrices are all
 overhead. So each shape in the model is timed dense and at a grid of ranks, with the tokens that the
-given inputs bring to it. The allocator spends these seconds as it would spend parameters.
+given inputs bring to it. The solver spends these seconds as it would spend parameters.
 """
 
 from __future__ import annotations
@@ -162,14 +162,17 @@ def latency_costs(
         points[layer.name] = [table.of(layer, count, like) for count in tokens.get(layer.name, [])]  # type: ignore[arg-type]
     dense = sum(at[0][1] for calls in points.values() for at in calls)
 
-    def price(menu: Candidates) -> Candidates:
-        (layer,) = menu.layers
+    def price(candidate_list: Candidates) -> Candidates:
+        (layer,) = candidate_list.layers
         costs = sum(
-            (np.append(np.interp(menu.ranks[:-1], *_xy(at)), at[0][1]) for at in points[layer.name]),
-            start=np.zeros(len(menu.costs)),
+            (
+                np.append(np.interp(candidate_list.ranks[:-1], *_xy(at)), at[0][1])
+                for at in points[layer.name]
+            ),
+            start=np.zeros(len(candidate_list.costs)),
         )
         rising = np.maximum.accumulate(costs[:-1]) + 1e-12 * np.arange(len(costs) - 1)
-        return menu.priced(np.append(rising, max(costs[-1], 1e-12)))
+        return candidate_list.priced(np.append(rising, max(costs[-1], 1e-12)))
 
     def say(cost: float) -> str:
         return f"{cost:.4g} s, a speed-up of {whole / cost:.2f}×"

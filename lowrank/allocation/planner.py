@@ -101,7 +101,7 @@ def check_targeted(seen: Inspection, drafted: Plan, config: CompressionConfig) -
         config: What the user asked for.
 
     Raises:
-        BudgetError: If nothing is left to change; or if it names a layer that is factorized or coded, and
+        BudgetError: If nothing is left to change; or if it names a layer that is factorized or quantized, and
             others that are not, since it would count and change those only.
     """
     if not drafted.targeted:
@@ -122,7 +122,7 @@ def check_targeted(seen: Inspection, drafted: Plan, config: CompressionConfig) -
     if done:
         raise BudgetError(
             f"{drafted.model} is compressed already: of {len(done) + len(drafted.targeted)} layers that are "
-            f"asked for, {len(done)} are factorized or coded (the first: {done[0]}), and {config.budget} "
+            f"asked for, {len(done)} are factorized or quantized (the first: {done[0]}), and {config.budget} "
             f"would count and change only the others (the first: {drafted.targeted[0].name}). Call "
             "decompress(model) first, or start from the dense checkpoint; or name the dense layers in "
             "targets=, or the compressed ones in ignore=."
@@ -165,7 +165,7 @@ def decide(
         predict: Whether to predict errors also where they decide nothing.
         progress: Show a progress bar on a terminal.
         latencies: What a ``speedup`` is measured with.
-        rest: What is coded of all that is not targeted, for a budget in bytes.
+        rest: What is quantized of all that is not targeted, for a budget in bytes.
 
     Raises:
         LowRankError: If the request cannot be met.
@@ -212,8 +212,10 @@ def decide(
     if config.budget.name == "max_bytes":
         calibrated = stats.sources if stats is not None else ()
         costs = byte_costs(model, drafted, config.budget.value, rest, calibrated)
-        outlooks = quantization_errors_of(model, drafted, forms, stats, progress)
-        decided = choose(costs=costs, outlooks=outlooks, calibrated=calibrated, rest=rest)
+        quantization_errors = quantization_errors_of(model, drafted, forms, stats, progress)
+        decided = choose(
+            costs=costs, quantization_errors=quantization_errors, calibrated=calibrated, rest=rest
+        )
     elif config.budget.name == "speedup":
         decided = _fast_enough(seen, drafted, choose, config.budget.value, latencies)
     else:
@@ -289,7 +291,7 @@ def error_curves_of(
         WeightError: If a weight is not finite, or not whole groups; with the layer's name.
     """
     measured = {}
-    bar = tqdm(drafted.targeted, desc="spectra", unit="layer", disable=None if progress else True)
+    bar = tqdm(drafted.targeted, desc="error curves", unit="layer", disable=None if progress else True)
     for layer in bar:
         metric = metric_of(layer, drafted.metric, stats)
         weight = matrix_of(model.get_submodule(layer.name), layer, metric)

@@ -1,6 +1,6 @@
 """Predict what each form of storing does to each layer, from the weights and the statistics.
 
-The allocator compares these with what factorizing loses (`lowrank.allocation.candidates`); a plan that
+The solver compares these with what factorizing loses (`lowrank.allocation.candidates`); a plan that
 corrects codes gets its errors from here. Nothing here changes a model.
 """
 
@@ -37,7 +37,7 @@ def quantization_errors_of(
     """Return by form what it does to the targeted layers; layers that do not fit are left out.
 
     Raises:
-        WeightError: If a weight cannot be coded, with the layer's name.
+        WeightError: If a weight cannot be quantized, with the layer's name.
     """
     found: dict[StorageFormat, dict[str, QuantizationError]] = {form: {} for form in forms}
     bar = tqdm(drafted.targeted, desc="codes", unit="layer", disable=None if progress else True)
@@ -48,8 +48,8 @@ def quantization_errors_of(
         try:
             for form in mine:
                 check_holds(form.scheme, weight)
-            for form, outlook in _errors_of(model, layer, mine, drafted.metric, stats).items():
-                found[form][layer.name] = outlook
+            for form, quantization_error in _errors_of(model, layer, mine, drafted.metric, stats).items():
+                found[form][layer.name] = quantization_error
         except WeightError as error:
             raise type(error)(f"{layer.name}: {error}") from error
     return found
@@ -58,7 +58,7 @@ def quantization_errors_of(
 def correction_error_curve_of(
     model: nn.Module, layer: LayerPlan, scheme: Scheme, metric: str, stats: Stats | None
 ) -> ErrorCurve:
-    """Return the errors of one layer whose factors correct its coded weight."""
+    """Return the errors of one layer whose factors correct its quantized weight."""
     weight = weight_of(model.get_submodule(layer.name)).detach()
     moments = input_moments(stats, layer) if metric != "weight" else None
     lost = rounding_error_of(weight, scheme, moments)
@@ -77,9 +77,9 @@ def _fits(form: StorageFormat, layer: LayerPlan, weight: Tensor) -> bool:
 def _errors_of(
     model: nn.Module, layer: LayerPlan, forms: Sequence[StorageFormat], metric: str, stats: Stats | None
 ) -> dict[StorageFormat, QuantizationError]:
-    """Return what each of ``forms`` does to one layer; each scheme codes its weight once."""
+    """Return what each of ``forms`` does to one layer; each scheme quantizes its weight once."""
     if layer.is_embedding:
-        return _outlooks_of_table(model.get_submodule(layer.name), layer, forms, metric, stats)
+        return _errors_of_embedding(model.get_submodule(layer.name), layer, forms, metric, stats)
     weight = weight_of(model.get_submodule(layer.name)).detach()
     how = error_metric_of(layer, weight, metric, stats)
     moments = input_moments(stats, layer) if metric != "weight" else None
@@ -100,7 +100,7 @@ def _errors_of(
     return found
 
 
-def _outlooks_of_table(
+def _errors_of_embedding(
     table: nn.Module, layer: LayerPlan, forms: Sequence[StorageFormat], metric: str, stats: Stats | None
 ) -> dict[StorageFormat, QuantizationError]:
     """Return what each of ``forms`` does to a table, whose factors no form lets correct its codes."""

@@ -1,7 +1,7 @@
 """Choose which weights become integers: those of dense layers, of factors and of embeddings alike.
 
-Codes come after factorizing, never before: factors of a coded weight would carry its rounding along. So the
-choice is made on a plan, for what the model will be once its layers are factorized.
+Codes come after factorizing, never before: factors of a quantized weight would carry its rounding along. So
+the choice is made on a plan, for what the model will be once its layers are factorized.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def with_quantized_weights(
     With ``optional`` there may be nothing left to quantize.
 
     Raises:
-        TargetError: If a pattern matches nothing, or names what cannot be coded.
+        TargetError: If a pattern matches nothing, or names what cannot be quantized.
         SchemeError: If a weight does not divide into groups.
         WeightError: If a weight is out of the range of int4.
         LowRankError: If nothing is left to code.
@@ -58,15 +58,16 @@ def with_quantized_weights(
     chosen = list(_chosen(seen, plan, doubts, scheme, targets, ignore, stats, in_heads))
     if not chosen and not optional:
         raise LowRankError(
-            f"No weight of {type(model).__name__} is left to be coded as {scheme.name}: those that could be "
-            "are coded already, ignored, or part of a head (name it in targets)."
+            f"No weight of {type(model).__name__} is left to be quantized as {scheme.name}: those that "
+            "could be "
+            "are quantized already, ignored, or part of a head (name it in targets)."
         )
     modules = dict(model.named_modules())
-    for code in chosen:
+    for stored in chosen:
         try:
-            check_range(modules, code)
+            check_range(modules, stored)
         except (SchemeError, WeightError) as error:
-            raise type(error)(f"{code.name}: {error}") from error
+            raise type(error)(f"{stored.name}: {error}") from error
     return with_heads(seen, without_shared_input_shifts(replace(plan, quantized=(*plan.quantized, *chosen))))
 
 
@@ -95,8 +96,8 @@ def _equal(
 
 
 def with_heads(seen: Inspection, plan: Plan) -> Plan:
-    """Return ``plan`` with the heads that are tied to tables which it codes: they use the codes."""
-    embeddings = {code.name for code in plan.quantized if code.is_embedding}
+    """Return ``plan`` with the heads that are tied to tables which it quantizes: they use the codes."""
+    embeddings = {stored.name for stored in plan.quantized if stored.is_embedding}
     using = {
         head: plan[head].following(table)
         for head, table in seen.tied_heads.items()
@@ -116,24 +117,25 @@ def check_kernels(model: nn.Module, plan: Plan, on_missing_kernel: str) -> None:
         raise SchemeError(f"on_missing_kernel={on_missing_kernel!r}: choose 'warn', 'refuse' or 'allow'.")
     modules = dict(model.named_modules())
     found: dict[str, list[str]] = {}
-    for code in plan.quantized:
-        module = modules.get(code.name, modules.get(code.name.rpartition(".")[0]))
+    for stored in plan.quantized:
+        module = modules.get(stored.name, modules.get(stored.name.rpartition(".")[0]))
         if (
-            code.group_size is None
-            or code.is_embedding
+            stored.group_size is None
+            or stored.is_embedding
             or module is None
             or isinstance(module, QuantizedModule)
         ):
             continue
         device = next(itertools.chain(module.parameters(), module.buffers())).device
-        reason = int4_obstacle(code.rows, code.columns, code.group_size, device)
+        reason = int4_obstacle(stored.rows, stored.columns, stored.group_size, device)
         if reason is not None:
-            found.setdefault(reason, []).append(code.name)
+            found.setdefault(reason, []).append(stored.name)
     if not found or on_missing_kernel == "allow":
         return
     reasons = ", ".join(f"{len(names)} since {why} (the first: {names[0]})" for why, names in found.items())
     message = (
-        f"{sum(map(len, found.values()))} int4 weights of linear layers have to be decoded at every call, "
+        f"{sum(map(len, found.values()))} int4 weights of linear layers have to be dequantized at every "
+        "call, "
         f"which is slower than floating point: {reasons}. Use int8, or ranks and a group_size that fit; or "
         "accept it with on_missing_kernel='allow'."
     )
@@ -162,7 +164,7 @@ def _chosen(
     uses = Counter(id(module) for module in modules.values())
     equal = plan.owners
     blocked = find_all_obstacles(seen, equal, doubts)
-    done = {code.name for code in plan.quantized}
+    done = {stored.name for stored in plan.quantized}
     tied = seen.tied_heads
     for name, module in modules.items():
         group = [head for head, table in tied.items() if table == name]
@@ -190,7 +192,7 @@ def _chosen(
                 yield _table(name, module, scheme)
         elif name in (targets or ()):
             raise TargetError(
-                f"{name}: this weight cannot be coded: it {blocked[name]}. Take it out of targets."
+                f"{name}: this weight cannot be quantized: it {blocked[name]}. Take it out of targets."
             )
 
 
@@ -200,11 +202,11 @@ _PLAIN = (nn.Linear, SharedDown, nn.Embedding)
 def _linear(
     layer: LayerPlan, plan: Plan, scheme: Scheme, calibrated: bool, done: Container[str]
 ) -> Iterator[QuantizedWeight]:
-    """Yield what of a layer, or of its factors, is not coded by the plan already."""
+    """Yield what of a layer, or of its factors, is not quantized by the plan already."""
     form = StorageFormat(scheme, layer.correction)
-    for code in form.quantized(layer, shared=layer.name in plan.shared, calibrated=calibrated):
-        if code.name not in done:
-            yield code
+    for stored in form.quantized(layer, shared=layer.name in plan.shared, calibrated=calibrated):
+        if stored.name not in done:
+            yield stored
 
 
 def _table(name: str, table: nn.Embedding, scheme: Scheme) -> QuantizedWeight:

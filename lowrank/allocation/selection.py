@@ -1,4 +1,4 @@
-"""Select ranks: spectra and a budget become a plan.
+"""Select ranks: error curves and a budget become a plan.
 
 ``keep``, ``max_bytes`` and ``speedup`` are one constrained problem over all layers: minimise the sum of
 the layers' errors subject to what may remain (`lowrank.allocation.solver`), with the dense weight (no error,
@@ -51,7 +51,9 @@ def select(
     held_out_ratio: Mapping[str, float] | None = None,
     costs: Costs | None = None,
     groups: Sequence[Group] = (),
-    outlooks: Mapping[StorageFormat, Mapping[str, QuantizationError]] = MappingProxyType({FLOAT: {}}),
+    quantization_errors: Mapping[StorageFormat, Mapping[str, QuantizationError]] = MappingProxyType(
+        {FLOAT: {}}
+    ),
     calibrated: Container[str] = (),
     rest: Sequence[QuantizedWeight] = (),
 ) -> Plan:
@@ -76,9 +78,10 @@ def select(
         costs: The unit of a ``max_bytes`` or ``speedup`` budget.
         groups: Layers that may share their ``down``. A given rank makes them share it; other budgets
             make them share where that is better than factors of their own.
-        outlooks: The forms that layers may be stored in, and what each does to each; for ``max_bytes``.
-        calibrated: The layers with statistics of their inputs, by which coded layers scale these.
-        rest: What the plan codes beside the targeted layers.
+        quantization_errors: The forms that layers may be stored in, and what each does to each; for
+            ``max_bytes``.
+        calibrated: The layers with statistics of their inputs, by which quantized layers scale these.
+        rest: What the plan quantizes beside the targeted layers.
 
     Raises:
         BudgetError: If no layer would change, or ``keep`` is below what the smallest ranks need.
@@ -97,15 +100,27 @@ def select(
         layers = _by_error(draft, budget, error_curves, round_to, tolerance)
         layers = _sharing_within_error(draft, layers, budget, groups, round_to, tolerance)
     else:
-        menus = _menus(draft, error_curves, round_to, loss_per_square, costs, groups, outlooks)
+        candidates = _candidates(
+            draft, error_curves, round_to, loss_per_square, costs, groups, quantization_errors
+        )
         if costs is None:
-            chosen_points = _by_keep(draft, budget.value, menus, allocation, round_to)
+            chosen_points = _by_keep(draft, budget.value, candidates, allocation, round_to)
         else:
-            chosen_points = _by_cost(draft, budget, menus, costs, allocation)
-        layers = [layer for menu, point in chosen_points for layer in menu.layers_at(point)]
-        codes = [code for menu, point in chosen_points for code in menu.quantized_at(point, calibrated)]
-        forms = {layer.name: menu.forms[point] for menu, point in chosen_points for layer in menu.layers}
-        coded = {name: outlooks[form][name] for name, form in forms.items() if form is not FLOAT}
+            chosen_points = _by_cost(draft, budget, candidates, costs, allocation)
+        layers = [
+            layer for candidate_list, point in chosen_points for layer in candidate_list.layers_at(point)
+        ]
+        codes = [
+            stored
+            for candidate_list, point in chosen_points
+            for stored in candidate_list.quantized_at(point, calibrated)
+        ]
+        forms = {
+            layer.name: candidate_list.forms[point]
+            for candidate_list, point in chosen_points
+            for layer in candidate_list.layers
+        }
+        coded = {name: quantization_errors[form][name] for name, form in forms.items() if form is not FLOAT}
     known = {**error_curves, **_joint_error_curves(layers, groups)}
     chosen = {
         x.name: _with_error(x, known, loss_per_square, held_out_ratio, coded.get(x.name, QuantizationError()))
@@ -123,20 +138,20 @@ def _with_error(
     error_curves: Mapping[str, ErrorCurve],
     loss_per_square: Mapping[str, float] | None,
     held_out_ratio: Mapping[str, float] | None,
-    outlook: QuantizationError,
+    quantization_error: QuantizationError,
 ) -> LayerPlan:
-    """Return ``layer`` with its errors; those of coding count for the loss only."""
-    if layer.name not in error_curves or (layer.rank is None and not outlook.whole):
+    """Return ``layer`` with its errors; those of quantizing count for the loss only."""
+    if layer.name not in error_curves or (layer.rank is None and not quantization_error.whole):
         return layer
-    own = outlook.corrected if layer.correction else None
+    own = quantization_error.corrected if layer.correction else None
     error_curve, rank = own or error_curves[layer.name], layer.rank
     if rank is None:
-        lost = outlook.whole * error_curve.squared_norm
+        lost = quantization_error.whole * error_curve.squared_norm
         return replace(layer, loss_increase=loss_per_square[layer.name] * lost) if loss_per_square else layer
     error = error_curve.relative_error(rank)
     held = held_out_ratio.get(layer.name) if held_out_ratio is not None else None
     squared = error_curve.squared_error(rank)
-    lost = squared + outlook.factors * (error_curve.squared_error(0) - squared)
+    lost = squared + quantization_error.factors * (error_curve.squared_error(0) - squared)
     return replace(
         layer,
         relative_error=error,
@@ -311,48 +326,48 @@ def _error_bound(budget: Budget) -> float:
     return float(budget.value if budget.name == "error" else (1 - budget.value) ** 0.5)
 
 
-def _menus(
+def _candidates(
     draft: Plan,
     error_curves: Mapping[str, ErrorCurve],
     round_to: int,
     loss_per_square: Mapping[str, float] | None,
     costs: Costs | None,
     groups: Sequence[Group],
-    outlooks: Mapping[StorageFormat, Mapping[str, QuantizationError]],
+    quantization_errors: Mapping[StorageFormat, Mapping[str, QuantizationError]],
 ) -> list[list[tuple[Candidates, ...]]]:
-    """List what layers can become, priced: for each layer or group the ways to divide it, as menus."""
+    """List what layers can become, priced: for each layer or group the ways to divide it, as candidates."""
     weighs = loss_per_square or {}
     scales = {
         x.name: importance(x, error_curves[x.name].squared_norm, weighs.get(x.name)) for x in draft.targeted
     }
     known = {(x.name,): (error_curves[x.name],) for x in draft.targeted}
-    menus: dict[tuple[str, ...], Candidates] = {}
+    candidates: dict[tuple[str, ...], Candidates] = {}
     for names, errors in itertools.chain(known.items(), *(group.joint.items() for group in groups)):
         layers, sizes = [draft[name] for name in names], [scales[name] for name in names]
         offers = []
-        for form, outlook in outlooks.items():
+        for form, quantization_error in quantization_errors.items():
             if form.correction and len(names) > 1:
                 continue  # factors that correct codes are each layer's own
-            if form is not FLOAT and not all(name in outlook for name in names):
+            if form is not FLOAT and not all(name in quantization_error for name in names):
                 continue  # its rows are not whole groups
-            each = [outlook.get(name, QuantizationError()) for name in names]
-            menu = candidates_of(layers, errors, sizes, round_to, form, each)
-            offers.append(menu if costs is None else costs.price(menu))
-        menus[names] = merged(offers) if len(offers) > 1 else offers[0]
+            each = [quantization_error.get(name, QuantizationError()) for name in names]
+            candidate_list = candidates_of(layers, errors, sizes, round_to, form, each)
+            offers.append(candidate_list if costs is None else costs.price(candidate_list))
+        candidates[names] = merged(offers) if len(offers) > 1 else offers[0]
     grouped = {name for group in groups for name in group.names}
     alone = [(x.name,) for x in draft.targeted if x.name not in grouped]
-    return [list(partitions(names, menus)) for names in [*alone, *(group.names for group in groups)]]
+    return [list(partitions(names, candidates)) for names in [*alone, *(group.names for group in groups)]]
 
 
 def _by_keep(
     draft: Plan,
     keep: float,
-    menus: Sequence[Sequence[tuple[Candidates, ...]]],
+    candidates: Sequence[Sequence[tuple[Candidates, ...]]],
     allocation: str,
     round_to: int,
 ) -> list[tuple[Candidates, int]]:
     total = sum(layer.dense_parameters for layer in draft.targeted)
-    least = int(_least(menus))
+    least = int(_least(candidates))
     if least > keep * total:
         nearest = math.floor(1000 * least / total + 1) / 1000
         advice = f"Use keep={nearest} or more, or a" if nearest < 1 else "Use a"
@@ -360,36 +375,39 @@ def _by_keep(
             f"keep={keep!r} leaves {keep * total:,.0f} of {total:,} parameters, but the smallest ranks "
             f"(multiples of {round_to}) need {least:,}. {advice} smaller round_to."
         )
-    return _within(menus, keep * total, allocation)
+    return _within(candidates, keep * total, allocation)
 
 
 def _by_cost(
     draft: Plan,
     budget: Budget,
-    menus: Sequence[Sequence[tuple[Candidates, ...]]],
+    candidates: Sequence[Sequence[tuple[Candidates, ...]]],
     costs: Costs,
     allocation: str,
 ) -> list[tuple[Candidates, int]]:
     """Allocate under a cost other than parameters."""
     limit = costs.limit - costs.fixed
-    least = _least(menus)
+    least = _least(candidates)
     if least > limit:
         nearest = costs.say(least + costs.fixed)
         raise BudgetError(
             f"{budget} cannot be met: with the smallest ranks on offer {draft.model} still needs "
             f"{nearest}. That is the least possible with these targets and this round_to."
         )
-    return _within(menus, limit, allocation)
+    return _within(candidates, limit, allocation)
 
 
-def _least(menus: Sequence[Sequence[tuple[Candidates, ...]]]) -> float:
+def _least(candidates: Sequence[Sequence[tuple[Candidates, ...]]]) -> float:
     """Return the cost of the cheapest choices."""
-    return sum(min(sum(float(menu.costs[0]) for menu in parts) for parts in choices) for choices in menus)
+    return sum(
+        min(sum(float(candidate_list.costs[0]) for candidate_list in parts) for parts in choices)
+        for choices in candidates
+    )
 
 
 def _within(
-    menus: Sequence[Sequence[tuple[Candidates, ...]]], limit: float, allocation: str
+    candidates: Sequence[Sequence[tuple[Candidates, ...]]], limit: float, allocation: str
 ) -> list[tuple[Candidates, int]]:
-    parts = best_partitions(menus, limit)
+    parts = best_partitions(candidates, limit)
     points = uniform(parts, limit) if allocation == "uniform" else allocate(parts, limit)
     return list(zip(parts, points, strict=True))

@@ -19,7 +19,7 @@ from lowrank.plans.plan import LayerPlan, Plan
 from lowrank.surgery.factorization import joint_errors, weight_of
 
 SIZES = (2, 4)
-"""How many adjacent blocks share a basis where the allocator chooses: few enough to try all."""
+"""How many adjacent blocks share a basis where the solver chooses: few enough to try all."""
 
 
 @without_autocast()
@@ -38,7 +38,7 @@ def groups_of(
         model: Gives the weights.
         drafted: The layers.
         share: ``"inputs"``, ``"layers"``, or nothing.
-        share_size: Blocks that share a basis; ``None`` for 2 or 4, as the allocator chooses (at given ranks,
+        share_size: Blocks that share a basis; ``None`` for 2 or 4, as the solver chooses (at given ranks,
             2).
         budget: A bound on errors must hold for every layer, so errors are then bounds and not estimates.
         stats: Tell what reads the same input, and measure errors.

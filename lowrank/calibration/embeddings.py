@@ -1,4 +1,4 @@
-r"""How the rows of an embedding table are used: how often each is read, and how much its elements matter.
+r"""How the rows of an embedding are used: how often each is read, and how much its elements matter.
 
 A change δE of a table E moves what it returns for the token i by its row δe_i, and, of a head tied to it,
 the logits of a hidden state h by δE h. To second order that costs the objective

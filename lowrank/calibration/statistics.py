@@ -163,7 +163,7 @@ class Stats:
         tokens: Real tokens seen.
         terms: Independent terms of the objective: samples, or tokens of a language model.
         held_out: By layer, how a trial factorization fared on tokens that it had not seen.
-        embeddings: By name of an embedding table, how its rows are used.
+        embeddings: By name of an embedding, how its rows are used.
     """
 
     fingerprint: Fingerprint

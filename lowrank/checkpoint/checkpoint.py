@@ -48,8 +48,8 @@ from lowrank.inspection.inspection import Inspection
 from lowrank.inspection.layers import check_model, check_not_compiled
 from lowrank.inspection.targets import draft
 from lowrank.nn import QuantizedModule
-from lowrank.plans.plan import LayerPlan, Plan
-from lowrank.plans.storage_formats import scheme_of
+from lowrank.plans.parts import TensorPart, scheme_of, tensors_of
+from lowrank.plans.plan import Plan
 from lowrank.reports.model_card import module_card
 from lowrank.surgery.replacement import restructure
 from lowrank.surgery.validation import check_structure
@@ -134,52 +134,16 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     raise CheckpointError(f"{folder}: no {STRUCTURE} and no config.json here. Is this the right folder?")
 
 
-def stored_shapes(layer: LayerPlan) -> dict[str, tuple[int, ...]]:
-    """Return the shapes under which a checkpoint holds the factorized ``layer``, by tensor name."""
-    rank = layer.rank or 0
-    if layer.is_embedding:
-        return {
-            f"{layer.name}.weight": (0, layer.in_features),
-            f"{layer.name}.up.weight": (layer.in_features, rank),
-            f"{layer.name}.down.weight": (layer.out_features, rank),
-        }
-    shapes: dict[str, tuple[int, ...]] = {
-        f"{layer.name}.weight": (0,),
-        f"{layer.name}.up.weight": (layer.out_features, rank),
-    }
-    if layer.shares_down_with is None:  # else it is stored with its owner
-        shapes[f"{layer.name}.down.weight"] = (rank, layer.in_features)
-    return shapes
+def planned_tensors(plan: Plan) -> dict[str, TensorPart]:
+    """Return what a checkpoint holds of compressed layers, biases left out.
 
-
-def plan_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all tensors of factorized and coded layers, but for biases, by tensor name."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for layer in plan.factorized:
-        shapes.update(stored_shapes(layer))
-    for layer in plan.tied:
-        shapes[f"{layer.name}.weight"] = (layer.out_features, 0)
-    for code in plan.quantized:
-        try:
-            scheme = scheme_of(code)
-        except SchemeError as error:
-            raise CheckpointError(f"{code.name}: the plan codes it in an unknown way: {error}") from error
-        codes, scale = scheme.shapes(code.rows, code.columns)
-        empty = (0, code.columns) if code.is_embedding else (0,)
-        shapes |= {f"{code.name}.weight": empty, f"{code.name}.codes": codes, f"{code.name}.scale": scale}
-        shapes |= {f"{code.name}.smooth_scale": (code.columns,)} if code.smooth_scale else {}
-        shapes |= {f"{code.name}.input_shift": (code.columns,)} if code.input_shift else {}
-    return shapes
-
-
-def _code_dtypes(plan: Plan) -> dict[str, str]:
-    """Return the format's name for the dtype of each tensor of coded weights."""
-    found: dict[str, str] = {}
-    for code in plan.quantized:
-        codes, scale = (DTYPE_NAMES[dtype] for dtype in scheme_of(code).dtypes)
-        found |= {f"{code.name}.codes": codes, f"{code.name}.scale": scale}
-        found |= {f"{code.name}.smooth_scale": "F16", f"{code.name}.input_shift": "F16"}
-    return found
+    Raises:
+        CheckpointError: If a weight is quantized in an unknown way.
+    """
+    try:
+        return tensors_of(plan)
+    except SchemeError as error:
+        raise CheckpointError(f"the plan quantizes a weight in an unknown way: {error}") from error
 
 
 def _write(model: nn.Module, folder: Path) -> None:
@@ -285,28 +249,32 @@ def _check_architecture(
 
 
 def _check_dtypes(file: Path, model: nn.Module, plan: Plan, header: Mapping[str, Stored]) -> None:
-    """Refuse integers in place of floating-point numbers, and codes of another dtype than their scheme's."""
-    state, codes = state_of(model), _code_dtypes(plan)
+    """Refuse integers in place of floating-point numbers, and other dtypes than a scheme's."""
+    state, planned = state_of(model), planned_tensors(plan)
     for name, stored in header.items():
-        if name in codes and stored.dtype != codes[name]:
-            raise CheckpointError(
-                f"{file}: the tensor {name} is {stored.dtype}; codes need {codes[name]} there."
-            )
-        floating = state[name].is_floating_point() if name in state else name not in codes
-        if name not in codes and floating != stored.is_floating_point:
-            wanted = "floating-point numbers" if floating else "integers"
-            raise CheckpointError(f"{file}: the tensor {name} is {stored.dtype}; the model needs {wanted}.")
+        wanted = planned[name].dtype if name in planned else None
+        if wanted is not None:
+            if stored.dtype != DTYPE_NAMES[wanted]:
+                raise CheckpointError(
+                    f"{file}: the tensor {name} is {stored.dtype}; its scheme needs {DTYPE_NAMES[wanted]} "
+                    "there."
+                )
+            continue
+        floating = state[name].is_floating_point() if name in state else True
+        if floating != stored.is_floating_point:
+            needed = "floating-point numbers" if floating else "integers"
+            raise CheckpointError(f"{file}: the tensor {name} is {stored.dtype}; the model needs {needed}.")
 
 
 def _check_quantized(file: Path, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
     """Refuse values of quantized weights that quantizing never gives."""
-    for code in plan.quantized:
-        names = {part: f"{code.name}.{part}" for part in QuantizedModule.PARTS}
+    for weight in plan.quantized:
+        names = {part: f"{weight.name}.{part}" for part in QuantizedModule.PARTS}
         parts = {part: tensors[name] for part, name in names.items() if name in tensors}
-        wrong = QuantizedModule.check_values(scheme_of(code), parts)
+        wrong = QuantizedModule.check_values(scheme_of(weight), parts)
         if wrong is not None:
             raise CheckpointError(
-                f"{file}: the tensor {names[wrong]} has values that no coded weight has. The file is "
+                f"{file}: the tensor {names[wrong]} has values that no quantized weight has. The file is "
                 "damaged: copy it again."
             )
 
@@ -321,7 +289,7 @@ def _expected_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]
             shapes[f"{layer.name}.up.bias"] = shapes.pop(f"{layer.name}.bias")
         elif layer.added_bias:
             shapes[f"{layer.name}.up.bias"] = (layer.bias_features,)
-    return shapes | plan_shapes(plan)
+    return shapes | {name: part.shape for name, part in planned_tensors(plan).items()}
 
 
 def _assign(model: nn.Module, tensors: dict[str, Tensor], aliases: Mapping[str, str]) -> None:

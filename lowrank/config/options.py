@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
-from lowrank.arguments import Check, choice
+from lowrank.arguments import Check, choice, optional
 from lowrank.errors import LowRankError
 
 _KEY = "lowrank"
@@ -58,7 +58,7 @@ def option(
     """Make the field of an option; the arguments are those of `Option`, and ``error`` that of its choices."""
     if choices and check is None:
         words = choice(tuple(choices), error)
-        check = words if default is not None else (lambda name, value: value and words(name, value))
+        check = words if default is not None else optional(words)
     known = {"help": help, "check": check, "choices": tuple(choices), "missing": dict(missing or {})}
     return field(default=default, metadata={_KEY: known})
 

@@ -86,7 +86,7 @@ def configured(config: type[C], door: str, given: C | None, options: Mapping[str
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = f". Did you mean {near[0]}=?" if near else ""
-            raise TypeError(f"{door}() got an unexpected keyword argument {name!r}{hint}")
+            raise TypeError(f"{door}(): got an unexpected keyword argument {name!r}{hint}")
         if door in known[name].missing:
-            raise TypeError(f"{door}() does not take {name}=: {known[name].missing[door]}.")
+            raise TypeError(f"{door}(): does not take {name}=: {known[name].missing[door]}.")
     return config(**options)

@@ -41,10 +41,10 @@ class BlockwiseTrainer:
 
     Args:
         student: The compressed model, frozen.
-        lesson: How far it is from its teacher.
+        distillation_loss: How far it is from its teacher.
         blocks: What is trained of each block, by its name and in their order; nothing is in two of them.
-        pace: How long for all blocks together; each gets the same.
-        course: Data and options.
+        budget: How long for all blocks together; each gets the same.
+        training: Data and options.
         folder: Where snapshots go.
 
     Raises:
@@ -54,16 +54,16 @@ class BlockwiseTrainer:
     def __init__(
         self,
         student: nn.Module,
-        lesson: DistillationLoss,
+        distillation_loss: DistillationLoss,
         blocks: Mapping[str, Sequence[nn.Parameter]],
-        pace: TrainingBudget,
-        course: TrainingConfig,
+        budget: TrainingBudget,
+        training: TrainingConfig,
         folder: Path | None = None,
     ) -> None:
-        if pace.steps is not None and pace.steps < len(blocks):
-            raise LowRankError(f"steps={pace.steps} for {len(blocks)} blocks: give at least one for each.")
-        self._student, self._lesson, self._blocks = student, lesson, list(blocks.items())
-        self._pace, self._course, self._folder = pace, course, folder
+        if budget.steps is not None and budget.steps < len(blocks):
+            raise LowRankError(f"steps={budget.steps} for {len(blocks)} blocks: give at least one for each.")
+        self._student, self._lesson, self._blocks = student, distillation_loss, list(blocks.items())
+        self._pace, self._course, self._folder = budget, training, folder
         self._parameters = [parameter for own in blocks.values() for parameter in own]
         self._device = self._parameters[0].device
         self._done = 0
@@ -78,9 +78,9 @@ class BlockwiseTrainer:
     def train(self) -> None:
         """Train the blocks in their order, and look at the whole model after each."""
         while self._done < len(self._blocks) and self._progress() < 1:
-            pace = self._pace.part(self._done, len(self._blocks))
-            self._train_block(*self._blocks[self._done], pace)
-            self._pace.steps_done += pace.steps_done
+            budget = self._pace.part(self._done, len(self._blocks))
+            self._train_block(*self._blocks[self._done], budget)
+            self._pace.steps_done += budget.steps_done
             self._done += 1
             self.best.offer(self._mean_distance())
             self._keep()
@@ -89,10 +89,10 @@ class BlockwiseTrainer:
         self._pace.reserved = (len(self._blocks) - self._done) * self._look_seconds
         return agreed(self._pace.progress(), self._device)
 
-    def _train_block(self, name: str, parameters: Sequence[nn.Parameter], pace: TrainingBudget) -> None:
-        course = replace(self._course, evaluations=EVALUATIONS, seed=self._course.seed + self._done)
+    def _train_block(self, name: str, parameters: Sequence[nn.Parameter], budget: TrainingBudget) -> None:
+        training = replace(self._course, evaluations=EVALUATIONS, seed=self._course.seed + self._done)
         with training_only(self._student, parameters):
-            run = Trainer(partial(self._lesson.block_distance, name), parameters, pace, course)
+            run = Trainer(partial(self._lesson.block_distance, name), parameters, budget, training)
             run.train(f"recovering {name}")
             run.best.restore()
 

@@ -140,9 +140,9 @@ class DistillationLoss:
         >>> from lowrank.calibration.data import as_batch
         >>> teacher = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
         >>> model = lowrank.compress(copy.deepcopy(teacher), rank=8)
-        >>> lesson = DistillationLoss(model, teacher)
-        >>> with lesson.listening():
-        ...     loss = lesson.distance(as_batch(torch.randn(4, 64)))
+        >>> distillation_loss = DistillationLoss(model, teacher)
+        >>> with distillation_loss.listening():
+        ...     loss = distillation_loss.distance(as_batch(torch.randn(4, 64)))
         >>> loss.requires_grad
         True
     """

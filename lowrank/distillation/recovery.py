@@ -91,7 +91,7 @@ def recover(
         DataError: If there are fewer than two batches, teacher and model return different things, their
             distance is not finite on a batch, or processes have different data.
         CheckpointError: If the snapshot is damaged or of another model, or cannot be written.
-        LowRankError: If nothing in the model is factorized or coded, it is sharded over processes, or not
+        LowRankError: If nothing in the model is factorized or quantized, it is sharded over processes, or not
             exactly one duration is given. With ``blockwise``, if there are no blocks, or fewer steps than
             blocks.
 
@@ -116,25 +116,25 @@ def recover(
     train, held = _split(every, config.held_out)
     _make_alike(student, every, device)
     mixed = _multiplies_bfloat16(device) if config.mixed_precision is None else config.mixed_precision
-    lesson = DistillationLoss(
+    distillation_loss = DistillationLoss(
         student, teacher, config.hidden_weight, torch.autocast(device.type, torch.bfloat16, mixed)
     )
-    course = TrainingConfig(train, held, config.learning_rate, EVALUATIONS, config.seed, progress)
-    pace = TrainingBudget(config.minutes, config.steps)
+    training = TrainingConfig(train, held, config.learning_rate, EVALUATIONS, config.seed, progress)
+    budget = TrainingBudget(config.minutes, config.steps)
     with _quantization_aware(student, config.qat):
         if config.blockwise:
             blocks = _trainable_blocks(student, teacher)
             with training_only(student), eval_mode(teacher):
-                _finish(BlockwiseTrainer(student, lesson, blocks, pace, course, folder), held)
+                _finish(BlockwiseTrainer(student, distillation_loss, blocks, budget, training, folder), held)
         else:
             parameters = trainable(student)
             if not parameters:
                 raise LowRankError(
                     f"{type(student).__name__} has no factor, bias or norm to train: its weights are "
-                    "integers. Leave out qat=False, which keeps those of linear layers; or code less."
+                    "integers. Leave out qat=False, which keeps those of linear layers; or quantize less."
                 )
-            with training_only(student, parameters), lesson.listening():
-                _finish(Trainer(lesson.distance, parameters, pace, course, folder), held)
+            with training_only(student, parameters), distillation_loss.listening():
+                _finish(Trainer(distillation_loss.distance, parameters, budget, training, folder), held)
     return model
 
 
@@ -162,7 +162,7 @@ def _finish(run: Trainer | BlockwiseTrainer, held: Sequence[Batch]) -> None:
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """Return what recovery trains: factors, loosened codes, and every vector (biases, norms) beside them."""
+    """Return what recovery trains: factors, integers in training, and every vector (biases, norms)."""
     factors = {
         id(parameter)
         for module in model.modules()
@@ -214,7 +214,8 @@ def _check(model: nn.Module, teacher: nn.Module) -> None:
     own = LowRankLinear, LowRankEmbedding, QuantizedLinear
     if not any(isinstance(module, own) for module in model.modules()):
         raise LowRankError(
-            "The model has no factorized or coded layer, so there is nothing to recover. Compress it first."
+            "The model has no factorized or quantized layer, so there is nothing to recover. Compress it "
+            "first."
         )
 
 

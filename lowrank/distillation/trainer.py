@@ -147,8 +147,8 @@ class Trainer:
     Args:
         distance: What is made small.
         parameters: What is trained, the same in every process.
-        pace: How long.
-        course: Data and options.
+        budget: How long.
+        training: Data and options.
         folder: Where snapshots go.
     """
 
@@ -156,19 +156,19 @@ class Trainer:
         self,
         distance: Distance,
         parameters: Sequence[nn.Parameter],
-        pace: TrainingBudget,
-        course: TrainingConfig,
+        budget: TrainingBudget,
+        training: TrainingConfig,
         folder: Path | None = None,
     ) -> None:
-        self._distance, self._parameters, self._pace = distance, parameters, pace
-        self._course, self._folder = course, folder
+        self._distance, self._parameters, self._pace = distance, parameters, budget
+        self._course, self._folder = training, folder
         self._device = parameters[0].device
-        self._optimizer = torch.optim.AdamW(parameters, lr=course.learning_rate, weight_decay=0.0)
+        self._optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=0.0)
         self._looked = 0  # of `evaluations`
         self._whole = True  # False while a step changes one parameter after the other
         start = time.monotonic()
-        self.best = Best(parameters, mean_distance(distance, course.held, self._device))
-        pace.reserved = time.monotonic() - start
+        self.best = Best(parameters, mean_distance(distance, training.held, self._device))
+        budget.reserved = time.monotonic() - start
 
     def train(self, title: str = "recovering") -> None:
         """Train until the time is over, or the loss is not finite any more."""

@@ -23,7 +23,7 @@ from transformers.core_model_loading import (
 )
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from lowrank.checkpoint.checkpoint import plan_shapes
+from lowrank.checkpoint.checkpoint import planned_tensors
 from lowrank.errors import CheckpointError
 from lowrank.files import integrity
 from lowrank.files.folders import TENSORS
@@ -121,7 +121,7 @@ def check_values(model: PreTrainedModel) -> None:
             wrong = module.check_values(module.scheme, parts)
             if wrong is not None:
                 raise CheckpointError(
-                    f"{model.config.name_or_path}: the tensor {prefix}.{wrong} has values that no coded "
+                    f"{model.config.name_or_path}: the tensor {prefix}.{wrong} has values that no quantized "
                     "weight has. The file is damaged: copy it again."
                 )
 
@@ -132,10 +132,10 @@ def check_shapes(headers: Mapping[str, Mapping[str, Stored]], plan: Plan) -> Non
     A sharded checkpoint has each tensor in one of its files, and some models store other names.
     """
     try:
-        expected = plan_shapes(plan)
+        expected = {name: part.shape for name, part in planned_tensors(plan).items()}
     except CheckpointError as error:
         raise CheckpointError(f"{CONFIG}: {error}") from error
-    replaced = {code.name for code in plan.quantized} | {layer.name for layer in plan.tied}
+    replaced = {weight.name for weight in plan.quantized} | {layer.name for layer in plan.tied}
     dense = {f"{layer.name}.weight" for layer in plan if layer.rank is None and layer.name not in replaced}
     factorized = {layer.name for layer in plan if layer.rank is not None and layer.tied_to is None}
     known = expected.keys() | {f"{name}.up.bias" for name in factorized}
@@ -202,7 +202,7 @@ def check_names_and_dtypes(
 
 
 def _is_code(model: nn.Module, name: str) -> bool:
-    """Tell whether the tensor is the codes or the scales of a coded weight."""
+    """Tell whether the tensor is the codes or the scales of a quantized weight."""
     layer, _, part = name.rpartition(".")
     return part in QuantizedModule.PARTS and isinstance(model.get_submodule(layer), QuantizedModule)
 

@@ -115,12 +115,12 @@ def _localized(plan: Plan, model: PreTrainedModel) -> Plan:
             owner, table = translated(layer.shares_down_with), translated(layer.tied_to) or layer.tied_to
             layers.append(replace(layer, name=name, shares_down_with=owner, tied_to=table))
     quantized = []
-    for code in plan.quantized:
-        parent, _, part = code.name.rpartition(".")
+    for stored in plan.quantized:
+        parent, _, part = stored.name.rpartition(".")
         factor = part in PARTS and parent in plan
-        name = translated(parent if factor else code.name)
+        name = translated(parent if factor else stored.name)
         if name is not None:
-            quantized.append(replace(code, name=f"{name}.{part}" if factor else name))
+            quantized.append(replace(stored, name=f"{name}.{part}" if factor else name))
     if plan.factorized and not any(layer.rank for layer in layers):
         raise CheckpointError(
             f"config.json: none of the {len(plan.factorized)} factorized layers of {plan.model} "

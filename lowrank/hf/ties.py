@@ -1,8 +1,9 @@
-"""Ties of transformers models whose tables are factorized or coded: which stay transformers' business.
+"""Ties of transformers models whose tables are factorized or quantized: which stay transformers' business.
 
 transformers ties a head to a table by giving both one parameter, whenever it saves, loads, or is asked to
-(``tie_weights``). Of a table that is factorized or coded there is no such parameter: its head uses the module
-(`lowrank.nn.TiedLinear`), and the pair is taken from the model's lists of ties. Ties of biases stay in them.
+(``tie_weights``). Of a table that is factorized or quantized there is no such parameter: its head uses the
+module (`lowrank.nn.TiedLinear`), and the pair is taken from the model's lists of ties. Ties of biases stay in
+them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def with_tied_heads(model: PreTrainedModel, plan: Plan) -> Plan:
         CheckpointError: If something else than a linear layer is tied to such a table.
     """
     changed = {layer.name for layer in plan.factorized if layer.is_embedding}
-    changed |= {code.name for code in plan.quantized if code.is_embedding}
+    changed |= {stored.name for stored in plan.quantized if stored.is_embedding}
     layers = {layer.name: layer for layer in plan}
     for pair in model.all_tied_weights_keys.items():  # before loading, the parameters are not one yet
         names = {name.removesuffix(".weight") for name in pair}
@@ -39,7 +40,7 @@ def with_tied_heads(model: PreTrainedModel, plan: Plan) -> Plan:
             module = model.get_submodule(user)
             if type(module) is not nn.Linear:
                 raise CheckpointError(
-                    f"config.json: {table} is factorized or coded, but {type(model).__name__} ties it to "
+                    f"config.json: {table} is factorized or quantized, but {type(model).__name__} ties it to "
                     f"{user}, which cannot follow. Load the base model, or call decompress(model) on that "
                     "and save it."
                 )
@@ -100,8 +101,8 @@ def _input_table(part: PreTrainedModel) -> nn.Module | None:
 
 
 def refuse_resizing(*args: Any, **kwargs: Any) -> NoReturn:
-    """Stand in for ``resize_token_embeddings`` of a model whose table is factorized or coded."""
+    """Stand in for ``resize_token_embeddings`` of a model whose table is factorized or quantized."""
     raise LowRankError(
-        "resize_token_embeddings: the table of this model is factorized or coded. Call "
+        "resize_token_embeddings: the table of this model is factorized or quantized. Call "
         "lowrank.decompress(model) first, resize, and compress again; or resize the dense checkpoint."
     )

@@ -1,4 +1,4 @@
-"""Where a model is, and in which dtype it computes: of one that is coded throughout, no parameter tells."""
+"""Where a model is, and in which dtype it computes; where all is quantized, no parameter tells."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def device_of(model: nn.Module) -> torch.device:
 def dtype_of(model: nn.Module) -> torch.dtype:
     """Return the dtype of the first weight or other parameter; of a model without any, PyTorch's default.
 
-    The weight of a coded layer is a buffer without elements, which has the dtype that the layer computes in.
+    The weight of a quantized layer is a buffer without elements, which has the dtype that the layer computes
+    in.
     """
     weights = (buffer for name, buffer in model.named_buffers() if name.rpartition(".")[2] == "weight")
     first = next(itertools.chain(model.parameters(), weights), None)

@@ -31,10 +31,10 @@ class Inspection:
 
     Args:
         model: A module that holds layers.
-        separately_saved: Names of the modules within it that are saved on their own: of two equal weights
-            one is kept only where both are in the same of them.
 
     Attributes:
+        separately_saved: Names of the modules within it that are saved on their own: of two equal weights
+            one is kept only where both are in the same of them.
         known_heads: ``{layer name: head}`` of layers that belong to a head, beside those that names tell.
 
     Raises:
@@ -42,9 +42,9 @@ class Inspection:
         TargetError: If it is itself a layer or an embedding.
     """
 
-    def __init__(self, model: nn.Module, separately_saved: Sequence[str] = ()) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model = check_holder(model)
-        self.separately_saved = separately_saved
+        self.separately_saved: Sequence[str] = ()
         self.known_heads: Mapping[str, str] = {}
         self._fingerprints: dict[str, str] = {}
 

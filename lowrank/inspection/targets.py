@@ -47,9 +47,9 @@ def draft(
         seen: Any module, on any device; only names, shapes and dtypes are read, and weights with ``equal``.
         targets: Unix-style patterns on module names; ``None`` means every layer but the heads. A head
             is a target only if a pattern spells its name (``"classifier"``, ``"lm_head*"``), and so is an
-            embedding table (``"*.word_embeddings"``, ``"*embed*"``). A table and its tied heads are one.
+            embedding (``"*.word_embeddings"``, ``"*embed*"``). A table and its tied heads are one.
         ignore: Patterns of layers to leave alone; they win over ``targets``.
-        embeddings: Whether all embedding tables are targets, too, unless ``targets`` are given.
+        embeddings: Whether all embeddings are targets, too, unless ``targets`` are given.
         equal: Whether to look for layers with equal weights, of which one is kept.
         overrule: Patterns of layers that may change although reading the model's code leaves a doubt.
 
@@ -256,7 +256,7 @@ def not_wanted(
 
 
 def described(name: str, module: QuantizedModule) -> QuantizedWeight:
-    """Describe a module that is coded."""
+    """Describe a module that is quantized."""
     layer_type, bias, flags = "embedding", False, (False, False)
     if isinstance(module, QuantizedLinear):
         layer_type, bias = module.layer_type, module.bias is not None

@@ -25,7 +25,7 @@ def embedding_layers(model: nn.Module) -> Iterator[tuple[str, nn.Embedding | Low
 
 
 def tied_heads(model: nn.Module) -> dict[str, str]:
-    """Return ``{layer name: table name}`` for the linear layers whose weight is that of one embedding table.
+    """Return ``{layer name: table name}`` for the linear layers whose weight is that of one embedding.
 
     Where several tables have that weight, none of them has a say over the others.
     """

@@ -21,7 +21,7 @@ _RECURRENT = nn.RNNBase, nn.RNNCellBase
 
 def with_reach(seen: Inspection, plan: Plan) -> Plan:
     """Return ``plan`` with the number of the model's parameters, and those in none of its layers."""
-    planned = {layer.name for layer in plan} | {code.name for code in plan.quantized}
+    planned = {layer.name for layer in plan} | {stored.name for stored in plan.quantized}
     covered, others = 0, []
     for name, module in _matrices(seen):
         if name in planned or isinstance(module, QuantizedEmbedding):

@@ -6,7 +6,6 @@ from lowrank.linalg.joint_error_curve import joint_error_curves
 from lowrank.linalg.matmul import linear, product
 from lowrank.linalg.metric import Diagonal, Gram, Identity, Metric, PulledBack, Stacked
 from lowrank.linalg.quantization import (
-    Scheme,
     dequantize_scaled,
     dequantize_weight,
     quantize_scaled,
@@ -20,6 +19,7 @@ from lowrank.linalg.quantization_error import (
     rounding_error_of,
     weight_quantization_error,
 )
+from lowrank.linalg.schemes import Scheme, StorageScheme, register_storage_scheme
 from lowrank.linalg.shared_basis import SharedFactors, shared_basis, shared_basis_error_curves
 from lowrank.linalg.svd import Factors, choose_solver, truncated_svd
 
@@ -35,6 +35,7 @@ __all__ = [
     "Scheme",
     "SharedFactors",
     "Stacked",
+    "StorageScheme",
     "choose_solver",
     "correction_error_curve",
     "dequantize_scaled",
@@ -47,6 +48,7 @@ __all__ = [
     "quantize_scaled",
     "quantize_weight",
     "quantize_with_correction",
+    "register_storage_scheme",
     "requantize",
     "rotated",
     "rounding_error_of",

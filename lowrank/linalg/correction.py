@@ -1,4 +1,4 @@
-"""A coded weight and the low-rank correction of what the codes lost: ``W ≈ Q + LR``.
+"""A quantized weight and the low-rank correction of what the codes lost: ``W ≈ Q + LR``.
 
 For a given Q the optimum is the truncated factorization of ``W − Q`` under the metric; for given factors
 Q codes ``W − LR``. The two alternate for a few rounds, and the best round counts: rounding makes no
@@ -21,7 +21,8 @@ from torch import Tensor
 from lowrank.linalg.error_curve import ErrorCurve, error_curve
 from lowrank.linalg.matmul import product
 from lowrank.linalg.metric import Metric
-from lowrank.linalg.quantization import Scheme, dequantize_scaled, quantize_scaled
+from lowrank.linalg.quantization import dequantize_scaled, quantize_scaled
+from lowrank.linalg.schemes import Scheme
 from lowrank.linalg.svd import truncated_svd
 
 ROUNDS = 2
@@ -57,7 +58,7 @@ def quantize_with_correction(
     Args:
         weight: Finite, floating point.
         rank: Inner size of the factors, ``1 <= rank <= min(out, in)``.
-        scheme: How Q is coded.
+        scheme: How Q is quantized.
         metric: What the error measures; not one pulled back through the weight.
         moments: Second moment of the inputs for the rounding of Q; see `lowrank.linalg.encode`.
         smooth_scale: What the layer multiplies its inputs by before they meet the codes, ``(in,)``.
@@ -91,7 +92,7 @@ def quantize_with_correction(
 
 
 def correction_error_curve(weight: Tensor, lost: Tensor, metric: Metric = Metric()) -> ErrorCurve:
-    """Return the errors at every rank of factors that correct a coded weight, relative to ``‖W‖``.
+    """Return the errors at every rank of factors that correct a quantized weight, relative to ``‖W‖``.
 
     Args:
         weight: ``W (out, in)``.

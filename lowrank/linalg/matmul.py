@@ -32,6 +32,15 @@ def without_autocast() -> Iterator[None]:
         yield
 
 
+def row_major(matrix: Tensor) -> Tensor:
+    """Return a contiguous matrix with the strides of one that is made anew, and any other as it is.
+
+    A matrix with a single row or column may have any stride there. Kernels choose their way by the strides,
+    and round otherwise, so a model and its reloaded copy would differ in the last bit.
+    """
+    return matrix.view(-1).view(matrix.shape) if matrix.is_contiguous() else matrix
+
+
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return ``x Wᵀ + b``, as `torch.nn.functional.linear`; ``x (…, in)``, ``W (out, in)``, ``b (out,)``."""
     if not _faster_by_onednn(input, weight, bias):

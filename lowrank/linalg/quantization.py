@@ -12,21 +12,15 @@ GPTQ (Frantar et al. 2022, arXiv:2210.17323), after Optimal Brain Surgeon (Hassi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lowrank.errors import SchemeError, WeightError
+from lowrank.errors import WeightError
 from lowrank.linalg.matmul import product
+from lowrank.linalg.schemes import Scheme, StorageScheme, register_storage_scheme
 from lowrank.linalg.svd import FLOATING
-
-GROUP_SIZE = 32
-"""Elements of a row that share a scale under ``int4``: 4.5 bits per weight, as in GGUF's Q4_0."""
-
-LARGEST_GROUP = 2**24
-"""Elements; ranks are multiples of a group, and such numbers stay within what arrays are indexed by."""
 
 DAMPING = 0.01
 """What is added to the diagonal of C before it is inverted, over its mean, as in GPTQ."""
@@ -35,57 +29,12 @@ _RATIOS = tuple(1.06 - 0.03 * step for step in range(11))
 """Scales to try under ``int4``, relative to the one that just represents the largest element."""
 
 
-@dataclass(frozen=True)
-class Scheme:
-    """How a weight becomes integers.
-
-    Args:
-        name: ``"int8"`` or ``"int4"``.
-        group_size: Elements that share a scale; ``None`` for a whole row.
-    """
-
-    name: str
-    group_size: int | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or self.name not in ("int8", "int4"):
-            raise SchemeError(f"quantize={self.name!r}: known schemes are 'int8' and 'int4'.")
-        if self.name == "int8" and self.group_size is not None:
-            raise SchemeError("int8 has one scale per row: leave out group_size, or use int4.")
-        if self.name == "int4":
-            size = GROUP_SIZE if self.group_size is None else self.group_size
-            if not isinstance(size, int) or isinstance(size, bool) or size < 2 or size % 2:
-                raise SchemeError(f"group_size={size!r}: give an even number of elements, such as 32.")
-            if size > LARGEST_GROUP:
-                raise SchemeError(f"group_size={size!r}: no row has so many elements. Give 32, for instance.")
-            object.__setattr__(self, "group_size", size)
-
-    def check(self, rows: int, columns: int) -> None:
-        """Raise `SchemeError` if a weight ``(rows, columns)`` cannot be divided into groups."""
-        if self.group_size is not None and columns % self.group_size:
-            raise SchemeError(
-                f"rows of {columns} elements are not whole groups of {self.group_size}. Use a group_size "
-                f"that divides {columns}, ranks that are its multiples (round_to={self.group_size}), or int8."
-            )
-
-    def shapes(self, rows: int, columns: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Return the shapes of codes and scales as they are stored."""
-        if self.group_size is None:
-            return (rows, columns), (rows, 1)
-        return (rows, columns // 2), (rows, columns // self.group_size)
-
-    @property
-    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
-        """The dtypes of codes and scales as they are stored."""
-        return (torch.int8, torch.float32) if self.group_size is None else (torch.uint8, torch.float16)
-
-
 def quantize_weight(weight: Tensor, scheme: Scheme, moments: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return codes and scales of ``weight (rows, columns)``, as `Scheme.shapes` and ``dtypes`` say.
+    """Return codes and scales of ``weight (rows, columns)``, as `Scheme.tensors` says.
 
     Args:
         weight: Finite, floating point.
-        scheme: How to code it.
+        scheme: How to store it.
         moments: ``C``, the second moment of what the weight multiplies, ``(columns, columns)``, of any
             rank; without it every element is rounded on its own.
 
@@ -102,19 +51,75 @@ def quantize_weight(weight: Tensor, scheme: Scheme, moments: Tensor | None = Non
         raise WeightError("the weight has NaN or infinite elements.")
     scheme.check(*weight.shape)
     feedback = _feedback(moments) if moments is not None else None
-    if scheme.group_size is None:
+    return scheme.storage.quantize(weight, scheme.group_size, feedback)
+
+
+class Int8(StorageScheme):
+    """One float32 scale per row, symmetric, from −127 to 127; layers round their inputs, too."""
+
+    name = "int8"
+    rounds_inputs = True
+    kernel = "int8"
+
+    def quantize(
+        self, weight: Tensor, group_size: int | None, feedback: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return codes and scales of a float32 ``weight``."""
         scale = weight.abs().amax(1, keepdim=True) / 127
         scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, 1.0)  # a row of zeros
         if feedback is not None:
             return _rounded_in_turn(weight, feedback, len(feedback), lambda _: (scale, 127)).codes, scale
         return (weight / scale).round_().to(torch.int8), scale
-    if feedback is not None:
-        found = _rounded_in_turn(
-            weight, feedback, scheme.group_size, lambda group: (_searched(group)[1][:, None], 7)
-        )
-        return pack_int4(found.codes), torch.cat(found.scales, 1)
-    codes, scale = _searched(weight.reshape(len(weight), -1, scheme.group_size))
-    return pack_int4(codes.flatten(1)), scale
+
+    def requantize(self, weight: Tensor, scale: Tensor, group_size: int | None) -> Tensor:
+        """Return the codes nearest to ``weight`` for given scales."""
+        return (weight / scale).round_().clamp_(-127, 127).to(torch.int8)
+
+    def are_possible_codes(self, codes: Tensor) -> bool:
+        """Tell whether all codes are above −128, which the symmetric range leaves out."""
+        return not (codes.numel() and int(codes.amin()) == -128)
+
+    def are_possible_scales(self, scale: Tensor) -> bool:
+        """Tell whether all scales are finite and positive."""
+        return super().are_possible_scales(scale) and not bool((scale <= 0).any())
+
+
+class Int4(StorageScheme):
+    """One float16 scale per group of a row's elements, searched; two integers, −8 … 7, to a byte."""
+
+    name = "int4"
+    grouped = True
+    kernel = "int4"
+    per_element = 2
+    codes_dtype = torch.uint8
+    scale_dtype = torch.float16
+    smallest, largest = 1e-5, 2e5  # what float16 scales hold, with room for what scales inputs
+
+    def quantize(
+        self, weight: Tensor, group_size: int | None, feedback: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return codes and scales of a float32 ``weight``."""
+        assert group_size is not None  # `Scheme` gives one
+        if feedback is not None:
+            found = _rounded_in_turn(
+                weight, feedback, group_size, lambda group: (_searched(group)[1][:, None], 7)
+            )
+            return pack_int4(found.codes), torch.cat(found.scales, 1)
+        codes, scale = _searched(weight.reshape(len(weight), -1, group_size))
+        return pack_int4(codes.flatten(1)), scale
+
+    def requantize(self, weight: Tensor, scale: Tensor, group_size: int | None) -> Tensor:
+        """Return the codes nearest to ``weight`` for given scales."""
+        groups = weight.reshape(*scale.shape, group_size or 1) / scale[..., None].to(weight.dtype)
+        return pack_int4(groups.round_().clamp_(-8, 7).to(torch.int8).flatten(1))
+
+    def integers(self, codes: Tensor) -> Tensor:
+        """Return the integers, one element to a number."""
+        return unpack_int4(codes)
+
+
+register_storage_scheme(Int8())
+register_storage_scheme(Int4())
 
 
 def smooth_scale_of(weight: Tensor, variances: Tensor) -> Tensor:
@@ -125,7 +130,7 @@ def smooth_scale_of(weight: Tensor, variances: Tensor) -> Tensor:
     stays as it is.
 
     Args:
-        weight: What is to be coded.
+        weight: What is to be quantized.
         variances: Of the features, ``(columns,)``.
 
     Returns:
@@ -158,24 +163,21 @@ def quantize_scaled(
 def dequantize_scaled(
     codes: Tensor, scale: Tensor, scheme: Scheme, smooth_scale: Tensor | None = None
 ) -> Tensor:
-    """Return the weight ``(rows, columns)`` in float32 that `quantize_scaled` has coded."""
+    """Return the weight ``(rows, columns)`` in float32 that `quantize_scaled` has quantized."""
     weight = dequantize_weight(codes, scale, scheme)
     return weight if smooth_scale is None else weight * smooth_scale
 
 
 def requantize(weight: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
     """Return the codes nearest to ``weight (rows, columns)`` for given scales, as `quantize_weight` does."""
-    if scheme.group_size is None:
-        return (weight / scale).round_().clamp_(-127, 127).to(torch.int8)
-    groups = weight.reshape(*scale.shape, scheme.group_size) / scale[..., None].to(weight.dtype)
-    return pack_int4(groups.round_().clamp_(-8, 7).to(torch.int8).flatten(1))
+    return scheme.storage.requantize(weight, scale, scheme.group_size)
 
 
 def dequantize_weight(
     codes: Tensor, scale: Tensor, scheme: Scheme, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Return ``scale · codes`` for any leading dimensions: ``(…, columns)``."""
-    return scaled(codes if scheme.group_size is None else unpack_int4(codes), scale, dtype)
+    return scaled(scheme.storage.integers(codes), scale, dtype)
 
 
 def scaled(integers: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

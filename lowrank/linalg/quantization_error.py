@@ -1,6 +1,6 @@
-"""What coding is going to cost, as shares of a squared norm: for choosing between ways to store a weight.
+"""What quantizing is going to cost, as shares of a squared norm: for choosing between ways to store a weight.
 
-The rounding of weights is measured, by coding them. That of integer inputs is that of a uniform
+The rounding of weights is measured, by quantizing them. That of integer inputs is that of a uniform
 distribution within steps, for rows of n normal features, whose largest is about √(2 ln n) deviations.
 """
 
@@ -14,13 +14,13 @@ from torch import Tensor
 from lowrank.linalg.matmul import product
 from lowrank.linalg.metric import Metric, powers_of_two
 from lowrank.linalg.quantization import (
-    Scheme,
     dequantize_scaled,
     dequantize_weight,
     quantize_scaled,
     quantize_weight,
     smooth_scale_of,
 )
+from lowrank.linalg.schemes import Scheme
 from lowrank.linalg.svd import balanced, truncated_svd
 
 
@@ -30,7 +30,7 @@ def rounding_error_of(weight: Tensor, scheme: Scheme, moments: Tensor | None = N
     int8 is rounded without error feedback here: its loss is small, and that costs a hundredth of the time.
     """
     smooth_scale = smooth_scale_of(weight, moments.diagonal()) if moments is not None else None
-    used = moments if scheme.name != "int8" else None
+    used = None if scheme.storage.rounds_inputs else moments
     return weight.detach().float() - dequantize_scaled(
         *quantize_scaled(weight, scheme, smooth_scale, used), scheme, smooth_scale
     )
@@ -39,16 +39,16 @@ def rounding_error_of(weight: Tensor, scheme: Scheme, moments: Tensor | None = N
 def weight_quantization_error(
     weight: Tensor, lost: Tensor, scheme: Scheme, metric: Metric = Metric()
 ) -> float:
-    """Return the share of ``‖W‖²`` that a coded ``weight (out, in)`` loses, that of its inputs included."""
+    """Return the share of ``‖W‖²`` that a quantized ``weight (out, in)`` loses, with that of its inputs."""
     return _share(lost, weight, metric) + input_quantization_error(weight.shape[1], scheme)
 
 
 def factors_quantization_error(
     weight: Tensor, rank: int, scheme: Scheme, metric: Metric = Metric(), moments: Tensor | None = None
 ) -> float:
-    """Return the share of ``‖LR‖²`` that coding both factors loses, measured at one rank.
+    """Return the share of ``‖LR‖²`` that quantizing both factors loses, measured at one rank.
 
-    The factors are rotated before, as they are when they are coded. The arguments are those of
+    The factors are rotated before, as they are when they are quantized. The arguments are those of
     `lowrank.linalg.truncated_svd` and `lowrank.linalg.encode`.
     """
     left, right, *_ = truncated_svd(weight.detach().float(), rank, metric)
@@ -57,7 +57,7 @@ def factors_quantization_error(
     right = right - rounding_error_of(right, scheme, moments)
     between = right.double() @ moments @ right.double().T if moments is not None else None
     left = dequantize_weight(
-        *quantize_weight(left, scheme, between if scheme.name != "int8" else None), scheme
+        *quantize_weight(left, scheme, None if scheme.storage.rounds_inputs else between), scheme
     )
     lost = low - product(left, right)
     return (
@@ -68,16 +68,17 @@ def factors_quantization_error(
 
 
 def rows_quantization_error(table: Tensor, lost: Tensor, metric: Metric = Metric()) -> float:
-    """Return the share of the norm of a ``table`` that codes lose; its rows are looked up, not multiplied."""
+    """Return the share of the norm of a ``table`` that is lost; its rows are looked up, not multiplied."""
     return _share(lost, table, metric)
 
 
 def embedding_quantization_error(
     table: Tensor, rank: int, scheme: Scheme, metric: Metric = Metric()
 ) -> float:
-    """Return the share of ``‖LR‖²`` that coding the factors of ``table (rows, columns)`` loses, at one rank.
+    """Return the share of ``‖LR‖²`` that quantizing the factors of ``table (rows, columns)`` loses, at one
+    rank.
 
-    Rows of ``L`` are coded and rows of ``Rᵀ``, after a rotation that evens the latter out.
+    Rows of ``L`` are quantized and rows of ``Rᵀ``, after a rotation that evens the latter out.
     """
     left, right, *_ = truncated_svd(table.detach().float(), rank, metric)
     low = product(left, right)
@@ -88,7 +89,7 @@ def embedding_quantization_error(
 
 def input_quantization_error(features: int, scheme: Scheme) -> float:
     """Return the share that rounding the inputs loses, of those schemes that multiply integers."""
-    return 2 * math.log(features + 1) / (12 * 127**2) if scheme.name == "int8" else 0.0
+    return 2 * math.log(features + 1) / (12 * 127**2) if scheme.storage.rounds_inputs else 0.0
 
 
 def rotated(left: Tensor, right: Tensor, seed: int) -> tuple[Tensor, Tensor]:

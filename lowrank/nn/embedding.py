@@ -9,7 +9,7 @@ from lowrank import arguments
 from lowrank.arguments import accepts, flag, optional, whole
 from lowrank.errors import RankError
 from lowrank.linalg import linear
-from lowrank.linalg.matmul import without_autocast
+from lowrank.linalg.matmul import row_major, without_autocast
 from lowrank.nn.layer_types import FLOATING_DTYPE, MATRIX, PARAMETER, check_padding
 from lowrank.nn.linear import decoded_weight
 
@@ -18,8 +18,9 @@ class LowRankEmbedding(nn.Module):
     """Look up rows of ``E = D Uᵀ + 1 bᵀ``, two thin matrices in place of one, as `torch.nn.Embedding` does.
 
     ``D`` is a plain `torch.nn.Embedding` and ``U`` with ``b`` a plain `torch.nn.Linear`, both of which may be
-    coded afterwards, as the factors of `LowRankLinear` may. The buffer ``weight`` has no elements: it answers
-    code that reads ``weight.dtype``, and makes a load without `lowrank` fail, not initialise at random.
+    quantized afterwards, as the factors of `LowRankLinear` may. The buffer ``weight`` has no elements: it
+    answers code that reads ``weight.dtype``, and makes a load without `lowrank` fail, not initialise at
+    random.
 
     Args:
         num_embeddings, embedding_dim: Shape of the table.
@@ -100,8 +101,8 @@ class LowRankEmbedding(nn.Module):
                 "(num_embeddings, rank) and (rank, embedding_dim)."
             )
         table = cls(len(left), width, rank, bias is not None, padding_idx=padding_idx, device="meta")
-        table.down.weight = nn.Parameter(left)
-        table.up.weight = nn.Parameter(right.T.contiguous())
+        table.down.weight = nn.Parameter(row_major(left))
+        table.up.weight = nn.Parameter(row_major(right.T.contiguous()))
         table.up.register_parameter("bias", bias)
         table.weight = left.new_empty(0, width)
         table.relative_error = relative_error

@@ -1,4 +1,5 @@
-"""What multiplies integer weights without decoding them: PyTorch's kernels, and what they want around them.
+"""What multiplies integer weights without dequantizing them: PyTorch's kernels, and what they want around
+them.
 
 ``int8``: rows of the input become integers, ``torch._int_mm`` multiplies them, and the sums are scaled back.
 All but the product is elementwise and bound by memory, so it goes through the rows part by part;
@@ -40,7 +41,7 @@ FEWEST_INPUTS = 2
 """Of a weight that integers multiply: for one input `torch._int_mm` returns what else lies in memory."""
 
 MOST_ROWS = {"cpu": 128, "cuda": 64}
-"""Up to how many rows of the input int4 kernels are faster than decoding and a product in floating point."""
+"""Up to how many rows of the input int4 kernels are faster than a product in floating point."""
 
 GROUPS = (32, 64, 128, 256)
 """The group sizes that int4 kernels know."""

@@ -10,7 +10,7 @@ from lowrank import arguments
 from lowrank.arguments import accepts, flag, instance, optional, text, whole
 from lowrank.errors import LowRankError, RankError, WeightError
 from lowrank.linalg import linear, truncated_svd
-from lowrank.linalg.matmul import is_compiled, without_autocast
+from lowrank.linalg.matmul import is_compiled, row_major, without_autocast
 from lowrank.nn.layer_types import FLOATING_DTYPE, MATRIX, PARAMETER, layer_type_of
 from lowrank.nn.quantized import QuantizedLinear, QuantizedModule
 from lowrank.nn.shared import SharedDown
@@ -122,8 +122,8 @@ class LowRankLinear(nn.Module):
             shared=shared,
             device="meta",
         )
-        layer.down.weight = nn.Parameter(right)
-        layer.up.weight = nn.Parameter(left)
+        layer.down.weight = nn.Parameter(row_major(right))
+        layer.up.weight = nn.Parameter(row_major(left))
         layer.up.register_parameter("bias", bias)
         layer.weight = left.new_empty(0)
         layer.relative_error = relative_error
@@ -181,7 +181,7 @@ class LowRankLinear(nn.Module):
 
     @property
     def base(self) -> QuantizedLinear | None:
-        """The coded weight ``Q (out, in)`` that the factors correct, without a bias; mostly ``None``."""
+        """The quantized weight ``Q (out, in)`` that the factors correct, without a bias; mostly ``None``."""
         return self._modules.get("base")  # type: ignore[return-value]
 
     @property
@@ -209,7 +209,7 @@ class LowRankLinear(nn.Module):
 
     @without_autocast()
     def dense_bias(self) -> nn.Parameter | None:
-        """Return the bias that goes with `dense_weight`: ``up``'s own, unless coded factors shift inputs."""
+        """Return the bias that goes with `dense_weight`: ``up``'s own, unless factors shift their inputs."""
         shifts = [
             part.shift() if isinstance(part, QuantizedLinear) else None for part in (self.down, self.up)
         ]
@@ -240,7 +240,7 @@ def _check_factors(left: Tensor, right: Tensor) -> None:
 
 
 def decoded_weight(factor: nn.Module) -> Tensor:
-    """Return the weight of a factor in floating point, whether it is coded or not."""
+    """Return the weight of a factor in floating point, whether it is quantized or not."""
     weight: Tensor = factor.dense_weight() if isinstance(factor, QuantizedModule) else factor.weight  # type: ignore[assignment]
     return weight
 

@@ -39,8 +39,9 @@ class QuantizedModule(nn.Module):
 
     Attributes:
         shape: Of the weight, ``(rows, columns)``.
-        scheme: How it is coded.
-        trainable: Whether the weight had gradients before it was coded, as it will have when it is decoded.
+        scheme: How it is quantized.
+        trainable: Whether the weight had gradients before it was quantized, as it will have when it is
+            dequantized.
         PARTS: The names of the buffers that a quantized weight may have.
     """
 
@@ -62,9 +63,7 @@ class QuantizedModule(nn.Module):
         scheme.check(rows, columns)
         self.scheme = scheme
         self.shape = rows, columns
-        for name, shape, stored_as in zip(
-            ("codes", "scale"), scheme.shapes(rows, columns), scheme.dtypes, strict=True
-        ):
+        for name, (shape, stored_as) in scheme.tensors(rows, columns).items():
             self.register_buffer(name, torch.zeros(shape, device=device, dtype=stored_as))
         self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
 
@@ -74,10 +73,9 @@ class QuantizedModule(nn.Module):
 
         Such values show that the parts are not of one weight, or not of this ``scheme``.
         """
-        int8 = scheme.name == "int8"
         possible: dict[str, Callable[[Tensor], bool]] = {
-            "codes": lambda codes: not (int8 and codes.numel() and int(codes.amin()) == -128),
-            "scale": lambda scale: _all_finite(scale) and not (int8 and bool((scale <= 0).any())),
+            "codes": scheme.storage.are_possible_codes,
+            "scale": scheme.storage.are_possible_scales,
             "smooth_scale": lambda smooth_scale: bool((smooth_scale > 0).all()),
             "input_shift": _all_finite,
         }
@@ -105,7 +103,7 @@ class QuantizedModule(nn.Module):
         device or processor without the instructions. Arguments as for `lowrank.nn.integer_matmul`.
         """
         plain = not is_transformed() or is_compiled()
-        if not (plain and self.scheme.group_size is None and _only_output(input, bias, self.shape[1])):
+        if not (plain and self.scheme.storage.kernel == "int8" and _only_output(input, bias, self.shape[1])):
             return None
         rows = input.reshape(-1, self.shape[1])
         fewest = integer_matmul.fewest_integer_rows(*self.shape, rows.device)
@@ -137,7 +135,7 @@ class QuantizedLinear(QuantizedModule):
     Args:
         in_features, out_features: Sizes of the input and output vectors.
         bias: Whether to add a bias ``(out,)``.
-        scheme: How the weight is coded.
+        scheme: How the weight is quantized.
         layer_type: Name of the dense layer that it stands for (`lowrank.nn.layer_types`).
         smooth_scale, input_shift: Whether inputs are scaled, and shifted, before they meet the codes.
         device, dtype: Of the bias, and of what the layer computes in.
@@ -208,7 +206,7 @@ class QuantizedLinear(QuantizedModule):
     ) -> QuantizedLinear:
         """Code ``weight (out, in)``; the bias is shared, and must make up for ``input_shift`` already.
 
-        ``moments (in, in)`` are of the input as the layer is given it; see `lowrank.linalg.encode`.
+        ``moments (in, in)`` are of the input as the layer is given it; see `lowrank.linalg.quantize_weight`.
 
         Example:
             >>> layer = QuantizedLinear.from_weight(torch.eye(4), None, Scheme("int8"))
@@ -242,7 +240,7 @@ class QuantizedLinear(QuantizedModule):
         smooth_scale: Tensor | None = None,
     ) -> QuantizedLinear:
         """Wrap what `quantize_scaled` gave, without a bias; the layer computes in ``dtype``."""
-        columns = codes.shape[1] * (1 if scheme.group_size is None else 2)
+        columns = codes.shape[1] * scheme.storage.per_element
         layer = cls(columns, len(codes), False, scheme, device="meta")
         layer._take((codes, scale), dtype)
         layer.smooth_scale = smooth_scale
@@ -252,15 +250,19 @@ class QuantizedLinear(QuantizedModule):
         """Name what multiplies at inference; rows of the input are tokens.
 
         ``"int8"`` or ``"int8 (from … tokens)"`` for integers by integers, ``"int4 (up to … tokens)"`` for
-        PyTorch's weight-only kernel; otherwise, and always with ``"decoded"``, it is ``scale · codes``.
+        PyTorch's weight-only kernel; otherwise, and always with ``"dequantized"``, it is ``scale · codes``.
         """
         device, size = self.scale.device, self.scheme.group_size
-        if size is not None:
+        kernel = self.scheme.storage.kernel
+        if kernel is None:
+            return "dequantized"
+        if kernel == "int4":
+            assert size is not None  # of that scheme
             none = integer_matmul.int4_obstacle(*self.shape, size, device) is not None
-            return "decoded" if none else f"int4 (up to {integer_matmul.MOST_ROWS[device.type]} tokens)"
+            return "dequantized" if none else f"int4 (up to {integer_matmul.MOST_ROWS[device.type]} tokens)"
         fewest = integer_matmul.fewest_integer_rows(*self.shape, device)
         if fewest is None:
-            return "decoded"
+            return "dequantized"
         return "int8" if fewest == 1 else f"int8 (from {fewest:,} tokens)"
 
     def forward(self, input: Tensor) -> Tensor:
@@ -279,7 +281,7 @@ class QuantizedLinear(QuantizedModule):
         return linear(given, self._decoded().to(input.dtype), added)
 
     def _decoded(self) -> Tensor:
-        """Return ``scale · codes``, of loosened codes with the gradient of what they are rounded from."""
+        """Return ``scale · codes``, in training with the gradient of what the codes are rounded from."""
         if self.latent is not None:
             return self._trained_weight()
         codes = self.codes
@@ -334,7 +336,11 @@ class QuantizedLinear(QuantizedModule):
         `torch.compile` cannot bring codes into the kernel's order, and takes them as it finds them.
         """
         size, device = self.scheme.group_size, input.device
-        if size is None or not _only_output(input, bias, self.in_features):
+        if (
+            self.scheme.storage.kernel != "int4"
+            or size is None
+            or not _only_output(input, bias, self.in_features)
+        ):
             return None
         if is_transformed():
             known = is_compiled() and not _as_stored(self.codes)
@@ -402,11 +408,12 @@ class QuantizedLinear(QuantizedModule):
 
 
 class QuantizedEmbedding(QuantizedModule):
-    """Look up rows of ``scale · codes``, as `torch.nn.Embedding` does; only the rows asked for are decoded.
+    """Look up rows of ``scale · codes``, as `torch.nn.Embedding` does; only the rows asked for are
+    dequantized.
 
     Args:
         num_embeddings, embedding_dim: Shape of the table.
-        scheme: How it is coded.
+        scheme: How it is quantized.
         padding_idx: As for `torch.nn.Embedding`; it concerns training only.
         device, dtype: ``dtype`` is that of the output.
     """
@@ -437,7 +444,7 @@ class QuantizedEmbedding(QuantizedModule):
     @classmethod
     @accepts(table=instance(nn.Embedding, "a torch.nn.Embedding", WeightError), scheme=_SCHEME)
     def from_embedding(cls, table: nn.Embedding, scheme: Scheme) -> QuantizedEmbedding:
-        """Code the table of ``table``, which must have no ``max_norm``.
+        """Quantize the table of ``table``, which must have no ``max_norm``.
 
         Example:
             >>> table = QuantizedEmbedding.from_embedding(nn.Embedding(10, 4), Scheme("int8"))

@@ -123,7 +123,8 @@ class TiedLinear(nn.Module):
         """Return a linear layer around the codes of ``table``; made anew once they have moved.
 
         Where an int4 kernel reads them in an order of its own, the layer comes to have its own copy of the
-        codes: rows are looked up in the table's, and decoding the whole table takes seven times that room.
+        codes: rows are looked up in the table's, and dequantizing the whole table takes seven times that
+            room.
         """
         known = self._linear
         if known is not None and known[0] is table.codes and known[1].scale is table.scale:

@@ -265,10 +265,10 @@ class Plan:
             names = [layer.name for layer in self.layers]
             twice = next(name for name in names if names.count(name) > 1)
             raise PlanError(f"{twice}: the plan lists this layer twice. Keep one of the entries.")
-        coded = [code.name for code in self.quantized]
+        coded = [weight.name for weight in self.quantized]
         if len(set(coded)) != len(coded):
             twice = next(name for name in coded if coded.count(name) > 1)
-            raise PlanError(f"{twice}: the plan codes this weight twice. Keep one of the entries.")
+            raise PlanError(f"{twice}: the plan quantizes this weight twice. Keep one of the entries.")
 
     def __getitem__(self, name: str) -> LayerPlan:
         try:
@@ -293,7 +293,7 @@ class Plan:
     @property
     def tied(self) -> tuple[LayerPlan, ...]:
         """The layers that use the factors or codes of a table, or of another layer."""
-        compressed = {x.name for x in self.factorized} | {code.name for code in self.quantized}
+        compressed = {x.name for x in self.factorized} | {weight.name for weight in self.quantized}
         return tuple(layer for layer in self.layers if layer.tied_to in compressed)
 
     @property
@@ -347,11 +347,13 @@ class Plan:
 
     @property
     def reachable_parameters(self) -> int:
-        """Parameters of the dense weights that the plan may change, and of those that it codes."""
-        coded = {code.name for code in self.quantized}
+        """Parameters of the dense weights that the plan may change, and of those that it quantizes."""
+        coded = {weight.name for weight in self.quantized}
         layers = [x for x in self.layers if x.targeted or x.name in coded or (x.rank and not x.tied_to)]
-        embeddings = [code for code in self.quantized if code.is_embedding and not self._has(code)]
-        return sum(x.dense_parameters for x in layers) + sum(code.rows * code.columns for code in embeddings)
+        embeddings = [weight for weight in self.quantized if weight.is_embedding and not self._has(weight)]
+        return sum(x.dense_parameters for x in layers) + sum(
+            weight.rows * weight.columns for weight in embeddings
+        )
 
     @property
     def reachable_fraction(self) -> float:
@@ -373,9 +375,9 @@ class Plan:
             "stays; targets=['*'] says that you know."
         )
 
-    def _has(self, code: QuantizedWeight) -> bool:
-        """Tell whether ``code`` is that of a layer or table in the plan, or of its factor."""
-        return _layer_of(code, self._index) in self._index
+    def _has(self, weight: QuantizedWeight) -> bool:
+        """Tell whether ``weight`` is that of a layer or table in the plan, or of its factor."""
+        return _layer_of(weight, self._index) in self._index
 
     @property
     def kept_fraction(self) -> float:
@@ -462,7 +464,7 @@ class Plan:
 
     def _in_floating_point(self, names: Collection[str]) -> Plan:
         """Return the plan with the weights and factors of the named layers in floating point."""
-        quantized = (code for code in self.quantized if _layer_of(code, self._index) not in names)
+        quantized = (weight for weight in self.quantized if _layer_of(weight, self._index) not in names)
         return replace(self, quantized=tuple(quantized))
 
     def _parted_from(self, names: Collection[str]) -> Plan:
@@ -523,7 +525,7 @@ class Plan:
         layers = tuple(_layer_from_dict(layer) for layer in data["layers"])
         if "model" not in values:
             raise PlanError('The plan does not say which "model" it is for.')
-        quantized = tuple(_quantized_from_dict(code) for code in data.get("quantized", []))
+        quantized = tuple(_quantized_from_dict(weight) for weight in data.get("quantized", []))
         unplanned = tuple(_unplanned_from_dict(weight) for weight in data.get("unplanned", []))
         return cls(**_typed(cls, values, "The plan"), layers=layers, quantized=quantized, unplanned=unplanned)
 
@@ -599,8 +601,8 @@ class Plan:
             footer += f" Errors are of the metric {self.metric!r}."
         if self.loss_increase is not None:
             footer += f" Predicted increase of the loss: {self.loss_increase:.4g}."
-        for scheme in sorted({code.scheme for code in self.quantized}):
-            footer += f" {sum(code.scheme == scheme for code in self.quantized)} weights as {scheme}."
+        for scheme in sorted({weight.scheme for weight in self.quantized}):
+            footer += f" {sum(weight.scheme == scheme for weight in self.quantized)} weights as {scheme}."
         stored = ("stored",) if self.quantized else ()
         header = ("layer", "out×in", "rank", *stored, "kept", "error", "reason")
         reach = [] if self.model_parameters is None else [self.describe_reach()]
@@ -609,8 +611,8 @@ class Plan:
     def _schemes(self) -> dict[str, str]:
         """Return by layer how it is stored, such as ``"int4 + int8"`` for a correction."""
         found: dict[str, list[str]] = {}
-        for code in self.quantized:
-            found.setdefault(_layer_of(code, self._index), []).append(code.scheme)
+        for weight in self.quantized:
+            found.setdefault(_layer_of(weight, self._index), []).append(weight.scheme)
         return {name: " + ".join(dict.fromkeys(schemes)) for name, schemes in found.items()}
 
 
@@ -618,10 +620,10 @@ def _check_plan(name: str, value: object) -> None:
     instance(Plan, "a Plan, from plan(model, ...)", PlanError)(name, value)
 
 
-def _layer_of(code: QuantizedWeight, layers: Container[str]) -> str:
-    """Return the name of the layer or table that ``code`` is of, or of whose factor."""
-    parent = code.name.rpartition(".")[0]
-    return code.name if code.name in layers or parent not in layers else parent
+def _layer_of(weight: QuantizedWeight, layers: Container[str]) -> str:
+    """Return the name of the layer or table that ``weight`` is of, or of whose factor."""
+    parent = weight.name.rpartition(".")[0]
+    return weight.name if weight.name in layers or parent not in layers else parent
 
 
 def _with_codes(summary: str, scheme: str | None) -> str:
@@ -690,7 +692,7 @@ def _layer_from_dict(data: object) -> LayerPlan:
 
 def _quantized_from_dict(data: object) -> QuantizedWeight:
     if not isinstance(data, dict) or not isinstance(data.get("name"), str):
-        raise PlanError('The plan has a coded weight without a "name".')
+        raise PlanError('The plan has a quantized weight without a "name".')
     values = _typed(QuantizedWeight, data, data["name"])
     missing = (
         {field.name for field in fields(QuantizedWeight)}

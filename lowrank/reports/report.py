@@ -35,8 +35,8 @@ class LayerReport:
         parameters_before, parameters: Counts; mostly also the multiply-accumulates (MACs) per token.
         bytes_before, bytes: In the dtype that the layer computes in, and as it is stored.
         added_parameters: Of a bias that the dense layer did not have.
-        scheme: How the weight or factors are coded, such as ``"int8"``, or ``"int4 + int8"`` for a
-            coded weight with factors that correct it; ``None`` if nothing is.
+        scheme: How the weight or factors are quantized, such as ``"int8"``, or ``"int4 + int8"`` for a
+            quantized weight with factors that correct it; ``None`` if nothing is.
         layer_type: ``"linear"``, ``"conv1d"``, or ``"embedding"``, whose rows are looked up.
         tied_to: The table or layer whose weight it uses; parameters and bytes are counted there, here none.
         macs: Multiply-accumulates per token as the layer is now; looking up takes none.
@@ -100,7 +100,7 @@ class Report:
             and its exact size now.
         loss_increase_predicted: Of the objective per term, by the plan; ``None`` if it has none.
         loss_increase_measured: The same as measured on data; ``None`` without data.
-        coded: Every weight that is stored as integers.
+        quantized: Every weight that is stored as integers.
         reachable_parameters: Of ``parameters_before``, those in layers that can change, or have.
         unplanned: Those in none of the ``layers``, with the reason.
     """
@@ -171,12 +171,12 @@ class Report:
         if embeddings:
             before, now = sum(x.parameters_before for x in embeddings), sum(x.parameters for x in embeddings)
             lines.append(f"  tables          {now:,} of {before:,} parameters remain ({now / before:.1%})")
-        for stored in sorted({(code.scheme, code.runs_on) for code in self.coded}):
-            those = [code for code in self.coded if (code.scheme, code.runs_on) == stored]
-            now, before = sum(code.bytes for code in those), sum(code.bytes_before for code in those)
+        for how in sorted({(stored.scheme, stored.runs_on) for stored in self.coded}):
+            those = [stored for stored in self.coded if (stored.scheme, stored.runs_on) == how]
+            now, before = sum(stored.bytes for stored in those), sum(stored.bytes_before for stored in those)
             lines.append(
-                f"  {stored[0]}            {len(those)} weights in {format_bytes(now)}, "
-                f"{format_bytes(before)} before ({stored[1]})"
+                f"  {how[0]}            {len(those)} weights in {format_bytes(now)}, "
+                f"{format_bytes(before)} before ({how[1]})"
             )
         parts = {"predicted": self.loss_increase_predicted, "measured": self.loss_increase_measured}
         known = [f"{word} {value:.4g}" for word, value in parts.items() if value is not None]
@@ -229,8 +229,8 @@ def report(
         plan = adapter().recorded(model)
     coded = tuple(_describe_code(n, m) for n, m in model.named_modules() if isinstance(m, QuantizedModule))
     factors = {f"{layer.name}.down" for layer in layers}
-    embeddings = [code for code in coded if code.runs_on == "lookup" and code.name not in factors]
-    parameters = sum(p.numel() for p in model.parameters()) + sum(code.elements for code in coded)
+    embeddings = [stored for stored in coded if stored.runs_on == "lookup" and stored.name not in factors]
+    parameters = sum(p.numel() for p in model.parameters()) + sum(stored.elements for stored in coded)
     added = sum(x.added_parameters for x in layers)
     added_bytes = sum(
         x.added_parameters * (x.bytes_before // x.parameters_before) for x in layers if x.added_parameters

@@ -34,8 +34,8 @@ from lowrank.linalg import (
 from lowrank.linalg.metric import Side, wide
 from lowrank.linalg.svd import small_side_gram
 from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear, layer_type_of
+from lowrank.plans.parts import scheme_of
 from lowrank.plans.plan import LayerPlan, Plan, QuantizedWeight
-from lowrank.plans.storage_formats import scheme_of
 
 
 def check_stats(seen: Inspection, plan: Plan, stats: Stats | None) -> None:
@@ -156,7 +156,7 @@ def _one_metric_of_inputs(layers: Sequence[LayerPlan], metric: str) -> bool:
 def _metrics_and_scales(
     layers: Sequence[LayerPlan], weights: Sequence[Tensor], metric: str, stats: Stats | None
 ) -> tuple[list[Metric], list[float]]:
-    """Return each layer's metric, and how much its squared error counts: as it does for the allocator."""
+    """Return each layer's metric, and how much its squared error counts: as it does for the solver."""
     each = [metric_of(layer, metric, stats) for layer in layers]
     scales = []
     for layer, weight, own in zip(layers, weights, each, strict=True):
@@ -198,22 +198,22 @@ def factorized(
 def corrected(
     dense: nn.Module,
     layer: LayerPlan,
-    code: QuantizedWeight,
+    stored: QuantizedWeight,
     plan: Plan,
     stats: Stats | None = None,
     seed: int = 0,
 ) -> LowRankLinear:
-    """Return a dense layer with its weight coded, and factors that correct what the codes lost.
+    """Return a dense layer with its weight quantized, and factors that correct what the codes lost.
 
-    The arguments are those of `factorized`; ``code`` says how the weight is coded.
+    The arguments are those of `factorized`; ``stored`` says how the weight is quantized.
     """
     assert layer.rank is not None
-    scheme = scheme_of(code)
+    scheme = scheme_of(stored)
     weight = weight_of(dense).detach()
     metric = error_metric_of(layer, weight, plan.metric, stats)
     moments = input_moments(stats, layer) if plan.metric != "weight" else None
     smooth_scale = None
-    if code.smooth_scale:
+    if stored.smooth_scale:
         assert stats is not None  # checked
         smooth_scale = smooth_scale_of(weight, stats.moments(layer.name).variances(layer.has_bias))
     found = quantize_with_correction(

@@ -37,7 +37,7 @@ def adopt(new: _Module, old: nn.Module) -> _Module:
 
 
 def _is_trainable(module: nn.Module) -> bool:
-    """Tell whether every weight of ``module`` has gradients, or had some before it was coded."""
+    """Tell whether every weight of ``module`` has gradients, or had some before it was quantized."""
     flags = [p.requires_grad for name, p in module.named_parameters() if name.endswith("weight")]
     flags += [part.trainable for part in module.modules() if isinstance(part, (QuantizedModule, TiedLinear))]
     return all(flags)

@@ -1,16 +1,17 @@
 """Make modules with integer weights from floating-point ones. Only `rotate` changes a model: its factors.
 
-Inner dimensions are free to be rotated (``LR = (LO)(OᵀR)``), so before they are coded, factors are brought
-to orthonormal columns of ``L`` and then rotated at random. That spreads every outlier over all components,
-and a rounding error of equal size in each does equal harm. Source of rotating before quantizing: QuIP (Chee
-et al. 2023, arXiv:2307.13304) and QuaRot (Ashkboos et al. 2024, arXiv:2404.00456); between two factors it
-costs nothing at inference. Statistics, where there are any, say how to scale and shift what a layer reads
-(`lowrank.nn.quantized`), and how its inputs lie (`lowrank.linalg.encode`).
+Inner dimensions are free to be rotated (``LR = (LO)(OᵀR)``), so before they are quantized, factors are
+brought to orthonormal columns of ``L`` and then rotated at random. That spreads every outlier over all
+components, and a rounding error of equal size in each does equal harm. Source of rotating before quantizing:
+QuIP (Chee et al. 2023, arXiv:2307.13304) and QuaRot (Ashkboos et al. 2024, arXiv:2404.00456); between two
+factors it costs nothing at inference. Statistics, where there are any, say how to scale and shift what a
+layer reads (`lowrank.nn.quantized`), and how its inputs lie (`lowrank.linalg.encode`).
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -35,24 +36,24 @@ from lowrank.nn import (
     layer_type_named,
     layer_type_of,
 )
-from lowrank.plans.plan import LayerPlan, Plan, QuantizedWeight
-from lowrank.plans.storage_formats import scheme_of
+from lowrank.plans.parts import ModulePart, modules_of, scheme_of
+from lowrank.plans.plan import EMBEDDING, LayerPlan, Plan, QuantizedWeight
 from lowrank.surgery.factorization import check_same_weight
 
 PARTS = ("base", "down", "up")
-"""What a `LowRankLinear` can hold that is coded on its own, by its name within the layer."""
+"""What a `LowRankLinear` can hold that is quantized on its own, by its name within the layer."""
 
 
 def base_of(plan: Plan, layer: LayerPlan) -> QuantizedWeight:
-    """Return how the weight is coded that the factors of ``layer`` correct.
+    """Return how the weight is quantized that the factors of ``layer`` correct.
 
     Raises:
         PlanError: If the plan does not say it.
     """
     name = f"{layer.name}.base"
-    for code in plan.quantized:
-        if code.name == name:
-            return code
+    for stored in plan.quantized:
+        if stored.name == name:
+            return stored
     raise PlanError(
         f"{layer.name}: its factors are to correct a quantized weight, but the plan has no {name} among its "
         "quantized weights."
@@ -62,13 +63,13 @@ def base_of(plan: Plan, layer: LayerPlan) -> QuantizedWeight:
 def check_quantized_weights(
     seen: Inspection, plan: Plan, stats: Stats | None, blocked: Mapping[str, str], loading: bool = False
 ) -> None:
-    """Check that every coded weight of ``plan`` is a layer, table or factor of that shape.
+    """Check that every quantized weight of ``plan`` is a layer, table or factor of that shape.
 
     ``blocked`` tells what must stay as it is, from `lowrank.inspection.eligibility`.
 
     Raises:
-        PlanError: If a module is missing, of another kind or shape, coded otherwise, or must stay as it is;
-            if statistics lack.
+        PlanError: If a module is missing, of another kind or shape, quantized otherwise, or must stay as it
+            is; if statistics lack.
         WeightError: If a weight is not finite, or does not divide into groups.
         StatsError: If the statistics are of another model.
     """
@@ -76,74 +77,75 @@ def check_quantized_weights(
     for layer in plan:
         if layer.correction:
             base_of(plan, layer)
-    for code in plan.quantized:
-        module = modules.get(code.name)
-        if code.name in plan and plan[code.name].tied_to is not None:
+    for stored in plan.quantized:
+        module = modules.get(stored.name)
+        if stored.name in plan and plan[stored.name].tied_to is not None:
             raise PlanError(
-                f"{code.name}: by the plan it uses the weight of {plan[code.name].tied_to}. Code that."
+                f"{stored.name}: by the plan it uses the weight of {plan[stored.name].tied_to}. Quantize "
+                "that."
             )
         try:
-            scheme_of(code)
+            scheme_of(stored)
             if not loading and module is not None and not isinstance(module, QuantizedModule):
                 checked_weight(module.weight)  # type: ignore[arg-type]
             if not loading:
-                check_range(modules, code)
+                check_range(modules, stored)
         except WeightError as error:
-            raise type(error)(f"{code.name}: {error}") from error
+            raise type(error)(f"{stored.name}: {error}") from error
         if isinstance(module, QuantizedModule):
-            if described(code.name, module) != code:
+            if described(stored.name, module) != stored:
                 raise PlanError(
-                    f"{code.name}: coded already, and otherwise than the plan says ({code.scheme}). "
+                    f"{stored.name}: quantized already, and otherwise than the plan says ({stored.scheme}). "
                     "Call decompress(model) first, or start from the dense checkpoint."
                 )
             continue
-        if _shape_after(modules, plan, code.name) != (code.layer_type, code.rows, code.columns, code.bias):
+        if _module_after(modules, plan, stored.name) != (
+            *(stored.name, stored.layer_type, stored.rows, stored.columns, stored.bias),
+        ):
             raise PlanError(
-                f"{code.name}: the plan has a coded {code.layer_type} of shape ({code.rows}, {code.columns}) "
+                f"{stored.name}: the plan has a quantized {stored.layer_type} of shape ({stored.rows}, "
+                f"{stored.columns}) "
                 f"there, which does not fit {type(seen.model).__name__}."
             )
-        if code.name in blocked:
-            raise PlanError(f"{code.name}: this weight cannot be coded: it {blocked[code.name]}.")
-        if code.input_shift and _serves_several(code, plan):
-            raise PlanError(f"{code.name}: cannot be centred: several layers use it, with unlike inputs.")
-        if code.input_shift > code.smooth_scale or code.smooth_scale > (not code.is_embedding):
+        if stored.name in blocked:
+            raise PlanError(f"{stored.name}: this weight cannot be quantized: it {blocked[stored.name]}.")
+        if stored.input_shift and _serves_several(stored, plan):
+            raise PlanError(f"{stored.name}: cannot be centred: several layers use it, with unlike inputs.")
+        if stored.input_shift > stored.smooth_scale or stored.smooth_scale > (not stored.is_embedding):
             raise PlanError(
-                f"{code.name}: a {code.layer_type} cannot be centred without being smooth, nor a table."
+                f"{stored.name}: a {stored.layer_type} cannot be centred without being smooth, nor a table."
             )
-        if code.smooth_scale and not loading:
-            _check_stats(code, seen, plan, stats)
+        if stored.smooth_scale and not loading:
+            _check_stats(stored, seen, plan, stats)
 
 
-def _serves_several(code: QuantizedWeight, plan: Plan) -> bool:
+def _serves_several(stored: QuantizedWeight, plan: Plan) -> bool:
     """Tell whether several layers use the codes: the mean of one's inputs is not that of another's."""
-    layer = code.name.rpartition(".")[0]
-    readers = (code.name, layer, *(reader.name for reader in plan.shared.get(layer, ())))
+    layer = stored.name.rpartition(".")[0]
+    readers = (stored.name, layer, *(reader.name for reader in plan.shared.get(layer, ())))
     return any(name in plan.equal for name in readers)
 
 
 def without_shared_input_shifts(plan: Plan) -> Plan:
     """Return ``plan`` with inputs centred only where one layer uses the weight."""
     quantized = (
-        replace(code, input_shift=False) if _serves_several(code, plan) else code for code in plan.quantized
+        replace(stored, input_shift=False) if _serves_several(stored, plan) else stored
+        for stored in plan.quantized
     )
     return replace(plan, quantized=tuple(quantized))
 
 
-LARGEST_INT4, SMALLEST_INT4 = 2e5, 1e-5
-"""Largest element of weights whose scales under int4 float16 can hold, with room for what scales inputs."""
-
-
-def check_range(modules: Mapping[str, nn.Module], code: QuantizedWeight) -> None:
-    """Refuse weights, or factors of weights, that ``code``'s scheme cannot hold.
+def check_range(modules: Mapping[str, nn.Module], stored: QuantizedWeight) -> None:
+    """Refuse weights, or factors of weights, that ``stored``'s scheme cannot hold.
 
     Raises:
-        WeightError: If a weight is not finite, or the scales of int4 would be lost in float16.
+        WeightError: If a weight is not finite, or the scales cannot hold it.
         SchemeError: If the scheme is unknown, or does not divide the weight's rows.
     """
-    parent, _, part = code.name.rpartition(".")
-    layer = modules.get(code.name, modules.get(parent) if part in PARTS else None)
+    parent, _, part = stored.name.rpartition(".")
+    layer = modules.get(stored.name, modules.get(parent) if part in PARTS else None)
     weight = getattr(layer, "weight", None)
-    scheme = scheme_of(code)
+    scheme = scheme_of(stored)
     if (
         isinstance(weight, Tensor)
         and not isinstance(layer, QuantizedModule)
@@ -155,89 +157,82 @@ def check_range(modules: Mapping[str, nn.Module], code: QuantizedWeight) -> None
 
 
 def check_holds(scheme: Scheme | None, weight: Tensor) -> None:
-    """Refuse int4 for a weight whose scales would be lost in float16; a weight without data passes.
+    """Refuse a scheme for a weight that its scales cannot hold; a weight without data passes.
 
     Raises:
-        WeightError: If they would be.
+        WeightError: If they cannot.
     """
-    if scheme is None or scheme.name != "int4" or weight.is_meta or not weight.numel():
+    if scheme is None or weight.is_meta or not weight.numel():
+        return
+    smallest, most = scheme.storage.smallest, scheme.storage.largest
+    if (smallest, most) == (0.0, math.inf):
         return
     largest = float(weight.detach().abs().max())
-    if largest and not SMALLEST_INT4 < largest < LARGEST_INT4:
+    if largest and not smallest < largest < most:
         raise WeightError(
-            f"its largest element is {largest:.2g}, and int4 has float16 scales, for weights from "
-            f"{SMALLEST_INT4:g} to {LARGEST_INT4:g}. Use int8, or ignore this layer."
+            f"its largest element is {largest:.2g}, and the scales of {scheme.name} are for weights from "
+            f"{smallest:g} to {most:g}. Use int8, or ignore this layer."
         )
 
 
-def _shape_after(
-    modules: Mapping[str, nn.Module], plan: Plan, name: str
-) -> tuple[str, int, int, bool] | None:
-    """Return kind, shape and bias of what will be called ``name`` once the layers are factorized."""
+def _module_after(modules: Mapping[str, nn.Module], plan: Plan, name: str) -> ModulePart | None:
+    """Return what will be called ``name`` once the layers are factorized, if it has a weight."""
     parent, _, part = name.rpartition(".")
     if part in PARTS and parent in plan and plan[parent].rank is not None:
-        layer = plan[parent]
-        rank = layer.rank or 0
-        if part == "base":
-            return ("linear", layer.out_features, layer.in_features, False) if layer.correction else None
-        if layer.is_embedding:
-            if part == "down":
-                return "embedding", layer.out_features, rank, False
-            return "linear", layer.in_features, rank, layer.has_bias
-        if part == "down":
-            return ("linear", rank, layer.in_features, False) if layer.shares_down_with is None else None
-        return "linear", layer.out_features, rank, layer.has_bias
+        return modules_of(plan[parent]).get(part)
     module = modules.get(name)
-    if isinstance(module, nn.Embedding) and (name not in plan or plan[name].rank is None):
-        return "embedding", module.num_embeddings, module.embedding_dim, False
-    layer_type = layer_type_of(module) if module is not None else None
-    if module is None or layer_type is None or (name in plan and plan[name].rank is not None):
+    if module is None or (name in plan and plan[name].rank is not None):
+        return None
+    if isinstance(module, nn.Embedding):
+        return ModulePart(name, EMBEDDING, module.num_embeddings, module.embedding_dim, False)
+    layer_type = layer_type_of(module)
+    if layer_type is None:
         return None
     rows, columns = layer_type.weight(module).shape
-    return layer_type.name, rows, columns, module.bias is not None
+    return ModulePart(name, layer_type.name, rows, columns, module.bias is not None)
 
 
-def _check_stats(code: QuantizedWeight, seen: Inspection, plan: Plan, stats: Stats | None) -> None:
+def _check_stats(stored: QuantizedWeight, seen: Inspection, plan: Plan, stats: Stats | None) -> None:
     """Refuse to scale inputs without statistics, or by those of another model."""
-    parent, _, part = code.name.rpartition(".")
+    parent, _, part = stored.name.rpartition(".")
     within = part in ("base", "down") and parent in plan and plan[parent].rank is not None
-    reader = parent if within else code.name
+    reader = parent if within else stored.name
     if stats is None or reader not in stats:
         raise PlanError(
-            f"{code.name}: the plan scales this layer's inputs by their statistics: pass "
+            f"{stored.name}: the plan scales this layer's inputs by their statistics: pass "
             "stats=calibrate(model, data)."
         )
     if layer_type_of(seen.modules[reader]) is not None:
         check_same_weight(seen, reader, stats)
     features = len(stats.inputs[stats.sources[reader]].total)
-    if features != code.columns:
+    if features != stored.columns:
         raise StatsError(
-            f"{code.name}: reads {code.columns} features, but in the statistics it has {features}. "
+            f"{stored.name}: reads {stored.columns} features, but in the statistics it has {features}. "
             "They are of another model: calibrate this one's dense form."
         )
 
 
 @torch.no_grad()
 def quantized_module(
-    model: nn.Module, code: QuantizedWeight, stats: Stats | None
+    model: nn.Module, stored: QuantizedWeight, stats: Stats | None
 ) -> tuple[QuantizedModule, Tensor | None]:
-    """Return the module to put in place of ``model``'s ``code.name``.
+    """Return the module to put in place of ``model``'s ``stored.name``.
 
     Returns:
         The module, and what the layer's bias has to take up when it is put there, ``(out,)``; of a ``down``
         that is the bias of its ``up``. ``None`` if nothing.
     """
-    scheme, module = scheme_of(code), model.get_submodule(code.name)
+    scheme, module = scheme_of(stored), model.get_submodule(stored.name)
     if isinstance(module, nn.Embedding):
         return QuantizedEmbedding.from_embedding(module, scheme), None
     layer_type = layer_type_named("linear") if isinstance(module, SharedDown) else layer_type_of(module)
     assert layer_type is not None  # checked
     weight = layer_type.weight(module)
     bias: nn.Parameter | None = module.bias  # type: ignore[assignment]
-    parent, _, part = code.name.rpartition(".")
+    parent, _, part = stored.name.rpartition(".")
     layer = model.get_submodule(parent)
     factor = part if isinstance(layer, LowRankLinear) else None
-    reader = code.name if factor is None else parent
+    reader = stored.name if factor is None else parent
     if stats is None or reader not in stats:
         return _like(module).from_weight(weight, bias, scheme, layer_type=layer_type.name), None
     inputs = stats.inputs[stats.sources[reader]]
@@ -250,8 +245,8 @@ def quantized_module(
     if factor == "down":
         inputs = _of_all(model, layer, stats)
     smooth_scale = input_shift = mean = None
-    if code.smooth_scale:
-        smooth_scale, input_shift = _scaling(weight, inputs, code.input_shift)
+    if stored.smooth_scale:
+        smooth_scale, input_shift = _scaling(weight, inputs, stored.input_shift)
     if input_shift is not None and smooth_scale is not None:
         mean = weight.float() @ (input_shift.float() / smooth_scale.float())
         if isinstance(layer, LowRankLinear):
@@ -263,7 +258,7 @@ def quantized_module(
         layer_type=layer_type.name,
         smooth_scale=smooth_scale,
         input_shift=input_shift,
-        moments=_second(inputs, code.input_shift, weight.device),
+        moments=_second(inputs, stored.input_shift, weight.device),
     )
     return new, mean
 

@@ -35,8 +35,8 @@ from lowrank.nn import (
     layer_type_of,
     register_layer_type,
 )
+from lowrank.plans.parts import scheme_of
 from lowrank.plans.plan import LayerPlan, Plan, QuantizedWeight
-from lowrank.plans.storage_formats import scheme_of
 from lowrank.surgery.factorization import (
     corrected,
     factorized,
@@ -122,29 +122,31 @@ def quantize_weights(
     """Put integers in place of the weights that ``plan`` codes, which `check_request` has accepted."""
     stats = pooled(stats, plan, centred=False)
     todo = [
-        code for code in plan.quantized if not isinstance(model.get_submodule(code.name), QuantizedModule)
+        stored
+        for stored in plan.quantized
+        if not isinstance(model.get_submodule(stored.name), QuantizedModule)
     ]
-    todo.sort(key=lambda code: code.name.endswith(".up"))  # a down needs its up in floating point
-    names = {code.name for code in todo}
+    todo.sort(key=lambda stored: stored.name.endswith(".up"))  # a down needs its up in floating point
+    names = {stored.name for stored in todo}
     for name, module in model.named_modules():
         if isinstance(module, _Factorized) and {f"{name}.down", f"{name}.up"} <= names:
             readers = readers_of(model, module) if isinstance(module, LowRankLinear) else {name: module}
             if {f"{reader}.up" for reader in readers} <= names:
                 with uninterrupted():
                     rotate(list(readers.values()), seed)
-    for code in tqdm(todo, desc="quantizing", unit="weight", disable=None if progress else True):
+    for stored in tqdm(todo, desc="quantizing", unit="weight", disable=None if progress else True):
         with uninterrupted():
-            _quantize_weight(model, code, plan, stats)
+            _quantize_weight(model, stored, plan, stats)
 
 
-def _quantize_weight(model: nn.Module, code: QuantizedWeight, plan: Plan, stats: Stats | None) -> None:
+def _quantize_weight(model: nn.Module, stored: QuantizedWeight, plan: Plan, stats: Stats | None) -> None:
     """Put integers in place of one weight, and let a bias take up the mean of its inputs."""
-    old = model.get_submodule(code.name)
-    new, mean = quantized_module(model, code, stats)
-    replace_module(model, code.name, adopt(new, old))
-    _follow(model, plan, code.name)
+    old = model.get_submodule(stored.name)
+    new, mean = quantized_module(model, stored, stats)
+    replace_module(model, stored.name, adopt(new, old))
+    _follow(model, plan, stored.name)
     if mean is not None:
-        holder = model.get_submodule(code.name.rpartition(".")[0])
+        holder = model.get_submodule(stored.name.rpartition(".")[0])
         taker = holder.bias if isinstance(holder, LowRankLinear) else new.bias
         with torch.no_grad():
             taker.add_(mean.to(taker.dtype))  # type: ignore[operator,union-attr,arg-type]
@@ -263,10 +265,10 @@ def restructure(model: nn.Module, plan: Plan) -> nn.Module:
         if layer.shares_down_with is not None:
             new.share_down_with(model.get_submodule(layer.shares_down_with), layer.same_input)  # type: ignore[arg-type]
         replace_module(model, layer.name, adopt(new, dense))
-    for code in plan.quantized:
-        old = model.get_submodule(code.name)
+    for stored in plan.quantized:
+        old = model.get_submodule(stored.name)
         if not isinstance(old, QuantizedModule):
-            replace_module(model, code.name, adopt(_without_data(code, old), old))
+            replace_module(model, stored.name, adopt(_without_data(stored, old), old))
     for owner in {layer.tied_to for layer in plan.tied}:
         _follow(model, plan, owner)  # type: ignore[arg-type]
     return model
@@ -283,27 +285,29 @@ def _embedding_without_data(layer: LayerPlan, dense: nn.Embedding) -> LowRankEmb
     return new
 
 
-def _without_data(code: QuantizedWeight, old: nn.Module) -> QuantizedModule:
-    """Make the module that ``code`` describes, on the meta device; a bias stays."""
-    scheme = scheme_of(code)
+def _without_data(stored: QuantizedWeight, old: nn.Module) -> QuantizedModule:
+    """Make the module that ``stored`` describes, on the meta device; a bias stays."""
+    scheme = scheme_of(stored)
     dtype: torch.dtype = old.weight.dtype  # type: ignore[assignment,union-attr]
-    if code.is_embedding:
+    if stored.is_embedding:
         padding: int | None = old.padding_idx  # type: ignore[assignment]
         return QuantizedEmbedding(
-            code.rows, code.columns, scheme, padding_idx=padding, device="meta", dtype=dtype
+            stored.rows, stored.columns, scheme, padding_idx=padding, device="meta", dtype=dtype
         )
-    new = _empty_linear(code, dtype, SharedQuantizedDown if isinstance(old, SharedDown) else QuantizedLinear)
+    new = _empty_linear(
+        stored, dtype, SharedQuantizedDown if isinstance(old, SharedDown) else QuantizedLinear
+    )
     bias: nn.Parameter | None = old.bias  # type: ignore[assignment]
     new.register_parameter("bias", bias)
     return new
 
 
 def _empty_linear(
-    code: QuantizedWeight, dtype: torch.dtype, cls: type[QuantizedLinear] = QuantizedLinear
+    stored: QuantizedWeight, dtype: torch.dtype, cls: type[QuantizedLinear] = QuantizedLinear
 ) -> QuantizedLinear:
-    flags = {"smooth_scale": code.smooth_scale, "input_shift": code.input_shift}
-    sizes, scheme = (code.columns, code.rows), scheme_of(code)
-    return cls(*sizes, False, scheme, layer_type=code.layer_type, **flags, device="meta", dtype=dtype)
+    flags = {"smooth_scale": stored.smooth_scale, "input_shift": stored.input_shift}
+    sizes, scheme = (stored.columns, stored.rows), scheme_of(stored)
+    return cls(*sizes, False, scheme, layer_type=stored.layer_type, **flags, device="meta", dtype=dtype)
 
 
 @without_autocast()
@@ -325,7 +329,7 @@ def decompress(model: nn.Module) -> nn.Module:
         LowRankLinear,
         LowRankEmbedding,
         QuantizedModule,
-    ):  # what consists of coded parts before these
+    ):  # what consists of quantized parts before these
         for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, cls)]:
             replace_module(model, name, adopt(_dense_form(module), module))
     for name, owner in users.items():

@@ -124,7 +124,7 @@ def _check_can_go_through(model: nn.Module, plan: Plan, blocks: Mapping[str, nn.
         )
     if any(layer.correction for layer in plan.factorized):
         raise LowRankError(
-            "sequential=True fits factors anew that replace weights, and these correct coded ones. "
+            "sequential=True fits factors anew that replace weights, and these correct quantized ones. "
             "Leave it out."
         )
     if any(layer.name in plan.equal for layer in plan.factorized):

@@ -153,7 +153,7 @@ def _check_shared(
 
 def _check_heads(seen: Inspection, plan: Plan) -> None:
     """Check that no table is replaced without the heads that are tied to it."""
-    compressed = {layer.name for layer in plan.factorized} | {code.name for code in plan.quantized}
+    compressed = {layer.name for layer in plan.factorized} | {stored.name for stored in plan.quantized}
     for head, table in seen.tied_heads.items():
         if table in compressed and (head not in plan or plan[head].tied_to != table):
             raise PlanError(

@@ -411,7 +411,7 @@ def misuse(session: Session, random: Random) -> None:
         "quantize",
         "decompress",
         "report",
-        "spectra",
+        "error_curves",
         "save",
         "recover",
     )

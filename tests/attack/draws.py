@@ -91,7 +91,7 @@ def request(random: Random, layers: Sequence[str], size: int) -> Arguments:
 
 
 def budget_in_bytes(random: Random, size: int) -> Arguments:
-    """Return a budget in bytes that codes can meet."""
+    """Return a budget in bytes that quantizes can meet."""
     return {"max_bytes": max(1, int(size * random.uniform(0.15, 0.9)))}
 
 

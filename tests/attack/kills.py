@@ -349,11 +349,11 @@ def scene(rng: random.Random, folder: Path) -> Scene:
     return Scene(writer, folder, others, before)
 
 
-def stop_of(rng: random.Random, course: Expected) -> Stop:
+def stop_of(rng: random.Random, training: Expected) -> Stop:
     way = rng.choice(["kill", "kill", "interrupt", "full"])
     if way != "full" and rng.random() < 0.25:
-        return Stop(way, seconds=rng.uniform(0, course.seconds))
-    return Stop(way, step=rng.randint(1, course.steps), torn=way == "kill" and rng.random() < 0.5)
+        return Stop(way, seconds=rng.uniform(0, training.seconds))
+    return Stop(way, step=rng.randint(1, training.steps), torn=way == "kill" and rng.random() < 0.5)
 
 
 @patch("os.fsync", lambda handle: None)  # slow, and a kill does not lose what is in memory

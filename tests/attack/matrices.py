@@ -202,7 +202,7 @@ def shared(draw: Draw) -> str:
 
 
 def multiplied(draw: Draw) -> str:
-    """Multiply by a coded matrix, with gradients and without: it is the decoded weight's product."""
+    """Multiply by a quantized matrix, with gradients and without: it is the dequantized weight's product."""
     rows, columns, tokens = draw.size(), draw.size(), draw.choose.randint(0, 40)
     weight, bias = draw.weight(rows, columns, torch.float32), nn.Parameter(draw.gaussian(rows).float())
     scheme = Scheme("int8")

@@ -23,7 +23,8 @@ PLAIN = (bool, int, float, str, tuple, type(None))
 def state_of(model: nn.Module) -> State:
     """Return all that can be seen of ``model``, by a name for each thing.
 
-    Buffers of coded layers are those of the state dict: a call may bring them into an order of the kernel's.
+    Buffers of quantized layers are those of the state dict: a call may bring them into an order of the
+    kernel's.
     """
     state: State = {}
     coded: dict[str, Tensor] = {}

@@ -23,8 +23,8 @@ def relative(weight, scheme, moments=None):
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_shapes_and_dtypes_are_those_that_the_scheme_says(scheme):
     codes, scale = quantize_weight(gaussian(6, 64), scheme)
-    assert (codes.shape, scale.shape) == scheme.shapes(6, 64)
-    assert (codes.dtype, scale.dtype) == scheme.dtypes
+    made = {"codes": (codes.shape, codes.dtype), "scale": (scale.shape, scale.dtype)}
+    assert made == scheme.tensors(6, 64)
 
 
 @given(

@@ -1,4 +1,4 @@
-"""A coded weight with low-rank correction: bounds that hold whatever the rounding does."""
+"""A quantized weight with low-rank correction: bounds that hold whatever the rounding does."""
 
 import pytest
 import torch

@@ -53,7 +53,7 @@ def test_rows_and_outputs_are_those_of_one_dense_table(make):
     ids, hidden = torch.arange(ROWS).reshape(5, 10), random(3, 7, WIDTH)
     head = TiedLinear(owner, nn.Parameter(random(ROWS, seed=3)))
     with torch.no_grad():
-        # a coded second factor reads a row or two at a time through kernels that round what they read
+        # a quantized second factor reads a row or two at a time through kernels that round what they read
         assert (owner(ids) - dense[ids]).norm() < (0.01 if coded(owner) else 1e-5) * dense.norm()
         exact = hidden @ dense.T + head.bias
         error = (head(hidden) - exact).norm() / exact.norm()
@@ -135,4 +135,4 @@ def test_it_compiles_to_the_same(make):
     with torch.no_grad():
         expected = model(ids)
         found = torch.compile(model, backend="eager")(ids)
-    assert (found - expected).norm() < 0.03 * expected.norm()  # compiled, codes are decoded
+    assert (found - expected).norm() < 0.03 * expected.norm()  # compiled, codes are dequantized

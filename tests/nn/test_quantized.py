@@ -119,7 +119,7 @@ def test_integers_multiply_every_shape_as_the_decoded_weight_does(rows, kernel, 
         monkeypatch.setattr(torch, "_int_mm", exact_int_mm)
     for columns in SIZES:
         layer = QuantizedLinear.from_weight(gaussian(rows, columns), None, Scheme("int8"))
-        assert layer.runs_on() == ("decoded" if columns == 1 else "int8")
+        assert layer.runs_on() == ("dequantized" if columns == 1 else "int8")
         for tokens in (0, *SIZES):
             x = gaussian(columns, tokens, seed=1).T  # in no way that kernels like
             codes, step = module.quantized(x.contiguous(), None, None)
@@ -257,12 +257,12 @@ def test_threads_may_be_the_first_to_call():
 
 def test_what_runs_is_told(layer):
     if layer.scheme.name == "int8":
-        assert layer.runs_on() == ("int8" if module._INTEGERS else "decoded")
+        assert layer.runs_on() == ("int8" if module._INTEGERS else "dequantized")
     else:
-        assert layer.runs_on() == ("int4 (up to 128 tokens)" if INT4 else "decoded")
-    assert QuantizedLinear(64, 40, False, Scheme("int4")).runs_on() == "decoded"
-    assert QuantizedLinear(64, 48, False, Scheme("int4", 16)).runs_on() == "decoded"
-    assert layer.to("meta").runs_on() == "decoded"
+        assert layer.runs_on() == ("int4 (up to 128 tokens)" if INT4 else "dequantized")
+    assert QuantizedLinear(64, 40, False, Scheme("int4")).runs_on() == "dequantized"
+    assert QuantizedLinear(64, 48, False, Scheme("int4", 16)).runs_on() == "dequantized"
+    assert layer.to("meta").runs_on() == "dequantized"
 
 
 @integers
@@ -420,7 +420,7 @@ def test_cuda_computes_what_the_cpu_does(rows, monkeypatch):
 def test_cuda_tells_from_where_on_integers_multiply():
     layer = QuantizedLinear(4096, 1024, False, Scheme("int8"), device="cuda")
     assert layer.runs_on() == "int8 (from 1,024 tokens)"
-    assert QuantizedLinear(4096, 1001, False, Scheme("int8"), device="cuda").runs_on() == "decoded"
+    assert QuantizedLinear(4096, 1001, False, Scheme("int8"), device="cuda").runs_on() == "dequantized"
 
 
 @pytest.mark.cuda
@@ -445,5 +445,5 @@ def test_cuda_multiplies_int4_as_the_decoded_weight_does(rows, columns, size, to
         assert (y.double() - exact).norm() < 0.008 * exact.norm()
         assert torch.equal(layer.state_dict()["codes"].cpu(), stored)
         many = gaussian(200, columns, seed=2).cuda().to(dtype)
-        assert torch.equal(layer(many), copy.deepcopy(layer)(many))  # decoded from either order
+        assert torch.equal(layer(many), copy.deepcopy(layer)(many))  # dequantized from either order
         assert torch.equal(layer.cpu().codes, stored)
