@@ -285,7 +285,7 @@ WRONG_USE = {
         ["--rank", 65, "--targets", "encoder.layer.0.attention.self.query"],
         "rank 65 is above min(out, in) = 64",
     ),
-    "bad-allocation": (["--keep", 0.5, "--allocation", "random"], "choose one of global, uniform"),
+    "bad-allocation": (["--keep", 0.5, "--allocation", "random"], "give one of 'global', 'uniform'"),
     "bad-round-to": (["--keep", 0.5, "--round-to", 0], "round_to=0"),
     "no-layer-changes": (["--rank", 60], "no layer of BertModel would change"),
 }

@@ -10,15 +10,9 @@ from lowrank import BudgetError, SchemeError, compress
 from lowrank.allocation.candidates import merged
 from lowrank.linalg import Scheme
 from lowrank.nn import LowRankLinear, QuantizedModule
+from lowrank.plans.parts import layer_bytes, quantized_bytes
 from lowrank.plans.plan import LayerPlan
-from lowrank.plans.storage_formats import (
-    FLOAT,
-    INT8,
-    StorageFormat,
-    quantized_bytes,
-    storage_formats_of,
-    stored_bytes,
-)
+from lowrank.plans.storage_formats import FLOAT, INT8, StorageFormat, storage_formats_of
 from lowrank.reports.evaluation import loss_increase
 
 INT4 = Scheme("int4", 32)
@@ -49,7 +43,7 @@ def test_the_bytes_of_a_form_are_those_of_the_module_it_becomes(mlp, form, rank,
     planned = lowrank.Plan("Sequential", (layer,), metric=metric, quantized=tuple(codes))
     lowrank.apply(mlp, planned, stats=stats if known else None)
     bias = 96 * 4
-    assert stored_bytes(layer, codes, 4) == size(mlp[0]) - bias
+    assert layer_bytes(layer, codes, 4) == size(mlp[0]) - bias
     coded = [module for module in mlp[0].modules() if isinstance(module, QuantizedModule)]
     assert sum(map(quantized_bytes, codes)) == sum(module.stored_bytes for module in coded)
 

@@ -161,7 +161,7 @@ def test_the_report_counts_every_byte_and_names_the_kernel(tiny_bert):
     quantize(compress(tiny_bert, rank=16))
     told = report(tiny_bert)
     assert told.checkpoint_bytes_before == pytest.approx(dense_bytes, rel=0.02)
-    assert {code.runs_on for code in told.coded} <= {"lookup", "int8", "dequantized"}
+    assert {code.runs_on for code in told.quantized} <= {"lookup", "int8", "dequantized"}
     layer = next(layer for layer in told.layers if layer.name == "encoder.layer.0.output.dense")
     assert (layer.scheme, layer.bytes) == ("int8", 16 * (128 + 64) + 4 * (16 + 64))
     assert "int8" in str(told)
@@ -373,7 +373,7 @@ def test_a_plan_without_its_statistics_is_refused_before_anything_changes(tiny_b
     with pytest.raises(PlanError, match="pass stats=calibrate"):
         lowrank.apply(tiny_bert, done)
     assert lowrank.plan(tiny_bert, rank=8).factorized  # dense still
-    with pytest.raises(PlanError, match="codes this weight twice"):
+    with pytest.raises(PlanError, match="quantizes this weight twice"):
         Plan.from_dict(
             done.to_dict() | {"quantized": [*done.to_dict()["quantized"], done.to_dict()["quantized"][0]]}
         )
@@ -382,7 +382,7 @@ def test_a_plan_without_its_statistics_is_refused_before_anything_changes(tiny_b
 def test_an_interrupt_leaves_a_model_that_can_be_saved(tiny_bert, stats, tmp_path, monkeypatch):
     from lowrank.surgery import replacement
 
-    dense, calls, real = copy.deepcopy(tiny_bert), [], replacement.coded
+    dense, calls, real = copy.deepcopy(tiny_bert), [], replacement.quantized_module
 
     def interrupted(*arguments):
         calls.append(1)

@@ -150,7 +150,7 @@ def test_sharing_and_going_block_by_block_are_refused(tiny_bert, stats):
     with pytest.raises(BudgetError, match="leave out share="):
         compress(tiny_bert, rank=8, correction=True, quantize="int4", share="inputs", stats=stats)
     data = [{"input_ids": IDS}] * 8
-    with pytest.raises(LowRankError, match="not residuals"):
+    with pytest.raises(LowRankError, match="not corrections"):
         compress(tiny_bert, rank=8, correction=True, quantize="int4", sequential=True, data=data)
 
 

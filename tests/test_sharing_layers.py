@@ -326,7 +326,7 @@ def test_block_by_block_a_basis_of_several_blocks_is_refused_before_anything_cha
     ("options", "message"),
     [
         ({"share": "inputs", "share_size": 2}, 'it goes with share="layers"'),
-        ({"share": "layers", "share_size": 1}, "share_size=1: give a whole number of blocks, at least 2"),
+        ({"share": "layers", "share_size": 1}, "share_size=1: give a whole number from 2"),
         ({"share": "layers", "share_size": True}, "share_size=True: give a whole number"),
         ({"share": "layers", "share_size": 50}, "share_size=50: BertModel has 4 repeated blocks"),
         ({"share": "layers", "targets": ["encoder.layer.2.*"]}, "no two adjacent ones have targeted layers"),

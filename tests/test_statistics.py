@@ -120,7 +120,7 @@ def test_a_metric_that_the_statistics_lack_is_refused(mlp):
         plan(mlp, keep=0.5, stats=bare, metric="loss")
     with pytest.raises(BudgetError, match="needs statistics"):
         plan(mlp, keep=0.5, metric="inputs")
-    with pytest.raises(BudgetError, match="choose one of"):
+    with pytest.raises(BudgetError, match="give one of"):
         plan(mlp, keep=0.5, stats=bare, metric="taste")
 
 

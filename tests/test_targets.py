@@ -1,6 +1,7 @@
 """Which layers may change, and for each of the others the reason, found in the model itself."""
 
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.nn import functional
 
 from lowrank import LowRankLinear, compress, plan
 from lowrank.errors import LowRankError, TargetError
-from lowrank.inspection import eligibility
+from lowrank.inspection import inspection
 from lowrank.inspection.eligibility import find_obstacles
 from lowrank.inspection.inspection import Inspection
 from lowrank.inspection.targets import draft
@@ -363,11 +364,26 @@ def test_a_plain_model_has_no_obstacles(mlp, tiny_bert):
     assert find_obstacles(Inspection(tiny_bert)) == {}
 
 
-def test_the_code_of_a_model_is_read_once_for_each_stage(tiny_bert, monkeypatch):
-    scans, find_readers = [], eligibility.find_readers
-    monkeypatch.setattr(eligibility, "find_readers", lambda model: scans.append(model) or find_readers(model))
-    draft(Inspection(tiny_bert), targets=["*.word_embeddings", "*"], separately_saved=[])
-    assert len(scans) == 1
-    scans.clear()
-    compress(tiny_bert, rank=4, targets=["*"])
-    assert len(scans) == 4  # for the draft, what no plan reaches, what apply checks, and the config
+@pytest.fixture
+def counted(monkeypatch):
+    """How often the code of a model is read, and each weight hashed."""
+    counts = Counter()
+    read, hashed = inspection.find_readers, inspection.fingerprint_of_layer
+    monkeypatch.setattr(inspection, "find_readers", lambda model: counts.update(["scans"]) or read(model))
+    monkeypatch.setattr(
+        inspection, "fingerprint_of_layer", lambda layer: counts.update([id(layer.weight)]) or hashed(layer)
+    )
+    return counts
+
+
+@pytest.mark.parametrize("ask", [{"rank": 4, "targets": ["*"]}, {"keep": 0.5, "quantize": "int8"}], ids=str)
+@pytest.mark.parametrize("calibrated", [False, True], ids=["plain", "calibrated"])
+def test_one_call_inspects_the_model_once(counted, ask, calibrated):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    model = BertForSequenceClassification(BertConfig(**sizes, vocab_size=99))
+    data = [{"input_ids": torch.randint(99, (4, 12))} for _ in range(6)] if calibrated else None
+    compress(model, data=data, **ask)
+    assert counted.pop("scans") == 1
+    assert counted and set(counted.values()) == {1}

@@ -72,6 +72,9 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         quant_method: str = METHOD,
         **options: Unpack[CompressionOptions],
     ) -> None:
+        config = None
+        if options:
+            config = configured(CompressionConfig, "LowRankConfig", None, options)
         self.quant_method = quant_method
         self.plan = plan
         given = sum((bool(options), plan is not None, verify is not None))
@@ -88,7 +91,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if verify is not None:
             self.verify = flag("verify", verify)
             return
-        config = configured(CompressionConfig, "LowRankConfig", None, options)
+        config = config if config is not None else CompressionConfig()
         config.budget  # noqa: B018 - raises where there is none
         self.__dict__.update(given_options(config))
 

@@ -100,6 +100,11 @@ class Inspection:
             found.setdefault(place_of(parameter), []).append(name)
         return found
 
+    def release(self) -> None:
+        """Let go of all modules but the model: it is about to change, and what it loses must be freed."""
+        for name in ("modules", "linear", "embeddings"):
+            self.__dict__.pop(name, None)
+
     def fingerprint(self, name: str) -> str:
         """Return the digest of a layer's weight, which is computed once."""
         if name not in self._fingerprints:

@@ -71,7 +71,7 @@ def _card(model: nn.Module, header: str, budget: str, loading: list[str]) -> str
 
 def _figures(costs: Report, budget: str) -> list[str]:
     done = [f"{len(costs.factorized)} of {len(costs.layers)} layers factorized"]
-    schemes = Counter(code.scheme for code in costs.coded)
+    schemes = Counter(code.scheme for code in costs.quantized)
     done += [f"{count} weights quantized to {scheme}" for scheme, count in sorted(schemes.items())]
     asked = f" (`{budget}`)" if budget else ""
     dense, now = format_bytes(costs.checkpoint_bytes_before), format_bytes(costs.checkpoint_bytes)

@@ -113,7 +113,7 @@ class Report:
     checkpoint_bytes: int
     loss_increase_predicted: float | None = None
     loss_increase_measured: float | None = None
-    coded: tuple[QuantizedReport, ...] = ()
+    quantized: tuple[QuantizedReport, ...] = ()
     reachable_parameters: int = 0
     unplanned: tuple[UnplannedWeight, ...] = ()
 
@@ -170,9 +170,9 @@ class Report:
         ]
         if embeddings:
             before, now = sum(x.parameters_before for x in embeddings), sum(x.parameters for x in embeddings)
-            lines.append(f"  tables          {now:,} of {before:,} parameters remain ({now / before:.1%})")
-        for how in sorted({(stored.scheme, stored.runs_on) for stored in self.coded}):
-            those = [stored for stored in self.coded if (stored.scheme, stored.runs_on) == how]
+            lines.append(f"  embeddings      {now:,} of {before:,} parameters remain ({now / before:.1%})")
+        for how in sorted({(stored.scheme, stored.runs_on) for stored in self.quantized}):
+            those = [stored for stored in self.quantized if (stored.scheme, stored.runs_on) == how]
             now, before = sum(stored.bytes for stored in those), sum(stored.bytes_before for stored in those)
             lines.append(
                 f"  {how[0]}            {len(those)} weights in {format_bytes(now)}, "
@@ -227,10 +227,12 @@ def report(
     tensors = adapter().saved_tensors(model)
     if plan is None:
         plan = adapter().recorded(model)
-    coded = tuple(_describe_code(n, m) for n, m in model.named_modules() if isinstance(m, QuantizedModule))
+    quantized = tuple(
+        _describe_code(n, m) for n, m in model.named_modules() if isinstance(m, QuantizedModule)
+    )
     factors = {f"{layer.name}.down" for layer in layers}
-    embeddings = [stored for stored in coded if stored.runs_on == "lookup" and stored.name not in factors]
-    parameters = sum(p.numel() for p in model.parameters()) + sum(stored.elements for stored in coded)
+    embeddings = [stored for stored in quantized if stored.runs_on == "lookup" and stored.name not in factors]
+    parameters = sum(p.numel() for p in model.parameters()) + sum(stored.elements for stored in quantized)
     added = sum(x.added_parameters for x in layers)
     added_bytes = sum(
         x.added_parameters * (x.bytes_before // x.parameters_before) for x in layers if x.added_parameters
@@ -250,7 +252,7 @@ def report(
         loss_increase_measured=(
             loss_increase(model, dense, data, tokenizer) if dense is not None and data is not None else None
         ),
-        coded=coded,
+        quantized=quantized,
         reachable_parameters=drafted.reachable_parameters,
         unplanned=drafted.unplanned,
     )

@@ -63,6 +63,7 @@ def apply_plan(
     """Replace layers by their factors, then weights by integers; `lowrank.apply` tells the arguments."""
     todo = check_request(seen, plan, stats, seed)
     register_overruled(seen.model, plan)
+    seen.release()
     factorize(seen.model, plan, todo, stats, seed=seed, progress=progress)
     quantize_weights(seen.model, plan, stats, seed=seed, progress=progress)
 

@@ -72,6 +72,7 @@ def apply_sequentially(
     model = seen.model
     check_request(seen, plan, stats, seed)
     blocks = find_blocks(model)
+    seen.release()
     _check_can_go_through(model, plan, blocks)
     inside = {x.name: name for x in plan.factorized for name in blocks if x.name.startswith(f"{name}.")}
     _check_shared(plan, inside)

@@ -81,5 +81,5 @@ def test_a_fault_is_found_and_shown_as_few_calls(monkeypatch):
 
     monkeypatch.setattr(lowrank, "decompress", wrong)
     with pytest.raises(Broken, match="moves the outputs") as caught:
-        hunt(200, number=0)
+        hunt(200, number=1)
     assert str(caught.value).count("\n  ") <= 3
