@@ -29,8 +29,12 @@ from lowrank.errors import (
     WeightError,
 )
 from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedEmbedding, QuantizedLinear
-from lowrank.pipeline.verbs import apply, calibrate, compress, decompress, error_curves, plan, quantize
-from lowrank.plans.plan import LayerPlan, Plan
+from lowrank.pipeline.apply import apply, decompress
+from lowrank.pipeline.calibrate import calibrate, error_curves
+from lowrank.pipeline.compress import compress, plan
+from lowrank.pipeline.quantize import quantize
+from lowrank.plans.layer_plan import LayerPlan
+from lowrank.plans.plan import Plan
 from lowrank.reports.benchmark import benchmark
 from lowrank.reports.plots import plot_error_curves, plot_ranks
 from lowrank.reports.report import report

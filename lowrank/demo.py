@@ -23,7 +23,7 @@ from torch import Tensor
 from lowrank.checkpoint.checkpoint import save
 from lowrank.errors import LowRankError
 from lowrank.files.atomic_file import replaced
-from lowrank.pipeline.verbs import compress
+from lowrank.pipeline.compress import compress
 from lowrank.plans.formatting import format_bytes
 from lowrank.reports.benchmark import benchmark
 from lowrank.reports.report import report

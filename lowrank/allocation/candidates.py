@@ -20,7 +20,12 @@ import numpy as np
 
 from lowrank.allocation.solver import Curve, allocate, hull_segments
 from lowrank.linalg import ErrorCurve
-from lowrank.plans.plan import LayerPlan, QuantizedWeight, largest_shared_rank, parameters_per_shared_rank
+from lowrank.plans.layer_plan import (
+    LayerPlan,
+    QuantizedWeight,
+    largest_shared_rank,
+    parameters_per_shared_rank,
+)
 from lowrank.plans.storage_formats import FLOAT, StorageFormat
 
 

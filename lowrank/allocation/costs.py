@@ -8,8 +8,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from lowrank.allocation.candidates import Candidates, Costs
+from lowrank.plans.layer_plan import QuantizedWeight
 from lowrank.plans.parts import layer_bytes, quantized_bytes
-from lowrank.plans.plan import Plan, QuantizedWeight
+from lowrank.plans.plan import Plan
 
 
 def byte_costs(

@@ -27,7 +27,8 @@ from lowrank.files.atomic_file import replaced
 from lowrank.files.json_file import read_json
 from lowrank.inspection.contexts import hooked
 from lowrank.inspection.devices import device_of, dtype_of
-from lowrank.plans.plan import LayerPlan, Plan
+from lowrank.plans.layer_plan import LayerPlan
+from lowrank.plans.plan import Plan
 
 POINTS = 9
 """Ranks timed per shape, evenly spaced up to the break-even; between them it is interpolated."""

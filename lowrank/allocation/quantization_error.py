@@ -24,7 +24,8 @@ from lowrank.linalg import (
 )
 from lowrank.linalg.matmul import without_autocast
 from lowrank.linalg.quantization_error import embedding_quantization_error, rows_quantization_error
-from lowrank.plans.plan import LayerPlan, Plan
+from lowrank.plans.layer_plan import LayerPlan
+from lowrank.plans.plan import Plan
 from lowrank.plans.storage_formats import FLOAT, INT8, StorageFormat
 from lowrank.surgery.factorization import error_metric_of, input_moments, matrix_of, metric_of, weight_of
 from lowrank.surgery.quantization import check_holds

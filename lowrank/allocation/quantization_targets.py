@@ -23,8 +23,9 @@ from lowrank.inspection.tied_weights import is_copy
 from lowrank.linalg import Scheme
 from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedModule, SharedDown
 from lowrank.nn.integer_matmul import int4_obstacle
+from lowrank.plans.layer_plan import LayerPlan, QuantizedWeight
 from lowrank.plans.patterns import matches, no_match
-from lowrank.plans.plan import LayerPlan, Plan, QuantizedWeight
+from lowrank.plans.plan import Plan
 from lowrank.plans.storage_formats import StorageFormat
 from lowrank.surgery.quantization import check_range, without_shared_input_shifts
 

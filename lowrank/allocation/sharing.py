@@ -15,7 +15,8 @@ from lowrank.errors import BudgetError, WeightError
 from lowrank.inspection.blocks import find_blocks
 from lowrank.linalg import ErrorCurve
 from lowrank.linalg.matmul import without_autocast
-from lowrank.plans.plan import LayerPlan, Plan
+from lowrank.plans.layer_plan import LayerPlan
+from lowrank.plans.plan import Plan
 from lowrank.surgery.factorization import joint_errors, weight_of
 
 SIZES = (2, 4)

@@ -18,8 +18,9 @@ from tqdm import tqdm
 from lowrank.calibration.data import HELD_OUT, Batch
 from lowrank.calibration.embeddings import EmbeddingCollector
 from lowrank.calibration.held_out import HeldOutValidation, trial_factorizations
+from lowrank.calibration.moments import Fingerprint, Gradients, Moments
 from lowrank.calibration.objectives import of_loss, self_supervised
-from lowrank.calibration.statistics import Fingerprint, Gradients, Moments, Stats
+from lowrank.calibration.statistics import Stats
 from lowrank.errors import DataError, FewTokensWarning, StatsError, warn
 from lowrank.inspection.contexts import check_has_data, hooked, training_only
 from lowrank.inspection.devices import device_of

@@ -22,7 +22,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowrank.calibration.data import Batch
-from lowrank.calibration.statistics import HeldOutError, Stats
+from lowrank.calibration.moments import HeldOutError
+from lowrank.calibration.statistics import Stats
 from lowrank.errors import StatsError
 from lowrank.inspection.contexts import hooked
 from lowrank.linalg import Metric, error_curve, truncated_svd

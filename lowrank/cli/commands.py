@@ -34,7 +34,9 @@ from lowrank.errors import (
     BudgetError,
     LowRankError,
 )
-from lowrank.pipeline import verbs
+from lowrank.pipeline.apply import apply as apply_to_model
+from lowrank.pipeline.compress import compress as compress_model
+from lowrank.pipeline.compress import plan as plan_model
 from lowrank.plans.formatting import to_json
 from lowrank.plans.plan import Plan
 
@@ -73,7 +75,7 @@ def plan(
     samples = read_samples(model, source, data, windows)
     both = config.speedup is not None
     stats = statistics_of(model, samples, stats_folder, not quiet, config.overrule, loss, both=both)
-    made = verbs.plan(model, config, inputs=first_batch(samples), stats=stats, progress=not quiet)
+    made = plan_model(model, config, inputs=first_batch(samples), stats=stats, progress=not quiet)
     if out is not None:
         made.save(out)
     if picture is not None:
@@ -118,9 +120,9 @@ def compress(
         again |= {"data": samples.data, "tokenizer": samples.tokenizer}
     if plan_file is not None:
         how = {name: getattr(config, name) for name in ("sequential", "offload_folder", "on_missing_kernel")}
-        verbs.apply(model, Plan.load(plan_file), seed=config.seed, **how, **again)
+        apply_to_model(model, Plan.load(plan_file), seed=config.seed, **how, **again)
     else:
-        verbs.compress(model, config, inputs=first_batch(samples), **again)
+        compress_model(model, config, inputs=first_batch(samples), **again)
     with staged(out, overwrite) as folder:
         write(model, folder)
         if vocabulary_of(model) is not None:

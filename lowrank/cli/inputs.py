@@ -17,7 +17,7 @@ from lowrank.errors import (
     DataError,
     LowRankError,
 )
-from lowrank.pipeline.verbs import calibrate
+from lowrank.pipeline.calibrate import calibrate
 
 
 def load_model(source: str, quiet: bool) -> nn.Module:

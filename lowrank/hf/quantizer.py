@@ -23,7 +23,7 @@ from lowrank.hf.config import METHOD, LowRankConfig
 from lowrank.hf.models import record
 from lowrank.hf.ties import rewrite_ties, with_tied_heads
 from lowrank.hf.tokenizer import check_tokenizer as check_tokenizer
-from lowrank.pipeline.verbs import compress
+from lowrank.pipeline.compress import compress
 from lowrank.plans.plan import Plan
 from lowrank.surgery.quantization import PARTS
 from lowrank.surgery.replacement import restructure

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from lowrank.errors import CheckpointError, LowRankError
 from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedEmbedding, QuantizedModule, TiedLinear
-from lowrank.plans.plan import LayerPlan, Plan
+from lowrank.plans.layer_plan import LayerPlan
+from lowrank.plans.plan import Plan
 
 _KEYS, _RESIZE = "_tied_weights_keys", "resize_token_embeddings"
 """What an instance gets in place of what its class has."""

@@ -29,8 +29,9 @@ from lowrank.nn import (
     TiedLinear,
     layer_type_of,
 )
+from lowrank.plans.layer_plan import LayerPlan, QuantizedWeight
 from lowrank.plans.patterns import matches, no_match
-from lowrank.plans.plan import LayerPlan, Plan, QuantizedWeight
+from lowrank.plans.plan import Plan
 
 
 def draft(

@@ -9,7 +9,8 @@ from lowrank.nn.layer_types import (
     register_layer_type,
 )
 from lowrank.nn.linear import LowRankLinear
-from lowrank.nn.quantized import QuantizedEmbedding, QuantizedLinear, QuantizedModule
+from lowrank.nn.quantized import QuantizedEmbedding, QuantizedModule
+from lowrank.nn.quantized_linear import QuantizedLinear
 from lowrank.nn.shared import SharedDown, SharedQuantizedDown
 from lowrank.nn.tied import TiedLinear
 

@@ -12,7 +12,8 @@ from lowrank.errors import LowRankError, RankError, WeightError
 from lowrank.linalg import linear, truncated_svd
 from lowrank.linalg.matmul import is_compiled, row_major, without_autocast
 from lowrank.nn.layer_types import FLOATING_DTYPE, MATRIX, PARAMETER, layer_type_of
-from lowrank.nn.quantized import QuantizedLinear, QuantizedModule
+from lowrank.nn.quantized import QuantizedModule
+from lowrank.nn.quantized_linear import QuantizedLinear
 from lowrank.nn.shared import SharedDown
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lowrank.linalg import linear
 from lowrank.linalg.matmul import is_compiled
-from lowrank.nn.quantized import QuantizedLinear
+from lowrank.nn.quantized_linear import QuantizedLinear
 
 
 class _Result(NamedTuple):

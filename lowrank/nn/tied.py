@@ -9,7 +9,8 @@ from lowrank.linalg import linear
 from lowrank.linalg.matmul import is_transformed
 from lowrank.nn.embedding import LowRankEmbedding
 from lowrank.nn.linear import LowRankLinear, decoded_weight
-from lowrank.nn.quantized import QuantizedEmbedding, QuantizedLinear
+from lowrank.nn.quantized import QuantizedEmbedding
+from lowrank.nn.quantized_linear import QuantizedLinear
 
 Owner = LowRankEmbedding | QuantizedEmbedding | LowRankLinear | QuantizedLinear
 

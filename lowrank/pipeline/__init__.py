@@ -1,1 +1,1 @@
-"""The verbs of the library, and the stages that they go through. Read `lowrank.pipeline.verbs` first."""
+"""The verbs of the library, a file each or for two; the stages that they go through stand in `stages`."""

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from lowrank.adapter import adapter
 from lowrank.allocation.planner import Latencies, decide, drafted, storage_formats
 from lowrank.allocation.quantization_targets import check_kernels, with_heads, with_quantized_weights
-from lowrank.allocation.selection import reasons
+from lowrank.allocation.refusals import reasons
+from lowrank.arguments import optional
 from lowrank.calibration.collector import collect
 from lowrank.calibration.data import Batch, batches
-from lowrank.calibration.statistics import Stats
+from lowrank.calibration.statistics import Stats, nonempty_stats
 from lowrank.config import CompressionConfig
 from lowrank.errors import DataError, LowRankError, TargetError
 from lowrank.inspection.devices import device_of
@@ -29,6 +30,9 @@ from lowrank.surgery.overruled import check_reads, check_subclasses
 from lowrank.surgery.quantization import without_shared_input_shifts
 from lowrank.surgery.replacement import apply_plan, quantize_weights
 from lowrank.surgery.sequential import apply_sequentially
+
+STATS = optional(nonempty_stats)
+"""Accepts statistics that have seen something, or none."""
 
 
 def stream_of(

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 
 from lowrank.linalg import Scheme
-from lowrank.plans.plan import EMBEDDING, LayerPlan, Plan, QuantizedWeight
+from lowrank.plans.layer_plan import EMBEDDING, LayerPlan, QuantizedWeight
+from lowrank.plans.plan import Plan
 
 INPUT_DTYPE = torch.float16
 """Of what a quantized layer multiplies its inputs by, and takes from them."""

@@ -7,213 +7,23 @@ can be edited (`Plan.with_rank`) and compared (`Plan.diff`). Nothing here touche
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Container, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Collection, Container, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lowrank.arguments import LARGEST, accepts, every, instance, is_finite, path, text
-from lowrank.config import METRICS, check_rank
+from lowrank.arguments import accepts, every, instance, path, text
+from lowrank.config import check_rank
 from lowrank.errors import PlanError, RankError, TargetError
 from lowrank.files.atomic_file import replaced
-from lowrank.files.json_file import check_format, check_regular, parse_json
-from lowrank.plans.formatting import format_table
+from lowrank.files.json_file import check_regular, parse_json
+from lowrank.plans.diff import Change
+from lowrank.plans.fields import check_fields
+from lowrank.plans.layer_plan import LayerPlan, QuantizedWeight
 from lowrank.plans.patterns import matches, no_match
-from lowrank.plans.reach import UnplannedWeight, describe_reach, shares
-
-PLAN_FORMAT = 2
-"""Version of the JSON written by `Plan.to_json`, the only one that is read."""
-
-EMBEDDING = "embedding"
-"""The layer type of embeddings; linear layers have the names of `lowrank.nn.layer_types`."""
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """What happens to one layer.
-
-    Args:
-        name: Module name, as in ``model.named_modules()``.
-        layer_type: Which dense layer it is, ``"linear"`` (weight ``(out, in)``) or ``"conv1d"``; or
-            ``"embedding"``, a table of ``out_features`` rows of ``in_features``.
-        in_features, out_features: Shape of the weight.
-        bias: Whether the dense layer has a bias.
-        rank: Inner size of the factors; ``None`` leaves the layer as it is.
-        relative_error: ``‖W − LR‖ / ‖W‖`` at that rank under the plan's metric; ``None`` until measured.
-        held_out_error: The same on tokens that calibration had not used, as a trial factorization fared
-            there; ``None`` without statistics.
-        shares_down_with: The layer whose ``down`` this one uses; ``None`` if it has its own.
-        same_input: Whether that layer reads the same input, so that one product serves both; if not, they
-            are of adjacent blocks, and have a basis in common.
-        tied_to: The table or linear layer whose weight this one uses, its factors or codes if it has some;
-            ``None`` if it has a weight of its own. The rank is then that of the other.
-        was_copy: Whether it has an equal weight of its own until then; if not, they are tied.
-        reason: Why the layer has this rank, or why it stays dense.
-        targeted: Whether the layer may change and counts for `keep`; if not, `reason` says why.
-        added_bias: Whether the factorized layer gets a bias that the dense one has not.
-        loss_increase: Predicted increase of the objective per term (a sample, or a token of a language
-            model); ``None`` unless the metric is ``"loss"``.
-        correction: Whether the weight stays, as integers, and the factors correct what these lost:
-            ``W ≈ Q + LR``. The plan then has a `QuantizedWeight` called ``"….base"``.
-        overruled: Whether the layer may change although reading the model's code leaves a doubt, which the
-            user has overruled.
-    """
-
-    name: str
-    layer_type: str
-    in_features: int
-    out_features: int
-    bias: bool
-    rank: int | None = None
-    relative_error: float | None = None
-    reason: str = ""
-    targeted: bool = True
-    added_bias: bool = False
-    loss_increase: float | None = None
-    held_out_error: float | None = None
-    shares_down_with: str | None = None
-    correction: bool = False
-    tied_to: str | None = None
-    same_input: bool = True
-    was_copy: bool = False
-    overruled: bool = False
-
-    def __post_init__(self) -> None:
-        _typed(type(self), {"name": self.name}, "A layer of a plan")
-        if self.rank is not None:
-            check_rank(self.rank, where=self.name)
-        _typed(type(self), vars(self), self.name)
-
-    @property
-    def is_embedding(self) -> bool:
-        """Whether the layer is an embedding: a lookup of rows, not a product."""
-        return self.layer_type == EMBEDDING
-
-    @property
-    def has_bias(self) -> bool:
-        """Whether the factorized layer has a bias."""
-        return self.bias or self.added_bias
-
-    @property
-    def bias_features(self) -> int:
-        """Elements of a bias: the outputs; of a table, the elements of a row."""
-        return self.in_features if self.is_embedding else self.out_features
-
-    @property
-    def dense_parameters(self) -> int:
-        """Parameters of the dense weight, without the bias."""
-        return self.in_features * self.out_features
-
-    @property
-    def parameters(self) -> int:
-        """Parameters of the weight, or of its two factors, after applying; 0 where another has them."""
-        if self.tied_to is not None:
-            return 0
-        return self.dense_parameters if self.rank is None else self.parameters_at(self.rank)
-
-    def parameters_at(self, rank: int) -> int:
-        """Parameters at ``rank``: ``rank · (in + out)``, or ``rank · out`` with the ``down`` of another.
-
-        Those of a correction are in addition to the weight's.
-        """
-        factors = rank * (self.out_features + (self.in_features if self.shares_down_with is None else 0))
-        return factors + (self.dense_parameters if self.correction else 0)
-
-    @property
-    def largest_rank_that_saves(self) -> int:
-        """The largest rank with fewer parameters than the dense weight; 0 if there is none."""
-        return (self.dense_parameters - 1) // (self.in_features + self.out_features)
-
-    @property
-    def kept_fraction(self) -> float:
-        """Parameters after applying over parameters of the dense weight."""
-        return self.parameters / self.dense_parameters if self.dense_parameters else 1.0
-
-    def dense(self, reason: str) -> LayerPlan:
-        """Return this layer left as it is, for ``reason``."""
-        return replace(self.edited(None, reason), targeted=self.targeted, added_bias=False)
-
-    def following(self, owner: str) -> LayerPlan:
-        """Return this layer with the weight of ``owner`` in place of its own."""
-        return replace(self, tied_to=owner, reason=f"uses the weight of {owner}", targeted=False)
-
-    def edited(self, rank: int | None, reason: str) -> LayerPlan:
-        """Return this layer with another rank, which nothing is known of yet, and a factor of its own."""
-        return replace(
-            self,
-            rank=rank,
-            reason=reason,
-            targeted=True,
-            relative_error=None,
-            loss_increase=None,
-            held_out_error=None,
-            shares_down_with=None,
-            correction=False,
-            same_input=True,
-        )
-
-
-def largest_shared_rank(layers: Sequence[LayerPlan]) -> int:
-    """Return the largest joint rank with fewer parameters than the dense weights; 0 if there is none."""
-    dense = sum(layer.dense_parameters for layer in layers)
-    return (dense - 1) // parameters_per_shared_rank(layers)
-
-
-def parameters_per_shared_rank(layers: Sequence[LayerPlan]) -> int:
-    """Parameters of joint factors per rank."""
-    return layers[0].in_features + sum(layer.out_features for layer in layers)
-
-
-@dataclass(frozen=True)
-class QuantizedWeight:
-    """A weight that is stored as integers, after whatever was factorized.
-
-    Args:
-        name: Module name: of a dense layer, of one factor (``"….query.down"``), of the weight that factors
-            correct (``"….query.base"``), or of an embedding.
-        layer_type: ``"linear"``, ``"conv1d"`` or ``"embedding"``.
-        rows, columns: Shape of the weight, ``(out, in)`` of a linear layer.
-        bias: Whether the module has a bias.
-        scheme: ``"int8"`` or ``"int4"``.
-        group_size: Elements that share a scale; ``None`` for whole rows.
-        smooth_scale: Whether the layer scales its inputs before they meet the codes.
-        input_shift: Whether it takes their mean from them.
-    """
-
-    name: str
-    layer_type: str
-    rows: int
-    columns: int
-    bias: bool
-    scheme: str
-    group_size: int | None = None
-    smooth_scale: bool = False
-    input_shift: bool = False
-
-    @property
-    def is_embedding(self) -> bool:
-        """Whether the weight is looked up by rows, not multiplied by."""
-        return self.layer_type == EMBEDDING
-
-
-@dataclass(frozen=True)
-class Change:
-    """One difference between two plans; a side without the layer, or without codes of it, is ``None``."""
-
-    name: str
-    before: LayerPlan | None
-    after: LayerPlan | None
-    stored_before: str | None = None
-    stored_after: str | None = None
-
-    @property
-    def sides(self) -> tuple[str, str]:
-        """Both sides in words."""
-        before, after = _summary(self.before), _summary(self.after)
-        return _with_codes(before, self.stored_before), _with_codes(after, self.stored_after)
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.sides[0]} → {self.sides[1]}"
+from lowrank.plans.plan_json import LISTS, PLAN_FORMAT, plan_fields
+from lowrank.plans.plan_table import layers_table
+from lowrank.plans.reach import UnplannedWeight, describe_reach, describe_small_reach
 
 
 @dataclass(frozen=True)
@@ -247,9 +57,9 @@ class Plan:
     _index: dict[str, LayerPlan] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        values = {name: value for name, value in vars(self).items() if name not in _LISTS}
-        _typed(type(self), values, "The plan")
-        for name, item in _LISTS.items():
+        values = {name: value for name, value in vars(self).items() if name not in LISTS}
+        check_fields(type(self), values, "The plan")
+        for name, item in LISTS.items():
             every(instance(item, f"a {item.__name__}", PlanError), (list, tuple), "a list", PlanError)(
                 name, getattr(self, name)
             )
@@ -367,13 +177,8 @@ class Plan:
 
     def small_reach(self) -> str:
         """Say that little of the model can change, what most of the rest is, and what to do about it."""
-        total = self.model_parameters or 0
-        rest = shares(total, self.reachable_parameters, self.unplanned)
-        return (
-            f"{self.model}: only {self.reachable_fraction:.1%} of {total:,} parameters are in layers that can"
-            f" change. The largest part of the rest: {rest[0].strip()}. print(plan(model, ...)) lists what "
-            "stays; targets=['*'] says that you know."
-        )
+        given = self.model_parameters or 0, self.reachable_parameters, self.unplanned
+        return describe_small_reach(self.model, *given)
 
     def _has(self, weight: QuantizedWeight) -> bool:
         """Tell whether ``weight`` is that of a layer or table in the plan, or of its factor."""
@@ -487,7 +292,7 @@ class Plan:
         """List the layers whose rank or form differs, or that only one of the plans has."""
         _check_plan("other", other)
         names = list(dict.fromkeys([layer.name for layer in [*self.layers, *other.layers]]))
-        mine, its = self._schemes(), other._schemes()
+        mine, its = self.schemes(), other.schemes()
         changes = [
             Change(name, self._index.get(name), other._index.get(name), mine.get(name), its.get(name))
             for name in names
@@ -498,7 +303,7 @@ class Plan:
         """Return the plan as dicts, lists, strings and numbers, with its format number first."""
         data = asdict(self)
         del data["_index"]
-        return {"format": PLAN_FORMAT, **data, **{name: list(data[name]) for name in _LISTS}}
+        return {"format": PLAN_FORMAT, **data, **{name: list(data[name]) for name in LISTS}}
 
     @classmethod
     def from_dict(cls, data: object) -> Plan:
@@ -508,26 +313,7 @@ class Plan:
             PlanError: If it is no plan, is from another version, or a field has a wrong type.
             RankError: If a rank is not positive.
         """
-        if not isinstance(data, dict):
-            raise PlanError(f"A plan is a JSON object, not {type(data).__name__}.")
-        check_format("The plan", data.get("format"), PLAN_FORMAT, PlanError)
-        if not isinstance(data.get("layers"), (list, tuple)):
-            raise PlanError('The plan has no list of "layers".')
-        for name in _LISTS:
-            if not isinstance(data.get(name, []), (list, tuple)):
-                raise PlanError(f'The plan\'s "{name}" are no list.')
-        values = {key: value for key, value in data.items() if key not in ("format", *_LISTS)}
-        if values.get("metric", "weight") not in METRICS:
-            raise PlanError(
-                f"The plan has errors under the metric {_shown(values['metric'])}, which is unknown here; "
-                f"known are {', '.join(METRICS)}."
-            )
-        layers = tuple(_layer_from_dict(layer) for layer in data["layers"])
-        if "model" not in values:
-            raise PlanError('The plan does not say which "model" it is for.')
-        quantized = tuple(_quantized_from_dict(weight) for weight in data.get("quantized", []))
-        unplanned = tuple(_unplanned_from_dict(weight) for weight in data.get("unplanned", []))
-        return cls(**_typed(cls, values, "The plan"), layers=layers, quantized=quantized, unplanned=unplanned)
+        return cls(**plan_fields(data, cls))
 
     def to_json(self) -> str:
         """Return the plan as JSON."""
@@ -574,24 +360,10 @@ class Plan:
             raise type(error)(f"{path}: {error}") from error
 
     def __str__(self) -> str:
-        schemes = self._schemes()
-        rows = [
-            (
-                layer.name,
-                f"{layer.out_features}×{layer.in_features}",
-                "dense" if layer.rank is None else str(layer.rank),
-                *([schemes.get(layer.tied_to or layer.name, "float")] if self.quantized else []),
-                f"{layer.kept_fraction:.0%}",
-                "" if layer.relative_error is None else f"{layer.relative_error:.4f}",
-                layer.reason
-                + (f"; down of {layer.shares_down_with}" if layer.shares_down_with is not None else ""),
-            )
-            for layer in self.layers
-        ]
         before = sum(layer.dense_parameters for layer in self.targeted)
         after = sum(layer.parameters for layer in self.targeted)
         embeddings = any(layer.is_embedding for layer in self.layers)
-        layers = "linear layers and tables" if embeddings else "linear layers"
+        layers = "linear layers and embeddings" if embeddings else "linear layers"
         footer = (
             f"{self.model}, {self.budget or 'no budget'}: {len(self.factorized)} of {len(self.layers)} "
             f"{layers} factorized; {after:,} of {before:,} targeted parameters remain"
@@ -603,12 +375,10 @@ class Plan:
             footer += f" Predicted increase of the loss: {self.loss_increase:.4g}."
         for scheme in sorted({weight.scheme for weight in self.quantized}):
             footer += f" {sum(weight.scheme == scheme for weight in self.quantized)} weights as {scheme}."
-        stored = ("stored",) if self.quantized else ()
-        header = ("layer", "out×in", "rank", *stored, "kept", "error", "reason")
         reach = [] if self.model_parameters is None else [self.describe_reach()]
-        return "\n\n".join([*reach, format_table(header, rows), footer])
+        return "\n\n".join([*reach, layers_table(self.layers, self.schemes()), footer])
 
-    def _schemes(self) -> dict[str, str]:
+    def schemes(self) -> dict[str, str]:
         """Return by layer how it is stored, such as ``"int4 + int8"`` for a correction."""
         found: dict[str, list[str]] = {}
         for weight in self.quantized:
@@ -624,95 +394,3 @@ def _layer_of(weight: QuantizedWeight, layers: Container[str]) -> str:
     """Return the name of the layer or table that ``weight`` is of, or of whose factor."""
     parent = weight.name.rpartition(".")[0]
     return weight.name if weight.name in layers or parent not in layers else parent
-
-
-def _with_codes(summary: str, scheme: str | None) -> str:
-    return summary if scheme is None else f"{summary}, {scheme}"
-
-
-def _summary(layer: LayerPlan | None) -> str:
-    if layer is None:
-        return "absent"
-    if layer.rank is None:
-        return "dense"
-    rank = "correction of rank" if layer.correction else "rank"
-    shared = layer.shares_down_with or layer.tied_to
-    what = "down" if layer.shares_down_with is not None else "weight"
-    return f"{rank} {layer.rank}" + (f", {what} of {shared}" if shared is not None else "")
-
-
-_LISTS: dict[str, type] = {"layers": LayerPlan, "quantized": QuantizedWeight, "unplanned": UnplannedWeight}
-"""The fields of a plan that are lists, and what of."""
-
-_TYPES: dict[str, tuple[type, ...]] = {
-    "str": (str,),
-    "str | None": (str, type(None)),
-    "int": (int,),
-    "bool": (bool,),
-    "int | None": (int, type(None)),
-    "float": (float, int),
-    "float | None": (float, int, type(None)),
-}
-
-
-def _typed(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
-    """Check JSON ``values`` against the fields of a dataclass; the file may come from a stranger."""
-    types = {f.name: f.type for f in fields(cls) if f.init and f.name not in _LISTS}
-    for key, value in values.items():
-        if key not in types:
-            raise PlanError(f'{where} has an unknown field "{key}".')
-        allowed = _TYPES[str(types[key])]
-        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-            raise PlanError(f'{where}: "{key}" is {_shown(value)}, but must be {types[key]}.')
-        if isinstance(value, float) and not is_finite(value):
-            raise PlanError(f'{where}: "{key}" is {value!r}, but must be a finite number.')
-        if isinstance(value, int) and abs(value) > LARGEST:
-            raise PlanError(f'{where}: "{key}" is {_shown(value)}, but nothing has more than {LARGEST:,}.')
-    return values
-
-
-def _shown(value: object) -> str:
-    """Return how a message quotes a value, which may be of any size."""
-    scalar = value is None or isinstance(value, (str, int, float))
-    return repr(value)[:80] if scalar else f"a {type(value).__name__}"
-
-
-def _layer_from_dict(data: object) -> LayerPlan:
-    if not isinstance(data, dict) or not isinstance(data.get("name"), str):
-        raise PlanError('The plan has a layer without a "name".')
-    values = _typed(LayerPlan, data, data["name"])
-    missing = {"layer_type", "in_features", "out_features", "bias"} - values.keys()
-    if missing:
-        raise PlanError(f"{data['name']}: the plan lacks {', '.join(sorted(missing))}.")
-    whole = values.get("rank") is None  # a layer without elements stays as it is
-    if min(values["in_features"], values["out_features"]) < (0 if whole else 1):
-        raise PlanError(f"{data['name']}: in_features and out_features must be positive.")
-    return LayerPlan(**values)
-
-
-def _quantized_from_dict(data: object) -> QuantizedWeight:
-    if not isinstance(data, dict) or not isinstance(data.get("name"), str):
-        raise PlanError('The plan has a quantized weight without a "name".')
-    values = _typed(QuantizedWeight, data, data["name"])
-    missing = (
-        {field.name for field in fields(QuantizedWeight)}
-        - {"group_size", "smooth_scale", "input_shift"}
-        - values.keys()
-    )
-    if missing:
-        raise PlanError(f"{data['name']}: the plan lacks {', '.join(sorted(missing))}.")
-    if values["rows"] < 1 or values["columns"] < 1:
-        raise PlanError(f"{data['name']}: rows and columns must be positive.")
-    return QuantizedWeight(**values)
-
-
-def _unplanned_from_dict(data: object) -> UnplannedWeight:
-    if not isinstance(data, dict) or not isinstance(data.get("name"), str):
-        raise PlanError('The plan has an unplanned weight without a "name".')
-    missing = {"shape", "parameters", "reason"} - data.keys()
-    if missing:
-        raise PlanError(f"{data['name']}: the plan lacks {', '.join(sorted(missing))}.")
-    shape, others = data["shape"], {key: value for key, value in data.items() if key != "shape"}
-    if not isinstance(shape, (list, tuple)) or not all(type(size) is int for size in shape):
-        raise PlanError(f'{data["name"]}: "shape" is {shape!r}, but must be a list of whole numbers.')
-    return UnplannedWeight(**_typed(UnplannedWeight, others, data["name"]), shape=tuple(shape))

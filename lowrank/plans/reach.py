@@ -53,6 +53,20 @@ def describe_reach(model: str, total: int, reachable: int, unplanned: Sequence[U
     return "\n".join(lines)
 
 
+def describe_small_reach(model: str, total: int, reachable: int, unplanned: Sequence[UnplannedWeight]) -> str:
+    """Say that little of a model can change, what most of the rest is, and what to do about it.
+
+    The arguments are those of `describe_reach`.
+    """
+    rest = shares(total, reachable, unplanned)
+    return (
+        f"{model}: only {reachable / max(1, total):.1%} of {total:,} parameters are in layers that can "
+        "change."
+        f" The largest part of the rest: {rest[0].strip()}. print(plan(model, ...)) lists what stays; "
+        "targets=['*'] says that you know."
+    )
+
+
 def shares(total: int, reachable: int, unplanned: Sequence[UnplannedWeight]) -> list[str]:
     """Return a line for each reason why parameters stay as they are, the largest share first."""
     counts: dict[str, int] = {}

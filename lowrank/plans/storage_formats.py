@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lowrank.linalg import Scheme
+from lowrank.plans.layer_plan import LayerPlan, QuantizedWeight
 from lowrank.plans.parts import ModulePart, modules_of
-from lowrank.plans.plan import LayerPlan, QuantizedWeight
 
 INT8 = Scheme("int8")
 

@@ -17,7 +17,8 @@ from lowrank.inspection.targets import draft
 from lowrank.inspection.unplanned import with_reach
 from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedLinear, QuantizedModule, TiedLinear
 from lowrank.plans.formatting import format_bytes, format_table, to_json
-from lowrank.plans.plan import EMBEDDING, LayerPlan, Plan
+from lowrank.plans.layer_plan import EMBEDDING, LayerPlan
+from lowrank.plans.plan import Plan
 from lowrank.plans.reach import UnplannedWeight, describe_reach
 from lowrank.reports.evaluation import loss_increase
 

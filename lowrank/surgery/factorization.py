@@ -34,8 +34,9 @@ from lowrank.linalg import (
 from lowrank.linalg.metric import Side, wide
 from lowrank.linalg.svd import small_side_gram
 from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear, layer_type_of
+from lowrank.plans.layer_plan import LayerPlan, QuantizedWeight
 from lowrank.plans.parts import scheme_of
-from lowrank.plans.plan import LayerPlan, Plan, QuantizedWeight
+from lowrank.plans.plan import Plan
 
 
 def check_stats(seen: Inspection, plan: Plan, stats: Stats | None) -> None:

@@ -19,7 +19,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from lowrank.calibration.statistics import Moments, Stats
+from lowrank.calibration.moments import Moments
+from lowrank.calibration.statistics import Stats
 from lowrank.errors import PlanError, StatsError, WeightError
 from lowrank.inspection.inspection import Inspection
 from lowrank.inspection.targets import described
@@ -36,8 +37,9 @@ from lowrank.nn import (
     layer_type_named,
     layer_type_of,
 )
+from lowrank.plans.layer_plan import EMBEDDING, LayerPlan, QuantizedWeight
 from lowrank.plans.parts import ModulePart, modules_of, scheme_of
-from lowrank.plans.plan import EMBEDDING, LayerPlan, Plan, QuantizedWeight
+from lowrank.plans.plan import Plan
 from lowrank.surgery.factorization import check_same_weight
 
 PARTS = ("base", "down", "up")

@@ -35,8 +35,9 @@ from lowrank.nn import (
     layer_type_of,
     register_layer_type,
 )
+from lowrank.plans.layer_plan import LayerPlan, QuantizedWeight
 from lowrank.plans.parts import scheme_of
-from lowrank.plans.plan import LayerPlan, Plan, QuantizedWeight
+from lowrank.plans.plan import Plan
 from lowrank.surgery.factorization import (
     corrected,
     factorized,

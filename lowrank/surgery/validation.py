@@ -20,7 +20,8 @@ from lowrank.nn import (
     TiedLinear,
     layer_type_of,
 )
-from lowrank.plans.plan import LayerPlan, Plan, largest_shared_rank
+from lowrank.plans.layer_plan import LayerPlan, largest_shared_rank
+from lowrank.plans.plan import Plan
 from lowrank.surgery.factorization import (
     check_stats,
     weight_of,

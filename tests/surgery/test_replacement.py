@@ -15,7 +15,8 @@ from lowrank import LowRankLinear, apply, compress, decompress, plan, quantize
 from lowrank.errors import BudgetError, LowRankError, PlanError, RankError, TargetError, WeightError
 from lowrank.linalg import choose_solver
 from lowrank.nn import layer_type_of
-from lowrank.plans.plan import LayerPlan, Plan
+from lowrank.plans.layer_plan import LayerPlan
+from lowrank.plans.plan import Plan
 from lowrank.surgery.inheritance import HOOKS as PLACES_OF_HOOKS
 
 LAST = "encoder.layer.1.output.dense"  # the last layer that is swapped; the damage is done here

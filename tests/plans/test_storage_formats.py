@@ -10,8 +10,8 @@ from lowrank import BudgetError, SchemeError, compress
 from lowrank.allocation.candidates import merged
 from lowrank.linalg import Scheme
 from lowrank.nn import LowRankLinear, QuantizedModule
+from lowrank.plans.layer_plan import LayerPlan
 from lowrank.plans.parts import layer_bytes, quantized_bytes
-from lowrank.plans.plan import LayerPlan
 from lowrank.plans.storage_formats import FLOAT, INT8, StorageFormat, storage_formats_of
 from lowrank.reports.evaluation import loss_increase
 

@@ -16,7 +16,8 @@ from lowrank.allocation.solver import Curve, allocate
 from lowrank.config import Budget
 from lowrank.errors import BudgetError, LowRankError, RankError, TargetError
 from lowrank.linalg import error_curve
-from lowrank.plans.plan import LayerPlan, Plan
+from lowrank.plans.layer_plan import LayerPlan
+from lowrank.plans.plan import Plan
 
 
 def weight(rows: int, columns: int, decay: float = 0.5, seed: int = 0) -> torch.Tensor:

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from lowrank.config import Budget
 from lowrank.errors import BudgetError, CheckpointError, LowRankError, PlanError, RankError, TargetError
 from lowrank.plans import plan as plan_module
-from lowrank.plans.plan import PLAN_FORMAT, LayerPlan, Plan
+from lowrank.plans.layer_plan import LayerPlan
+from lowrank.plans.plan import Plan
+from lowrank.plans.plan_json import PLAN_FORMAT
 
 LAYERS = (
     LayerPlan("encoder.0.query", "linear", 64, 64, True, 16, 0.25, "as asked"),

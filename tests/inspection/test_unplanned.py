@@ -6,12 +6,12 @@ import warnings
 import pytest
 import torch
 import transformers
-from test_heads import ResNet
+from models import ResNet
 from torch import nn
 
 import lowrank
 from lowrank import Plan, PlanError, ReachWarning
-from lowrank.plans.plan import LayerPlan
+from lowrank.plans.layer_plan import LayerPlan
 from lowrank.plans.reach import UnplannedWeight
 
 SIZES = {"vocab_size": 99, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
