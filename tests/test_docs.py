@@ -17,6 +17,7 @@ import pytest
 
 import lowrank
 import lowrank.demo
+from lowrank.config.options import markdown_table
 
 ROOT = Path(lowrank.__file__).parent.parent
 README = ROOT / "README.md"
@@ -141,3 +142,31 @@ def test_a_notebook_runs_from_top_to_bottom(notebook, tmp_path):
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     resources = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(book, timeout=300, kernel_name="python3", resources=resources).execute()
+
+
+DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+FOUND_IN = re.findall(
+    r"^\| (.+?) \| `([\w/.]+\.py)` \|$", DESIGN.partition("## Where do I find")[2], flags=re.M
+)
+
+
+def test_the_table_of_where_to_find_what_is_long_enough():
+    assert len(FOUND_IN) >= 30
+    assert len({question for question, _ in FOUND_IN}) == len(FOUND_IN)
+
+
+@pytest.mark.parametrize(("question", "file"), FOUND_IN, ids=[question for question, _ in FOUND_IN])
+def test_a_file_that_the_design_names_is_there(question, file):
+    assert (ROOT / "lowrank" / file).is_file()
+
+
+def test_the_design_describes_every_package_and_file_at_the_top():
+    table = DESIGN.partition("## The packages")[2].partition("## Where do I find")[0]
+    described = set(re.findall(r"`(\w+)(?:\.py|/)`", table)) - {"tests", "benchmarks"}
+    there = {path.name.removesuffix(".py") for path in (ROOT / "lowrank").iterdir() if path.name[0] != "."}
+    assert described - {"test_imports"} == there - {"__init__", "__main__", "__pycache__", "py.typed"}
+
+
+@pytest.mark.parametrize("config", [lowrank.CompressionConfig, lowrank.RecoveryConfig])
+def test_the_guide_has_the_table_of_options(config):
+    assert markdown_table(config) in (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
