@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ from lowrank.files.atomic_file import replaced
 from lowrank.files.json_file import read_json
 from lowrank.inspection.contexts import hooked
 from lowrank.inspection.devices import device_of, dtype_of
+from lowrank.inspection.timing import seconds_of, timed
 from lowrank.plans.layer_plan import LayerPlan
 from lowrank.plans.plan import Plan
 
@@ -198,29 +198,10 @@ def _measure(layer: LayerPlan, tokens: int, ranks: list[int], like: Tensor) -> l
     with torch.no_grad():
         for repeat in range(REPEATS + 2):
             for rank, run in runs.items():
-                seconds = _once(run, like.device)
+                seconds = timed(run, like.device)
                 if repeat >= 2:
                     times[rank].append(seconds)
     return [(rank, statistics.median(values)) for rank, values in times.items()]
-
-
-def seconds_of(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
-    """Return the median seconds of a call, after two that do not count."""
-    times = [_once(call, device) for _ in range(repeats + 2)]
-    return statistics.median(times[2:])
-
-
-def _once(call: Callable[[], Any], device: torch.device) -> float:
-    _wait(device)
-    start = time.perf_counter()
-    call()
-    _wait(device)
-    return time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def _tokens(model: nn.Module, draft: Plan, call: Callable[[], Any]) -> dict[str, list[int]]:

@@ -13,10 +13,10 @@ from torch import nn
 from tqdm import tqdm
 
 from lowrank.allocation.costs import byte_costs
-from lowrank.allocation.latency import LatencyTable, latency_costs, seconds_of
+from lowrank.allocation.latency import LatencyTable, latency_costs
 from lowrank.allocation.quantization_error import correction_error_curve_of, quantization_errors_of
 from lowrank.allocation.refusals import nothing_changes
-from lowrank.allocation.selection import select
+from lowrank.allocation.selection import select, storage_formats
 from lowrank.allocation.sharing import groups_of
 from lowrank.calibration.data import Batch, batches
 from lowrank.calibration.statistics import Stats
@@ -27,14 +27,14 @@ from lowrank.inspection.devices import device_of
 from lowrank.inspection.heads import heads_of
 from lowrank.inspection.inspection import Inspection
 from lowrank.inspection.targets import draft, not_wanted, spells
+from lowrank.inspection.timing import seconds_of
 from lowrank.inspection.unplanned import with_reach
 from lowrank.linalg import ErrorCurve, error_curve
 from lowrank.linalg.matmul import without_autocast
 from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedEmbedding, QuantizedModule, TiedLinear
 from lowrank.plans.layer_plan import QuantizedWeight
-from lowrank.plans.patterns import is_wildcard
 from lowrank.plans.plan import Plan
-from lowrank.plans.storage_formats import FLOAT, StorageFormat, storage_formats_of
+from lowrank.plans.storage_formats import FLOAT, StorageFormat
 from lowrank.surgery import replacement
 from lowrank.surgery.factorization import check_same_weight, matrix_of, metric_of, pooled
 
@@ -43,17 +43,6 @@ ATTEMPTS = 4
 
 LEAST_STEP = 0.01
 """Share of the dense latency by which the first new choice is faster; each later one by twice as much."""
-
-
-def storage_formats(config: CompressionConfig) -> tuple[StorageFormat, ...]:
-    """Return the formats in which ``config`` lets layers be stored."""
-    return storage_formats_of(config.quantize, config.group_size, config.correction)
-
-
-def rank_step(config: CompressionConfig) -> int:
-    """Return what chosen ranks are multiples of; where formats compete, each adds what it needs itself."""
-    (form, *others) = storage_formats(config)
-    return config.round_to if others else math.lcm(config.round_to, form.rank_step)
 
 
 def metric_for(config: CompressionConfig, stats: Stats | None) -> str:
@@ -175,19 +164,8 @@ def decide(
     Raises:
         LowRankError: If the request cannot be met.
     """
+    _check_can_decide(drafted, config, stats, latencies)
     model = seen.model
-    if drafted.metric != "weight" and stats is None:
-        raise BudgetError(
-            f"metric={drafted.metric!r} needs statistics: pass data=, or stats=calibrate(model, data)."
-        )
-    if config.budget.name == "speedup" and latencies.inputs is None:
-        raise BudgetError("speedup is measured on inputs: pass inputs=, a batch as the model will get it.")
-    table = next((layer for layer in drafted.targeted if layer.is_embedding), None)
-    if config.budget.name == "speedup" and table is not None:
-        raise BudgetError(
-            f"{table.name}: a table is looked up, not multiplied, so it has no latency to choose a rank by. "
-            "Take it out of targets, or give another budget than speedup."
-        )
     stats = pooled(stats, drafted)
     groups = groups_of(model, drafted, config.share, config.share_size, config.budget, stats, predict)
     forms = storage_formats(config)
@@ -195,21 +173,12 @@ def decide(
     measured = (
         error_curves_of(model, drafted, stats, progress, forms[0] if corrects else FLOAT) if predict else {}
     )
-    loss_per_square = held_out_ratio = None
-    if stats is not None and drafted.metric == stats.best_metric():  # the one that was tried
-        held_out_ratio = {name: held.ratio for name, held in stats.held_out.items()}
-    if drafted.metric == "loss" and stats is not None:
-        loss_per_square = {layer.name: stats.loss_per_square(layer.name) for layer in drafted.targeted}
+    loss_per_square, held_out_ratio = _known_of_the_loss(drafted, stats)
     choose = functools.partial(
         select,
         drafted,
-        config.budget,
+        config,
         measured,
-        allocation=config.allocation,
-        round_to=rank_step(config),
-        given_in=forms[0].rank_step,
-        named=[pattern for pattern in config.targets or () if not is_wildcard(pattern)],
-        tolerance=config.tolerance,
         loss_per_square=loss_per_square,
         held_out_ratio=held_out_ratio,
         groups=groups,
@@ -228,6 +197,36 @@ def decide(
     if config.share == "layers":
         decided = _with_own_inputs(decided)
     return _say_what_is_coarse(decided, stats)
+
+
+def _check_can_decide(
+    drafted: Plan, config: CompressionConfig, stats: Stats | None, latencies: Latencies
+) -> None:
+    """Refuse a request that lacks statistics or inputs, or asks for what has no latency."""
+    if drafted.metric != "weight" and stats is None:
+        raise BudgetError(
+            f"metric={drafted.metric!r} needs statistics: pass data=, or stats=calibrate(model, data)."
+        )
+    if config.budget.name == "speedup" and latencies.inputs is None:
+        raise BudgetError("speedup is measured on inputs: pass inputs=, a batch as the model will get it.")
+    table = next((layer for layer in drafted.targeted if layer.is_embedding), None)
+    if config.budget.name == "speedup" and table is not None:
+        raise BudgetError(
+            f"{table.name}: a table is looked up, not multiplied, so it has no latency to choose a rank by. "
+            "Take it out of targets, or give another budget than speedup."
+        )
+
+
+def _known_of_the_loss(
+    drafted: Plan, stats: Stats | None
+) -> tuple[dict[str, float] | None, dict[str, float] | None]:
+    """Return by layer the factor from squared errors to the loss, and measured over predicted errors."""
+    loss_per_square = held_out_ratio = None
+    if stats is not None and drafted.metric == stats.best_metric():  # the one that was tried
+        held_out_ratio = {name: held.ratio for name, held in stats.held_out.items()}
+    if drafted.metric == "loss" and stats is not None:
+        loss_per_square = {layer.name: stats.loss_per_square(layer.name) for layer in drafted.targeted}
+    return loss_per_square, held_out_ratio
 
 
 def _with_own_inputs(plan: Plan) -> Plan:

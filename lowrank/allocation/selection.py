@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -26,35 +26,40 @@ from lowrank.allocation.candidates import (
 )
 from lowrank.allocation.refusals import nothing_changes
 from lowrank.allocation.solver import allocate, uniform
-from lowrank.config import Budget
+from lowrank.config import Budget, CompressionConfig
 from lowrank.errors import BudgetError, RankError, TargetError
 from lowrank.linalg import ErrorCurve
 from lowrank.plans.layer_plan import LayerPlan, QuantizedWeight
 from lowrank.plans.patterns import is_wildcard, matches, no_match
 from lowrank.plans.plan import Plan
-from lowrank.plans.storage_formats import FLOAT, StorageFormat
+from lowrank.plans.storage_formats import FLOAT, StorageFormat, storage_formats_of
 from lowrank.surgery.factorization import importance
 
-ALLOCATIONS = ("global", "uniform")
+Errors = Mapping[StorageFormat, Mapping[str, QuantizationError]]
+"""By storage format and layer, what the format loses."""
+
+
+def storage_formats(config: CompressionConfig) -> tuple[StorageFormat, ...]:
+    """Return the formats in which ``config`` lets layers be stored."""
+    return storage_formats_of(config.quantize, config.group_size, config.correction)
+
+
+def rank_step(config: CompressionConfig) -> int:
+    """Return what chosen ranks are multiples of; where formats compete, each adds what it needs itself."""
+    (form, *others) = storage_formats(config)
+    return config.round_to if others else math.lcm(config.round_to, form.rank_step)
 
 
 def select(
     draft: Plan,
-    budget: Budget,
+    config: CompressionConfig,
     error_curves: Mapping[str, ErrorCurve],
     *,
-    allocation: str = "global",
-    round_to: int = 8,
-    given_in: int = 1,
-    named: Collection[str] = (),
-    tolerance: float = 1e-3,
     loss_per_square: Mapping[str, float] | None = None,
     held_out_ratio: Mapping[str, float] | None = None,
     costs: Costs | None = None,
     groups: Sequence[Group] = (),
-    quantization_errors: Mapping[StorageFormat, Mapping[str, QuantizationError]] = MappingProxyType(
-        {FLOAT: {}}
-    ),
+    quantization_errors: Errors = MappingProxyType({FLOAT: {}}),
     calibrated: Container[str] = (),
     rest: Sequence[QuantizedWeight] = (),
 ) -> Plan:
@@ -62,24 +67,18 @@ def select(
 
     Args:
         draft: The layers, from `lowrank.inspection.targets.draft`.
-        budget: What may remain. An explicit rank is taken exactly; others are rounded.
+        config: Its budget says what may remain: an explicit rank is taken exactly, others are rounded to
+            multiples. Its tolerance is the relative excess over the optimal error that `apply` may have;
+            the ranks for an ``error`` or ``energy`` leave room for it, so that the bound holds in the end.
         error_curves: The error at every rank, by layer name. With a ``rank`` budget nothing is decided by
             them, so they may be missing; the predicted errors are then missing too.
-        allocation: For ``keep``: ``"global"`` minimises the sum over layers of the squared relative
-            error times the layer's parameters; ``"uniform"`` keeps the same fraction of every layer.
-        round_to: Chosen ranks are multiples of this, as matrix kernels like them.
-        given_in: What explicit ranks are rounded to multiples of, where codes have groups.
-        named: Layers that the user named without wildcards: a rank that is too large for one of
-            them is an error, for others a reason to stay dense.
-        tolerance: Relative excess over the optimal error that `apply` may have; the ranks for an
-            ``error`` or ``energy`` leave room for it, so that the bound holds in the end.
         loss_per_square: Factor from each layer's squared error to the loss, where the metric is in
             units of the loss: errors of different layers are then compared as they are.
         held_out_ratio: By layer, squared errors on held-out tokens over the predicted ones.
         costs: The unit of a ``max_bytes`` or ``speedup`` budget.
         groups: Layers that may share their ``down``. A given rank makes them share it; other budgets
             make them share where that is better than factors of their own.
-        quantization_errors: The forms that layers may be stored in, and what each does to each; for
+        quantization_errors: The formats that layers may be stored in, and what each does to each; for
             ``max_bytes``.
         calibrated: The layers with statistics of their inputs, by which quantized layers scale these.
         rest: What the plan quantizes beside the targeted layers.
@@ -89,15 +88,12 @@ def select(
         RankError: If a rank exceeds ``min(out, in)`` of a named layer.
         TargetError: If a pattern of a rank mapping matches no targeted layer.
     """
-    if allocation not in ALLOCATIONS:
-        raise BudgetError(f"allocation={allocation!r}: choose one of {', '.join(ALLOCATIONS)}.")
-    if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1:
-        raise BudgetError(f"round_to={round_to!r}: ranks are rounded to a positive whole number.")
-    codes: list[QuantizedWeight] = []
-    coded: dict[str, QuantizationError] = {}
+    budget, round_to, tolerance = config.budget, rank_step(config), config.tolerance
+    quantized: list[QuantizedWeight] = []
+    lost: dict[str, QuantizationError] = {}
     if budget.name == "rank":
-        layers = _sharing_at_rank(_by_rank(draft, budget.value, named, given_in), groups)
-    elif budget.name in ("energy", "error"):
+        layers = _sharing_at_rank(_by_rank(draft, config), groups)
+    elif budget.bounds_errors:
         layers = _by_error(draft, budget, error_curves, round_to, tolerance)
         layers = _sharing_within_error(draft, layers, budget, groups, round_to, tolerance)
     else:
@@ -105,31 +101,27 @@ def select(
             draft, error_curves, round_to, loss_per_square, costs, groups, quantization_errors
         )
         if costs is None:
-            chosen_points = _by_keep(draft, budget.value, candidates, allocation, round_to)
+            chosen = _by_keep(draft, budget.value, candidates, config.allocation, round_to)
         else:
-            chosen_points = _by_cost(draft, budget, candidates, costs, allocation)
-        layers = [
-            layer for candidate_list, point in chosen_points for layer in candidate_list.layers_at(point)
-        ]
-        codes = [
-            stored
-            for candidate_list, point in chosen_points
-            for stored in candidate_list.quantized_at(point, calibrated)
-        ]
-        forms = {
-            layer.name: candidate_list.forms[point]
-            for candidate_list, point in chosen_points
-            for layer in candidate_list.layers
-        }
-        coded = {name: quantization_errors[form][name] for name, form in forms.items() if form is not FLOAT}
+            chosen = _by_cost(draft, budget, candidates, costs, config.allocation)
+        layers = [layer for one, point in chosen for layer in one.layers_at(point)]
+        quantized = [weight for one, point in chosen for weight in one.quantized_at(point, calibrated)]
+        forms = {layer.name: one.forms[point] for one, point in chosen for layer in one.layers}
+        lost = {name: quantization_errors[form][name] for name, form in forms.items() if form is not FLOAT}
     known = {**error_curves, **_joint_error_curves(layers, groups)}
-    chosen = {
-        x.name: _with_error(x, known, loss_per_square, held_out_ratio, coded.get(x.name, QuantizationError()))
+    measured = {
+        x.name: _with_error(x, known, loss_per_square, held_out_ratio, lost.get(x.name, QuantizationError()))
         for x in layers
     }
-    plan = replace(draft, budget=str(budget), allocation=allocation, round_to=round_to, tolerance=tolerance)
-    plan = replace(plan.with_layers(chosen), quantized=(*plan.quantized, *codes, *rest))
-    if not plan.quantized and not any(layer.rank for layer in chosen.values()):
+    plan = replace(
+        draft,
+        budget=str(budget),
+        allocation=config.allocation,
+        round_to=round_to,
+        tolerance=tolerance,
+    )
+    plan = replace(plan.with_layers(measured), quantized=(*plan.quantized, *quantized, *rest))
+    if not plan.quantized and not any(layer.rank for layer in measured.values()):
         raise BudgetError(nothing_changes(plan, budget, error_curves))
     return plan
 
@@ -161,11 +153,11 @@ def _with_error(
     )
 
 
-def _by_rank(
-    draft: Plan, ranks: int | Mapping[str, int], named: Collection[str], step: int
-) -> list[LayerPlan]:
+def _by_rank(draft: Plan, config: CompressionConfig) -> list[LayerPlan]:
+    ranks: int | Mapping[str, int] = config.budget.value
+    (form, *_) = storage_formats(config)
     patterns = ranks if isinstance(ranks, Mapping) else {"*": ranks}
-    named = {*named, *(p for p in patterns if not is_wildcard(p))}
+    named = {p for p in (*(config.targets or ()), *patterns) if not is_wildcard(p)}
     for pattern in patterns if isinstance(ranks, Mapping) else ():
         if not any(matches(layer.name, pattern) for layer in draft.targeted):
             untouched = next((x for x in draft if matches(x.name, pattern)), None)
@@ -175,7 +167,7 @@ def _by_rank(
     layers = []
     for layer in draft.targeted:
         given = [rank for pattern, rank in patterns.items() if matches(layer.name, pattern)]
-        layers.append(_at_rank(layer, given[-1] if given else None, layer.name in named, step))
+        layers.append(_at_rank(layer, given[-1] if given else None, layer.name in named, form.rank_step))
     return layers
 
 
@@ -277,7 +269,7 @@ def _candidates(
     loss_per_square: Mapping[str, float] | None,
     costs: Costs | None,
     groups: Sequence[Group],
-    quantization_errors: Mapping[StorageFormat, Mapping[str, QuantizationError]],
+    quantization_errors: Errors,
 ) -> list[list[tuple[Candidates, ...]]]:
     """List what layers can become, priced: for each layer or group the ways to divide it, as candidates."""
     weighs = loss_per_square or {}

@@ -42,7 +42,7 @@ class _Results(threading.local):
         self.by_module: weakref.WeakKeyDictionary[nn.Module, _Result] = weakref.WeakKeyDictionary()
 
 
-_results = _Results()
+results = _Results()
 
 
 class _Shared(nn.Module):
@@ -96,18 +96,18 @@ def _computed_once(module: _Shared, weight: Tensor, input: Tensor, compute: Call
         return compute() if torch.is_grad_enabled() else _once_in_graph(module, input, compute)
     if input.is_inference() or weight.is_inference():
         return compute()
-    kept = _results.by_module.pop(module, None)
+    kept = results.by_module.pop(module, None)
     state = _state(weight, input)
     if kept is not None and _serves(kept, weight, input, state):
         if kept.readers > 1:
-            _results.by_module[module] = kept._replace(readers=kept.readers - 1)
+            results.by_module[module] = kept._replace(readers=kept.readers - 1)
         return kept.output
     output = compute()
     used_up: list[bool] = []
     if output.requires_grad:
         output.register_hook(lambda _: used_up.append(True))  # type: ignore[no-untyped-call]
     known = weakref.ref(input), weakref.ref(weight), state
-    _results.by_module[module] = _Result(*known, output, used_up, module.readers - 1)
+    results.by_module[module] = _Result(*known, output, used_up, module.readers - 1)
     return output
 
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapter import adapter
-from lowrank.allocation.planner import Latencies, decide, drafted, storage_formats
+from lowrank.allocation.planner import Latencies, decide, drafted
 from lowrank.allocation.quantization_targets import check_kernels, with_heads, with_quantized_weights
 from lowrank.allocation.refusals import reasons
+from lowrank.allocation.selection import storage_formats
 from lowrank.arguments import optional
 from lowrank.calibration.collector import collect
 from lowrank.calibration.data import Batch, batches

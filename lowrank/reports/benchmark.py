@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import platform
 import statistics
-import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from lowrank.errors import DataError, LowRankError
 from lowrank.inspection.contexts import check_has_data, eval_mode, hooked
 from lowrank.inspection.devices import device_of, dtype_of
 from lowrank.inspection.layers import check_model
+from lowrank.inspection.timing import timed
 from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear, layer_type_of
 from lowrank.plans.formatting import format_bytes, format_table, to_json
 
@@ -195,7 +196,7 @@ def _compare(
     times: dict[nn.Module, list[float]] = {dense: [], small: []}
     for run in range(warmup + repeats):
         for model in (dense, small):
-            seconds = _seconds(model, inputs, device)
+            seconds = timed(partial(_call, model, inputs), device)
             if run >= warmup:
                 times[model].append(seconds)
     rank = small.rank if isinstance(small, LowRankLinear) else None
@@ -208,19 +209,6 @@ def _compare(
         peak_bytes_small=peak_bytes(small, inputs),
         theoretical_speedup=theory if theory is not None else _theory(dense, small),
     )
-
-
-def _seconds(model: nn.Module, inputs: Any, device: torch.device) -> float:
-    _wait(device)
-    start = time.perf_counter()
-    _call(model, inputs)
-    _wait(device)
-    return time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def _theory(dense: nn.Module, small: nn.Module) -> float:

@@ -9,6 +9,7 @@ from torch import nn
 from lowrank import BudgetError, LatencyTable, LowRankError, LowRankLinear, apply, plan
 from lowrank.allocation import latency as latency_module
 from lowrank.allocation import planner
+from lowrank.inspection import timing
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def clock(monkeypatch):
         return linear(input, weight, bias)
 
     monkeypatch.setattr(nn.functional, "linear", counted)
-    monkeypatch.setattr(latency_module.time, "perf_counter", lambda: spent[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: spent[0])
     return spent
 
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lowrank import compress, plan, quantize
-from lowrank.allocation.selection import select
+from lowrank.allocation.selection import select as select_ranks
 from lowrank.allocation.solver import Curve, allocate
-from lowrank.config import Budget
+from lowrank.config import CompressionConfig
 from lowrank.errors import BudgetError, LowRankError, RankError, TargetError
 from lowrank.linalg import error_curve
 from lowrank.plans.layer_plan import LayerPlan
@@ -25,6 +25,10 @@ def weight(rows: int, columns: int, decay: float = 0.5, seed: int = 0) -> torch.
     generator = torch.Generator().manual_seed(seed)
     gaussian = torch.randn(rows, columns, generator=generator)
     return gaussian * torch.arange(1.0, columns + 1) ** -decay
+
+
+def select(draft: Plan, budget: dict, error_curves: dict, **options: object) -> Plan:
+    return select_ranks(draft, CompressionConfig(**budget, **options), error_curves)
 
 
 def drafted(**weights: torch.Tensor) -> tuple[Plan, dict]:
@@ -127,7 +131,7 @@ def test_keep_is_never_exceeded(allocation, shapes, keep, round_to):
     weights = {f"layer{i}": weight(m, n, decay, i) for i, (m, n, decay) in enumerate(shapes)}
     draft, error_curves = drafted(**weights)
     try:
-        chosen = select(draft, Budget.of(keep=keep), error_curves, allocation=allocation, round_to=round_to)
+        chosen = select(draft, {"keep": keep}, error_curves, allocation=allocation, round_to=round_to)
     except BudgetError:
         return
     assert chosen.kept_fraction <= keep
@@ -140,7 +144,7 @@ def test_keep_is_never_exceeded(allocation, shapes, keep, round_to):
 def test_keep_is_not_exceeded_where_a_small_layer_needs_more_than_its_share(allocation):
     # The smallest rank of 12×12 keeps 83 % of it; 100×100 can keep half of itself exactly, at rank 25.
     draft, error_curves = drafted(large=weight(100, 100), small=weight(12, 12))
-    chosen = select(draft, Budget.of(keep=0.5), error_curves, allocation=allocation, round_to=5)
+    chosen = select(draft, {"keep": 0.5}, error_curves, allocation=allocation, round_to=5)
     assert chosen.kept_fraction <= 0.5
 
 
@@ -153,7 +157,7 @@ def test_the_global_allocation_loses_less_than_the_uniform_one(keep):
     draft, error_curves = drafted(
         flat=weight(64, 64, 0), steep=weight(64, 128, 2, 1), wide=weight(32, 200, 0.7, 2)
     )
-    budget = Budget.of(keep=keep)
+    budget = {"keep": keep}
     best, baseline = (
         select(draft, budget, error_curves, allocation=allocation, round_to=1)
         for allocation in ("global", "uniform")
@@ -164,7 +168,7 @@ def test_the_global_allocation_loses_less_than_the_uniform_one(keep):
 
 def test_the_uniform_allocation_keeps_the_same_fraction_of_every_layer():
     draft, error_curves = drafted(flat=weight(64, 64, 0), steep=weight(64, 128, 2, 1))
-    chosen = select(draft, Budget.of(keep=0.5), error_curves, allocation="uniform", round_to=1)
+    chosen = select(draft, {"keep": 0.5}, error_curves, allocation="uniform", round_to=1)
     for layer in chosen:
         assert (
             layer.parameters_at(layer.rank)
@@ -179,7 +183,7 @@ def test_the_uniform_allocation_keeps_the_same_fraction_of_every_layer():
 )
 def test_chosen_ranks_are_multiples_and_say_which(budget, round_to):
     draft, error_curves = drafted(a=weight(64, 128), b=weight(96, 64, 1, 1))
-    chosen = select(draft, Budget.of(**budget), error_curves, round_to=round_to)
+    chosen = select(draft, budget, error_curves, round_to=round_to)
     assert chosen.factorized
     assert all(layer.rank % round_to == 0 for layer in chosen.factorized)
     assert chosen.round_to == round_to
@@ -188,14 +192,14 @@ def test_chosen_ranks_are_multiples_and_say_which(budget, round_to):
 @pytest.mark.parametrize("rank", [1, 7, 13])
 def test_an_explicit_rank_is_taken_exactly(rank):
     draft, error_curves = drafted(a=weight(64, 128), b=weight(96, 64))
-    chosen = select(draft, Budget.of(rank=rank), error_curves, round_to=8)
+    chosen = select(draft, {"rank": rank}, error_curves, round_to=8)
     assert [layer.rank for layer in chosen] == [rank, rank]
     assert [layer.reason for layer in chosen] == ["as asked", "as asked"]
 
 
 def test_an_explicit_rank_needs_no_spectra_and_then_predicts_nothing():
     draft, _ = drafted(a=weight(64, 128))
-    assert select(draft, Budget.of(rank=3), {})["a"].relative_error is None
+    assert select(draft, {"rank": 3}, {})["a"].relative_error is None
 
 
 @given(
@@ -208,9 +212,9 @@ def test_error_takes_the_smallest_rank_that_meets_it_or_says_why_not(bound, deca
     needed = next(k for k in range(1, len(errors)) if errors[k] <= bound)
     if needed > draft["a"].largest_rank_that_saves:
         with pytest.raises(BudgetError, match=f"needs rank {needed}, which would not save parameters"):
-            select(draft, Budget.of(error=bound), error_curves, round_to=1)
+            select(draft, {"error": bound}, error_curves, round_to=1)
     else:
-        layer = select(draft, Budget.of(error=bound), error_curves, round_to=1)["a"]
+        layer = select(draft, {"error": bound}, error_curves, round_to=1)["a"]
         assert layer.rank == needed
         assert layer.relative_error == pytest.approx(errors[needed], rel=1e-6, abs=1e-7)
 
@@ -253,7 +257,7 @@ def test_the_guarantee_holds_where_the_randomized_solver_is_chosen():
 
 def test_a_layer_that_would_not_shrink_stays_dense_with_the_reason():
     draft, error_curves = drafted(large=weight(128, 128), small=weight(16, 16))
-    chosen = select(draft, Budget.of(rank=12), error_curves)
+    chosen = select(draft, {"rank": 12}, error_curves)
     assert chosen["large"].rank == 12
     assert chosen["small"].rank is None
     assert chosen["small"].reason == "rank 12 would not save parameters (the largest that does: 7)"
@@ -263,7 +267,7 @@ def test_a_reason_speaks_of_the_rank_that_would_not_save():
     # 25 would save parameters of 64×64 (up to 31 would), 32 would not: the rounding is the reason.
     values = torch.cat([torch.ones(25), torch.full((39,), 1e-3)])
     draft, error_curves = drafted(layer=torch.diag(values), other=weight(128, 128, 3))
-    chosen = select(draft, Budget.of(error=0.01), error_curves, round_to=8)["layer"]
+    chosen = select(draft, {"error": 0.01}, error_curves, round_to=8)["layer"]
     if chosen.rank is None:
         assert "needs rank 25, which would not save parameters" not in chosen.reason
     else:
@@ -272,7 +276,7 @@ def test_a_reason_speaks_of_the_rank_that_would_not_save():
 
 def test_keep_leaves_a_layer_dense_that_is_too_small_or_worth_it():
     draft, error_curves = drafted(tiny=weight(6, 6), flat=weight(64, 64, 0), steep=weight(256, 256, 3))
-    chosen = select(draft, Budget.of(keep=0.9), error_curves, round_to=8)
+    chosen = select(draft, {"keep": 0.9}, error_curves, round_to=8)
     assert chosen["tiny"].reason == "too small: no rank saves parameters"
     assert chosen["flat"].reason == "worth its parameters"
     assert chosen["steep"].reason == "chosen by the solver"
@@ -281,7 +285,7 @@ def test_keep_leaves_a_layer_dense_that_is_too_small_or_worth_it():
 def test_the_last_matching_pattern_of_a_mapping_wins():
     layers = {name: weight(64, 64) for name in ("a.query", "a.key", "b.query", "b.key")}
     draft, error_curves = drafted(**layers)
-    chosen = select(draft, Budget.of(rank={"*": 4, "*.query": 8, "b.*": 12}), error_curves)
+    chosen = select(draft, {"rank": {"*": 4, "*.query": 8, "b.*": 12}}, error_curves)
     assert {layer.name: layer.rank for layer in chosen} == {
         "a.query": 8,
         "a.key": 4,
@@ -292,14 +296,14 @@ def test_the_last_matching_pattern_of_a_mapping_wins():
 
 def test_a_layer_that_no_pattern_of_the_mapping_names_stays_dense_with_the_reason():
     draft, error_curves = drafted(a=weight(64, 64), b=weight(64, 64))
-    chosen = select(draft, Budget.of(rank={"a": 4}), error_curves)
+    chosen = select(draft, {"rank": {"a": 4}}, error_curves)
     assert (chosen["b"].rank, chosen["b"].reason) == (None, "no pattern of the rank mapping names it")
 
 
 def test_a_pattern_of_the_mapping_that_matches_nothing_is_refused():
     draft, error_curves = drafted(a=weight(64, 64))
     with pytest.raises(TargetError, match=r'"\*\.query" matches none of the 1 targeted layers'):
-        select(draft, Budget.of(rank={"*.query": 4}), error_curves)
+        select(draft, {"rank": {"*.query": 4}}, error_curves)
 
 
 def test_a_mapping_that_names_a_layer_left_alone_says_why_it_is(tiny_bert):
@@ -380,24 +384,24 @@ def test_the_keep_that_an_error_proposes_is_feasible_and_nearly_the_least(shapes
     weights = {f"layer{i}": weight(*shape, seed=i) for i, shape in enumerate(shapes)}
     draft, error_curves = drafted(**weights)
     with pytest.raises(BudgetError, match=r"Use keep=[\d.]+ or more, or a smaller round_to") as caught:
-        select(draft, Budget.of(keep=0.001), error_curves, round_to=round_to)
+        select(draft, {"keep": 0.001}, error_curves, round_to=round_to)
     proposed = float(re.search(r"Use keep=([\d.]+) or", str(caught.value))[1])
-    assert select(draft, Budget.of(keep=proposed), error_curves, round_to=round_to).kept_fraction <= proposed
-    with pytest.raises(BudgetError):
-        select(draft, Budget.of(keep=proposed - 0.0021), error_curves, round_to=round_to)
+    assert select(draft, {"keep": proposed}, error_curves, round_to=round_to).kept_fraction <= proposed
+    with pytest.raises(BudgetError, match="but the smallest ranks"):
+        select(draft, {"keep": proposed - 0.0021}, error_curves, round_to=round_to)
 
 
 def test_keep_on_layers_too_small_to_shrink_does_not_propose_a_keep_that_is_refused():
     draft, error_curves = drafted(layer=weight(10, 10))
     with pytest.raises(BudgetError) as caught:
-        select(draft, Budget.of(keep=0.5), error_curves, round_to=8)
+        select(draft, {"keep": 0.5}, error_curves, round_to=8)
     for proposed in re.findall(r"Use keep=([\d.]+)", str(caught.value)):
-        Budget.of(keep=float(proposed))
+        CompressionConfig(keep=float(proposed)).budget  # noqa: B018
 
 
 def test_a_layer_of_zeros_costs_the_allocator_nothing():
     draft, error_curves = drafted(zeros=torch.zeros(64, 64), flat=weight(64, 64, 0))
-    chosen = select(draft, Budget.of(keep=0.6), error_curves, round_to=8)
+    chosen = select(draft, {"keep": 0.6}, error_curves, round_to=8)
     assert chosen["zeros"].rank == 8
     assert chosen["zeros"].relative_error == 0
 
@@ -406,7 +410,7 @@ def test_layers_that_are_not_targeted_keep_their_reason_and_do_not_count():
     draft, error_curves = drafted(a=weight(64, 64), head=weight(500, 64))
     head = LayerPlan("head", "linear", 64, 500, True, reason="part of a head (head)", targeted=False)
     draft = draft.with_layers({"head": head})
-    chosen = select(draft, Budget.of(keep=0.5), error_curves)
+    chosen = select(draft, {"keep": 0.5}, error_curves)
     assert chosen["head"] == head
     assert chosen["a"].parameters <= 0.5 * 64 * 64
 
@@ -414,12 +418,12 @@ def test_layers_that_are_not_targeted_keep_their_reason_and_do_not_count():
 @pytest.mark.parametrize("round_to", [0, -8, 1.5, True, "8"], ids=repr)
 def test_a_useless_multiple_is_refused(round_to):
     draft, error_curves = drafted(a=weight(64, 64))
-    with pytest.raises(BudgetError, match=r"round_to=.*: ranks are rounded to a positive whole number"):
-        select(draft, Budget.of(keep=0.5), error_curves, round_to=round_to)
+    with pytest.raises(BudgetError, match=r"round_to=.*: give a whole number from 1"):
+        select(draft, {"keep": 0.5}, error_curves, round_to=round_to)
 
 
 def test_an_unknown_allocation_is_refused_with_the_choices():
     draft, error_curves = drafted(a=weight(64, 64))
-    with pytest.raises(BudgetError, match="allocation='greedy': choose one of global, uniform") as caught:
-        select(draft, Budget.of(keep=0.5), error_curves, allocation="greedy")
+    with pytest.raises(BudgetError, match="allocation='greedy': give one of 'global', 'uniform'") as caught:
+        select(draft, {"keep": 0.5}, error_curves, allocation="greedy")
     assert isinstance(caught.value, LowRankError)

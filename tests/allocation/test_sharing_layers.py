@@ -30,7 +30,7 @@ from lowrank import (
 )
 from lowrank.linalg import error_curve
 from lowrank.nn import LowRankLinear
-from lowrank.nn.shared import _results
+from lowrank.nn.shared import results
 from lowrank.plans.plan import Plan
 
 QUERY = "encoder.layer.{}.attention.self.query"
@@ -258,7 +258,7 @@ def test_no_result_is_kept_after_a_forward_pass():
     handle.remove()
     gc.collect()
     assert len(seen) == 2 and all(each() is None for each in seen)
-    assert owner.down not in _results.by_module
+    assert owner.down not in results.by_module
 
 
 def test_a_plan_can_be_edited_by_hand():

@@ -779,7 +779,7 @@ def test_a_failure_while_folders_are_exchanged_leaves_the_old_folder_whole(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises((KeyboardInterrupt, CheckpointError)):
+    with pytest.raises((KeyboardInterrupt, CheckpointError), match="stopped"):
         lowrank.save(compressed(Mixed), saved, overwrite=True)
     assert len(calls) >= failing_call
     assert contents(saved) == before

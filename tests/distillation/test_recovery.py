@@ -356,6 +356,41 @@ def test_a_trainer_recovers_a_model_within_its_own_loop(tiny_bert, tmp_path):
     assert torch.equal(small.embeddings.word_embeddings.weight, embedding)
 
 
+@pytest.mark.parametrize(("rate", "better"), [(3e-4, True), (100.0, False)], ids=["learns", "diverges"])
+def test_a_trainer_leaves_the_best_state_on_the_data_that_it_does_not_train_on(
+    tiny_bert, tmp_path, rate, better
+):
+    from transformers import TrainingArguments
+
+    from lowrank.hf.trainer import RecoveryTrainer
+
+    small = compress(copy.deepcopy(tiny_bert), rank=8)
+    before = {name: value.clone() for name, value in small.state_dict().items()}
+    rows = [
+        {"input_ids": [(3 * i + j) % 98 + 1 for j in range(8)], "attention_mask": [1] * 8} for i in range(24)
+    ]
+    arguments = TrainingArguments(
+        tmp_path,
+        max_steps=40,
+        per_device_train_batch_size=8,
+        learning_rate=rate,
+        max_grad_norm=1e9,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = RecoveryTrainer(
+        model=small, args=arguments, train_dataset=rows[8:], eval_dataset=rows[:8], teacher=tiny_bert
+    )
+    at_first = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    at_last = trainer.evaluate()["eval_loss"]
+    assert at_last < at_first if better else at_last == at_first
+    same = all(torch.equal(before[name], value) for name, value in small.state_dict().items())
+    assert same is not better
+
+
 def test_a_lesson_works_under_distributed_data_parallel(tiny_bert, tmp_path):
     import torch.distributed as dist
 

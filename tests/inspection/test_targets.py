@@ -108,7 +108,7 @@ def test_patterns_come_as_a_list_of_texts(tiny_bert, argument, value):
 
 
 def test_no_targets_at_all_do_not_mean_all(mlp):
-    with pytest.raises(LowRankError):
+    with pytest.raises(LowRankError, match=r"targets=\[\] names no layer"):
         plan(mlp, rank=8, targets=[])
 
 

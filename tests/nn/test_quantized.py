@@ -165,7 +165,7 @@ def test_a_wrong_number_of_features_is_pytorchs_error(layer):
 
 def test_an_embedding_refuses_negative_indices():
     table = QuantizedEmbedding.from_embedding(nn.Embedding(10, 64), Scheme("int4"))
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match="out of range"):
         table(torch.tensor([-1]))
 
 

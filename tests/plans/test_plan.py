@@ -285,7 +285,7 @@ def test_the_largest_paying_rank_pays_and_the_next_does_not(layer):
 
 def test_a_plan_is_frozen_in_every_part():
     for thing, field in [(PLAN, "model"), (LAYERS[0], "rank"), (Budget.of(rank=8), "value")]:
-        with pytest.raises(dataclasses.FrozenInstanceError):
+        with pytest.raises(dataclasses.FrozenInstanceError, match="cannot assign"):
             setattr(thing, field, None)
     assert isinstance(Plan("M", list(LAYERS)).layers, tuple)
 

@@ -483,7 +483,7 @@ def test_decompress_leaves_a_dense_model_alone(mlp):
 def test_decompress_refuses_a_model_that_is_a_low_rank_layer_itself():
     layer = LowRankLinear.from_linear(nn.Linear(64, 32), rank=8)
     before = snapshot(layer)
-    with pytest.raises(LowRankError):
+    with pytest.raises(LowRankError, match="is itself a LowRankLinear"):
         decompress(layer)
     assert_untouched(layer, before)
 
