@@ -49,31 +49,33 @@ class Candidates(Curve):
     Args:
         layers: The layers.
         ranks: Of each point; 0 leaves the weights whole.
-        forms: Of each point, how what is there is stored.
+        formats: Of each point, how what is there is stored.
     """
 
     layers: tuple[LayerPlan, ...]
     ranks: np.ndarray[Any, Any]
-    forms: tuple[StorageFormat, ...]
+    formats: tuple[StorageFormat, ...]
 
     def layers_at(self, point: int) -> list[LayerPlan]:
         """Return the layers as they are at ``point``."""
-        rank, form = int(self.ranks[point]), self.forms[point]
+        rank, storage_format = int(self.ranks[point]), self.formats[point]
         if rank:
             layers = sharing(self.layers, rank, "chosen by the solver")
-            return [replace(x, correction=form.correction and not x.is_embedding) for x in layers]
+            return [replace(x, correction=storage_format.correction and not x.is_embedding) for x in layers]
         reason = "worth its parameters" if len(self.ranks) > 1 else "too small: no rank saves parameters"
-        if form.scheme is not None:
+        if storage_format.scheme is not None:
             reason = "chosen whole by the solver"
         return [layer.dense(reason) for layer in self.layers]
 
     def quantized_at(self, point: int, calibrated: Container[str]) -> list[QuantizedWeight]:
         """Return what is quantized at ``point``; ``calibrated`` are the layers with statistics."""
-        layers, form = self.layers_at(point), self.forms[point]
+        layers, storage_format = self.layers_at(point), self.formats[point]
         return [
             stored
             for layer in layers
-            for stored in form.quantized(layer, shared=len(layers) > 1, calibrated=layer.name in calibrated)
+            for stored in storage_format.quantized(
+                layer, shared=len(layers) > 1, calibrated=layer.name in calibrated
+            )
         ]
 
     def priced(self, costs: np.ndarray[Any, Any]) -> Candidates:
@@ -87,7 +89,7 @@ def merged(candidates: Sequence[Candidates]) -> Candidates:
         np.concatenate([getattr(candidate_list, part) for candidate_list in candidates])
         for part in ("costs", "losses", "ranks")
     )
-    forms = [form for candidate_list in candidates for form in candidate_list.forms]
+    formats = [storage_format for candidate_list in candidates for storage_format in candidate_list.formats]
     order = np.lexsort((losses, costs))
     best = np.minimum.accumulate(np.append(np.inf, losses[order]))[:-1]
     kept = order[losses[order] < best]
@@ -96,7 +98,7 @@ def merged(candidates: Sequence[Candidates]) -> Candidates:
         costs=costs[kept],
         losses=losses[kept],
         ranks=ranks[kept],
-        forms=tuple(forms[i] for i in kept),
+        formats=tuple(formats[i] for i in kept),
     )
 
 
@@ -145,7 +147,7 @@ def candidates_of(
     error_curves: Sequence[ErrorCurve],
     scales: Sequence[float],
     round_to: int,
-    form: StorageFormat = FLOAT,
+    storage_format: StorageFormat = FLOAT,
     quantization_errors: Sequence[QuantizationError] = (),
 ) -> Candidates:
     """List the ranks that save parameters, for one layer or for several with one ``down``.
@@ -155,10 +157,10 @@ def candidates_of(
         error_curves: The error of each, at every rank of their factorization.
         scales: Factor from the squared error of each to the loss.
         round_to: Ranks are multiples of this, and of what the form needs.
-        form: How all of them are stored.
+        storage_format: How all of them are stored.
         quantization_errors: What that does to each.
     """
-    step = math.lcm(round_to, form.rank_step)
+    step = math.lcm(round_to, storage_format.rank_step)
     ranks = np.arange(step, largest_shared_rank(layers) + 1, step)
     losses = np.zeros(len(ranks) + 1)
     for each, scale, quantization_error in zip(
@@ -175,7 +177,7 @@ def candidates_of(
         losses=losses,
         layers=tuple(layers),
         ranks=np.append(ranks, 0),
-        forms=(form,) * len(losses),
+        formats=(storage_format,) * len(losses),
     )
 
 

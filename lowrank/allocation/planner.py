@@ -168,10 +168,10 @@ def decide(
     model = seen.model
     stats = pooled(stats, drafted)
     groups = groups_of(model, drafted, config.share, config.share_size, config.budget, stats, predict)
-    forms = storage_formats(config)
+    formats = storage_formats(config)
     corrects = config.budget.name == "rank" and config.correction
     measured = (
-        error_curves_of(model, drafted, stats, progress, forms[0] if corrects else FLOAT) if predict else {}
+        error_curves_of(model, drafted, stats, progress, formats[0] if corrects else FLOAT) if predict else {}
     )
     loss_per_square, held_out_ratio = _known_of_the_loss(drafted, stats)
     choose = functools.partial(
@@ -186,7 +186,7 @@ def decide(
     if config.budget.name == "max_bytes":
         calibrated = stats.sources if stats is not None else ()
         costs = byte_costs(model, drafted, config.budget.value, rest, calibrated)
-        quantization_errors = quantization_errors_of(model, drafted, forms, stats, progress)
+        quantization_errors = quantization_errors_of(model, drafted, formats, stats, progress)
         decided = choose(
             costs=costs, quantization_errors=quantization_errors, calibrated=calibrated, rest=rest
         )
@@ -209,10 +209,11 @@ def _check_can_decide(
         )
     if config.budget.name == "speedup" and latencies.inputs is None:
         raise BudgetError("speedup is measured on inputs: pass inputs=, a batch as the model will get it.")
-    table = next((layer for layer in drafted.targeted if layer.is_embedding), None)
-    if config.budget.name == "speedup" and table is not None:
+    embedding = next((layer for layer in drafted.targeted if layer.is_embedding), None)
+    if config.budget.name == "speedup" and embedding is not None:
         raise BudgetError(
-            f"{table.name}: a table is looked up, not multiplied, so it has no latency to choose a rank by. "
+            f"{embedding.name}: an embedding is looked up, not multiplied, so it has no latency to choose "
+            "a rank by. "
             "Take it out of targets, or give another budget than speedup."
         )
 
@@ -288,9 +289,13 @@ def _latencies(seen: Inspection, decided: Plan, batch: Batch) -> tuple[float, fl
 
 @without_autocast()
 def error_curves_of(
-    model: nn.Module, drafted: Plan, stats: Stats | None, progress: bool, form: StorageFormat = FLOAT
+    model: nn.Module,
+    drafted: Plan,
+    stats: Stats | None,
+    progress: bool,
+    storage_format: StorageFormat = FLOAT,
 ) -> dict[str, ErrorCurve]:
-    """Decompose every targeted weight, or what ``form`` loses of it, under the plan's metric.
+    """Decompose every targeted weight, or what ``storage_format`` loses of it, under the plan's metric.
 
     Raises:
         WeightError: If a weight is not finite, or not whole groups; with the layer's name.
@@ -301,9 +306,9 @@ def error_curves_of(
         metric = metric_of(layer, drafted.metric, stats)
         weight = matrix_of(model.get_submodule(layer.name), layer, metric)
         try:
-            if form.correction and form.scheme is not None and not layer.is_embedding:
+            if storage_format.correction and storage_format.scheme is not None and not layer.is_embedding:
                 measured[layer.name] = correction_error_curve_of(
-                    model, layer, form.scheme, drafted.metric, stats
+                    model, layer, storage_format.scheme, drafted.metric, stats
                 )
             else:
                 measured[layer.name] = error_curve(weight, metric)

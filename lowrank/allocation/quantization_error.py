@@ -33,24 +33,32 @@ from lowrank.surgery.quantization import check_holds
 
 @without_autocast()
 def quantization_errors_of(
-    model: nn.Module, drafted: Plan, forms: Sequence[StorageFormat], stats: Stats | None, progress: bool
+    model: nn.Module, drafted: Plan, formats: Sequence[StorageFormat], stats: Stats | None, progress: bool
 ) -> dict[StorageFormat, dict[str, QuantizationError]]:
     """Return by form what it does to the targeted layers; layers that do not fit are left out.
 
     Raises:
         WeightError: If a weight cannot be quantized, with the layer's name.
     """
-    found: dict[StorageFormat, dict[str, QuantizationError]] = {form: {} for form in forms}
+    found: dict[StorageFormat, dict[str, QuantizationError]] = {
+        storage_format: {} for storage_format in formats
+    }
     bar = tqdm(drafted.targeted, desc="codes", unit="layer", disable=None if progress else True)
     for layer in bar:
         weight = weight_of(model.get_submodule(layer.name)).detach()
-        competing = [form for form in forms if _fits(form, layer, weight)] if len(forms) > 1 else forms
-        mine = [form for form in competing if form is not FLOAT]
+        competing = (
+            [storage_format for storage_format in formats if _fits(storage_format, layer, weight)]
+            if len(formats) > 1
+            else formats
+        )
+        mine = [storage_format for storage_format in competing if storage_format is not FLOAT]
         try:
-            for form in mine:
-                check_holds(form.scheme, weight)
-            for form, quantization_error in _errors_of(model, layer, mine, drafted.metric, stats).items():
-                found[form][layer.name] = quantization_error
+            for storage_format in mine:
+                check_holds(storage_format.scheme, weight)
+            for storage_format, quantization_error in _errors_of(
+                model, layer, mine, drafted.metric, stats
+            ).items():
+                found[storage_format][layer.name] = quantization_error
         except WeightError as error:
             raise type(error)(f"{layer.name}: {error}") from error
     return found
@@ -66,55 +74,57 @@ def correction_error_curve_of(
     return correction_error_curve(weight, lost, error_metric_of(layer, weight, metric, stats))
 
 
-def _fits(form: StorageFormat, layer: LayerPlan, weight: Tensor) -> bool:
+def _fits(storage_format: StorageFormat, layer: LayerPlan, weight: Tensor) -> bool:
     """Tell whether the layer's rows are whole groups, and in the range of the scales."""
     try:
-        check_holds(form.scheme, weight)
+        check_holds(storage_format.scheme, weight)
     except WeightError:
         return False
-    return form.scheme is None or layer.in_features % (form.scheme.group_size or 1) == 0
+    return storage_format.scheme is None or layer.in_features % (storage_format.scheme.group_size or 1) == 0
 
 
 def _errors_of(
-    model: nn.Module, layer: LayerPlan, forms: Sequence[StorageFormat], metric: str, stats: Stats | None
+    model: nn.Module, layer: LayerPlan, formats: Sequence[StorageFormat], metric: str, stats: Stats | None
 ) -> dict[StorageFormat, QuantizationError]:
-    """Return what each of ``forms`` does to one layer; each scheme quantizes its weight once."""
+    """Return what each of ``formats`` does to one layer; each scheme quantizes its weight once."""
     if layer.is_embedding:
-        return _errors_of_embedding(model.get_submodule(layer.name), layer, forms, metric, stats)
+        return _errors_of_embedding(model.get_submodule(layer.name), layer, formats, metric, stats)
     weight = weight_of(model.get_submodule(layer.name)).detach()
     how = error_metric_of(layer, weight, metric, stats)
     moments = input_moments(stats, layer) if metric != "weight" else None
-    schemes = dict.fromkeys(form.scheme for form in forms if form.scheme is not None)
+    schemes = dict.fromkeys(
+        storage_format.scheme for storage_format in formats if storage_format.scheme is not None
+    )
     lost = {scheme: rounding_error_of(weight, scheme, moments) for scheme in schemes}
     found = {}
-    for form in forms:
-        assert form.scheme is not None
-        whole = weight_quantization_error(weight, lost[form.scheme], form.scheme, how)
-        if form.correction:
-            found[form] = QuantizationError(
-                whole, 0.0, correction_error_curve(weight, lost[form.scheme], how)
+    for storage_format in formats:
+        assert storage_format.scheme is not None
+        whole = weight_quantization_error(weight, lost[storage_format.scheme], storage_format.scheme, how)
+        if storage_format.correction:
+            found[storage_format] = QuantizationError(
+                whole, 0.0, correction_error_curve(weight, lost[storage_format.scheme], how)
             )
             continue
-        rank = layer.largest_rank_that_saves // 2 // form.rank_step * form.rank_step
-        noise = factors_quantization_error(weight, rank, form.scheme, how, moments) if rank else 0.0
-        found[form] = QuantizationError(whole, noise)
+        rank = layer.largest_rank_that_saves // 2 // storage_format.rank_step * storage_format.rank_step
+        noise = factors_quantization_error(weight, rank, storage_format.scheme, how, moments) if rank else 0.0
+        found[storage_format] = QuantizationError(whole, noise)
     return found
 
 
 def _errors_of_embedding(
-    table: nn.Module, layer: LayerPlan, forms: Sequence[StorageFormat], metric: str, stats: Stats | None
+    embedding: nn.Module, layer: LayerPlan, formats: Sequence[StorageFormat], metric: str, stats: Stats | None
 ) -> dict[StorageFormat, QuantizationError]:
-    """Return what each of ``forms`` does to a table, whose factors no form lets correct its codes."""
+    """Return what each of ``formats`` does to an embedding, whose factors no form lets correct its codes."""
     how = metric_of(layer, metric, stats)
-    matrix, weight = matrix_of(table, layer, how), weight_of(table).detach()
+    matrix, weight = matrix_of(embedding, layer, how), weight_of(embedding).detach()
     found = {}
-    for form in forms:
-        assert form.scheme is not None
-        factors = INT8 if form.correction else form.scheme
+    for storage_format in formats:
+        assert storage_format.scheme is not None
+        factors = INT8 if storage_format.correction else storage_format.scheme
         step = factors.group_size or 1
         rank = layer.largest_rank_that_saves // 2 // step * step
         noise = embedding_quantization_error(matrix, rank, factors, how) if rank else 0.0
-        found[form] = QuantizationError(
-            rows_quantization_error(matrix, rounding_error_of(weight, form.scheme), how), noise
+        found[storage_format] = QuantizationError(
+            rows_quantization_error(matrix, rounding_error_of(weight, storage_format.scheme), how), noise
         )
     return found

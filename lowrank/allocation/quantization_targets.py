@@ -97,12 +97,12 @@ def _equal(
 
 
 def with_heads(seen: Inspection, plan: Plan) -> Plan:
-    """Return ``plan`` with the heads that are tied to tables which it quantizes: they use the codes."""
+    """Return ``plan`` with the heads that are tied to embeddings which it quantizes: they use the codes."""
     embeddings = {stored.name for stored in plan.quantized if stored.is_embedding}
     using = {
-        head: plan[head].following(table)
-        for head, table in seen.tied_heads.items()
-        if table in embeddings and head in plan
+        head: plan[head].following(embedding)
+        for head, embedding in seen.tied_heads.items()
+        if embedding in embeddings and head in plan
     }
     return plan.with_layers(using)
 
@@ -168,10 +168,10 @@ def _chosen(
     done = {stored.name for stored in plan.quantized}
     tied = seen.tied_heads
     for name, module in modules.items():
-        group = [head for head, table in tied.items() if table == name]
+        group = [head for head, embedding in tied.items() if embedding == name]
         named = any(spells(pattern, head) for head in group for pattern in targets or ())
         if name in tied and tied[name] not in blocked:
-            continue  # its table decides
+            continue  # its embedding decides
         if name in equal and name not in blocked:
             continue  # the layer whose weight it uses decides
         if (not_wanted(name, targets, ignore or (), heads) and not named) or left_alone(
@@ -190,7 +190,7 @@ def _chosen(
             yield from _linear(layer, plan, scheme, known, done)
         elif name not in blocked and isinstance(module, nn.Embedding):
             if name not in done:
-                yield _table(name, module, scheme)
+                yield _embedding(name, module, scheme)
         elif name in (targets or ()):
             raise TargetError(
                 f"{name}: this weight cannot be quantized: it {blocked[name]}. Take it out of targets."
@@ -204,12 +204,12 @@ def _linear(
     layer: LayerPlan, plan: Plan, scheme: Scheme, calibrated: bool, done: Container[str]
 ) -> Iterator[QuantizedWeight]:
     """Yield what of a layer, or of its factors, is not quantized by the plan already."""
-    form = StorageFormat(scheme, layer.correction)
-    for stored in form.quantized(layer, shared=layer.name in plan.shared, calibrated=calibrated):
+    storage_format = StorageFormat(scheme, layer.correction)
+    for stored in storage_format.quantized(layer, shared=layer.name in plan.shared, calibrated=calibrated):
         if stored.name not in done:
             yield stored
 
 
-def _table(name: str, table: nn.Embedding, scheme: Scheme) -> QuantizedWeight:
-    sizes = table.num_embeddings, table.embedding_dim
+def _embedding(name: str, embedding: nn.Embedding, scheme: Scheme) -> QuantizedWeight:
+    sizes = embedding.num_embeddings, embedding.embedding_dim
     return QuantizedWeight(name, "embedding", *sizes, False, scheme.name, scheme.group_size)

@@ -46,8 +46,8 @@ def storage_formats(config: CompressionConfig) -> tuple[StorageFormat, ...]:
 
 def rank_step(config: CompressionConfig) -> int:
     """Return what chosen ranks are multiples of; where formats compete, each adds what it needs itself."""
-    (form, *others) = storage_formats(config)
-    return config.round_to if others else math.lcm(config.round_to, form.rank_step)
+    (storage_format, *others) = storage_formats(config)
+    return config.round_to if others else math.lcm(config.round_to, storage_format.rank_step)
 
 
 def select(
@@ -106,8 +106,12 @@ def select(
             chosen = _by_cost(draft, budget, candidates, costs, config.allocation)
         layers = [layer for one, point in chosen for layer in one.layers_at(point)]
         quantized = [weight for one, point in chosen for weight in one.quantized_at(point, calibrated)]
-        forms = {layer.name: one.forms[point] for one, point in chosen for layer in one.layers}
-        lost = {name: quantization_errors[form][name] for name, form in forms.items() if form is not FLOAT}
+        formats = {layer.name: one.formats[point] for one, point in chosen for layer in one.layers}
+        lost = {
+            name: quantization_errors[storage_format][name]
+            for name, storage_format in formats.items()
+            if storage_format is not FLOAT
+        }
     known = {**error_curves, **_joint_error_curves(layers, groups)}
     measured = {
         x.name: _with_error(x, known, loss_per_square, held_out_ratio, lost.get(x.name, QuantizationError()))
@@ -155,7 +159,7 @@ def _with_error(
 
 def _by_rank(draft: Plan, config: CompressionConfig) -> list[LayerPlan]:
     ranks: int | Mapping[str, int] = config.budget.value
-    (form, *_) = storage_formats(config)
+    (storage_format, *_) = storage_formats(config)
     patterns = ranks if isinstance(ranks, Mapping) else {"*": ranks}
     named = {p for p in (*(config.targets or ()), *patterns) if not is_wildcard(p)}
     for pattern in patterns if isinstance(ranks, Mapping) else ():
@@ -167,7 +171,9 @@ def _by_rank(draft: Plan, config: CompressionConfig) -> list[LayerPlan]:
     layers = []
     for layer in draft.targeted:
         given = [rank for pattern, rank in patterns.items() if matches(layer.name, pattern)]
-        layers.append(_at_rank(layer, given[-1] if given else None, layer.name in named, form.rank_step))
+        layers.append(
+            _at_rank(layer, given[-1] if given else None, layer.name in named, storage_format.rank_step)
+        )
     return layers
 
 
@@ -281,13 +287,13 @@ def _candidates(
     for names, errors in itertools.chain(known.items(), *(group.joint.items() for group in groups)):
         layers, sizes = [draft[name] for name in names], [scales[name] for name in names]
         offers = []
-        for form, quantization_error in quantization_errors.items():
-            if form.correction and len(names) > 1:
+        for storage_format, quantization_error in quantization_errors.items():
+            if storage_format.correction and len(names) > 1:
                 continue  # factors that correct codes are each layer's own
-            if form is not FLOAT and not all(name in quantization_error for name in names):
+            if storage_format is not FLOAT and not all(name in quantization_error for name in names):
                 continue  # its rows are not whole groups
             each = [quantization_error.get(name, QuantizationError()) for name in names]
-            candidate_list = candidates_of(layers, errors, sizes, round_to, form, each)
+            candidate_list = candidates_of(layers, errors, sizes, round_to, storage_format, each)
             offers.append(candidate_list if costs is None else costs.price(candidate_list))
         candidates[names] = merged(offers) if len(offers) > 1 else offers[0]
     grouped = {name for group in groups for name in group.names}

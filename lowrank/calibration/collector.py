@@ -54,7 +54,7 @@ def collect(
 ) -> Stats:
     """Sum the statistics of ``layers`` over batches; see `lowrank.calibrate` for the arguments and errors.
 
-    Of the layers some may be tables; ``heads`` says by name which layers are tied to them.
+    Of the layers some may be embeddings; ``heads`` says by name which layers are tied to them.
     """
     if not (loss is None or callable(loss) or (isinstance(loss, str) and loss == "auto")):
         raise DataError(f'loss={loss!r}: give "auto", a function loss(outputs, batch), or None.')

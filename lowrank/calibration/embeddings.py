@@ -1,12 +1,12 @@
 r"""How the rows of an embedding are used: how often each is read, and how much its elements matter.
 
-A change δE of a table E moves what it returns for the token i by its row δe_i, and, of a head tied to it,
-the logits of a hidden state h by δE h. To second order that costs the objective
+A change δE of an embedding E moves what it returns for the token i by its row δe_i, and, of a head tied to
+it, the logits of a hidden state h by δE h. To second order that costs the objective
 
     ½ Σ_i c_i δe_iᵀ G δe_i  +  ½ Σ_i q_i δe_iᵀ H δe_i
 
-with the row's number of reads c_i, ``G = E[ggᵀ]`` of the gradient at the table's output, ``q_i = Σ g_i²`` of
-the gradient at the row's logit, and ``H = E[hhᵀ]``. (Reads and gradients, hidden states and gradients are
+with the row's number of reads c_i, ``G = E[ggᵀ]`` of the gradient at the embedding's output, ``q_i = Σ g_i²``
+of the gradient at the row's logit, and ``H = E[hhᵀ]``. (Reads and gradients, hidden states and gradients are
 taken for independent, as in K-FAC, and logits of different rows too.) Factors can be found for one product
 ``diag(w) ⊗ M`` only, hence for the one nearest to that sum.
 
@@ -35,12 +35,12 @@ from lowrank.linalg.shrinkage import shrunk
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingStatistics:
-    """Sums over the tokens that a table was asked for; all float64.
+    """Sums over the tokens that an embedding was asked for; all float64.
 
     Args:
         counts: How often each row was read, ``(rows,)``.
-        gradients: ``Σ ggᵀ`` of the gradient at the table's output, ``(columns, columns)``; ``None`` without
-            a loss, as the others below.
+        gradients: ``Σ ggᵀ`` of the gradient at the embedding's output, ``(columns, columns)``; ``None``
+            without a loss, as the others below.
         head_gradients: ``Σ g²`` of the gradients at the outputs of the heads tied to it, ``(rows,)``;
             ``None`` without such a head.
         head_inputs: ``Σ hhᵀ`` of what these read, ``(columns, columns)``.
@@ -71,7 +71,7 @@ class EmbeddingStatistics:
         return smooth / smooth.sum()
 
     def lacks(self, metric: str) -> str | None:
-        """Return why the table cannot be measured by the metric ``metric``, or ``None``."""
+        """Return why the embedding cannot be measured by the metric ``metric``, or ``None``."""
         if not self.tokens:
             return "was not called during calibration"
         if metric == "loss" and self.gradients is None:
@@ -79,7 +79,7 @@ class EmbeddingStatistics:
         return None
 
     def metric(self, metric: str) -> Metric:
-        """Return the metric ``metric`` of the table: an error is a mean over tokens."""
+        """Return the metric ``metric`` of the embedding: an error is a mean over tokens."""
         rows = Diagonal(self.frequencies)
         if metric != "loss":
             return Metric(outputs=rows)
@@ -127,16 +127,16 @@ def nearest_product(terms: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]
 
 
 class EmbeddingCollector:
-    """Sums, as the model runs, what `EmbeddingStatistics` holds of some tables.
+    """Sums, as the model runs, what `EmbeddingStatistics` holds of some embeddings.
 
     Args:
         model: The model.
-        embeddings: Names of the tables.
-        heads: ``{layer name: table name}`` of the heads tied to them.
+        embeddings: Names of the embeddings.
+        heads: ``{layer name: embedding name}`` of the heads tied to them.
         differentiate: Whether there will be gradients.
 
     Attributes:
-        embeddings: The tables, by name.
+        embeddings: The embeddings, by name.
         batch: The batch that the model runs on.
     """
 
@@ -145,13 +145,15 @@ class EmbeddingCollector:
     ) -> None:
         self.embeddings = {name: model.get_submodule(name) for name in embeddings}
         self._heads = {
-            model.get_submodule(h): table for h, table in heads.items() if table in self.embeddings
+            model.get_submodule(h): embedding
+            for h, embedding in heads.items()
+            if embedding in self.embeddings
         }
         self._differentiate = differentiate
         self._sums: dict[str, dict[str, Tensor]] = {}
         self._answered = dict.fromkeys(embeddings, 0)
-        for name, table in self.embeddings.items():
-            weight: Tensor = table.weight  # type: ignore[assignment]
+        for name, embedding in self.embeddings.items():
+            weight: Tensor = embedding.weight  # type: ignore[assignment]
             self._sums[name] = {"counts": torch.zeros(len(weight), dtype=torch.float64, device=weight.device)}
         self.batch: Batch | None = None
 
@@ -159,8 +161,8 @@ class EmbeddingCollector:
     def listening(self) -> Iterator[None]:
         """Attach the hooks, and remove these, and no others, at the end."""
         reading = (
-            table.register_forward_hook(self._read(name), with_kwargs=True)
-            for name, table in self.embeddings.items()
+            embedding.register_forward_hook(self._read(name), with_kwargs=True)
+            for name, embedding in self.embeddings.items()
         )
         answering = (
             head.register_forward_hook(self._answer(name), with_kwargs=True)
@@ -170,7 +172,7 @@ class EmbeddingCollector:
             yield
 
     def _read(self, name: str) -> Callable[..., Tensor]:
-        def hook(table: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        def hook(embedding: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor:
             ids = self._real((args[0] if args else kwargs["input"])[..., None])
             counts = torch.bincount(ids.flatten(), minlength=len(self._sums[name]["counts"]))
             self._add(name, counts=counts.to(torch.float64))
@@ -211,7 +213,8 @@ class EmbeddingCollector:
         for key, value in more.items():
             if not bool(value.isfinite().all()):
                 raise StatsError(
-                    f"{name}: NaN or infinite values reach the table or its head. Load the model in float32, "
+                    f"{name}: NaN or infinite values reach the embedding or its head. Load the model in "
+                    "float32, "
                     "or calibrate with loss=None."
                 )
             sums[key] = sums[key] + value if key in sums else value

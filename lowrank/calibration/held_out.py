@@ -41,14 +41,14 @@ class TrialFactorization:
         right: ``(rank, in)``.
         shift: The corrected bias, ``(out,)``.
         predicted: The squared error under the metric, a mean over tokens.
-        table: The table that the layer is tied to, with whose errors its own count.
+        embedding: The embedding that the layer is tied to, with whose errors its own count.
     """
 
     left: Tensor
     right: Tensor
     shift: Tensor
     predicted: float
-    table: str | None = None
+    embedding: str | None = None
 
     @without_autocast()
     def error(self, inputs: Tensor, outputs: Tensor) -> Tensor:
@@ -58,11 +58,11 @@ class TrialFactorization:
 
 
 class EmbeddingTrial(TrialFactorization):
-    """One table's trial factorization: it returns rows of ``L R``."""
+    """One embedding's trial factorization: it returns rows of ``L R``."""
 
     @without_autocast()
     def error(self, inputs: Tensor, outputs: Tensor) -> Tensor:
-        """Return what is missing from the rows ``(…, columns)`` that the dense table returned for indices."""
+        """Return what is missing from the rows ``(…, columns)`` that the dense embedding returned."""
         return outputs - self.left[inputs] @ self.right
 
 
@@ -72,7 +72,7 @@ def trial_factorizations(
 ) -> dict[str, TrialFactorization]:
     """Factorize every layer at half of its parameters; layers that are too small are left out.
 
-    Of tables, ``heads`` says by name which layers are tied to them.
+    Of embeddings, ``heads`` says by name which layers are tied to them.
     """
     made: dict[str, TrialFactorization] = {}
     metric_name = stats.best_metric()
@@ -101,7 +101,7 @@ def trial_factorizations(
 def _trials_of_embedding(
     model: nn.Module, name: str, heads: Mapping[str, str], metric: Metric
 ) -> dict[str, TrialFactorization]:
-    """Factorize a table, and try the factors on the layers that are tied to it, too."""
+    """Factorize an embedding, and try the factors on the layers that are tied to it, too."""
     weight: Tensor = model.get_submodule(name).weight.detach()  # type: ignore[operator,union-attr,assignment]
     rank = weight.numel() // (2 * sum(weight.shape))
     if not rank:
@@ -110,7 +110,7 @@ def _trials_of_embedding(
     nothing = weight.new_zeros(())
     made: dict[str, TrialFactorization] = {}
     made[name] = EmbeddingTrial(left, right, nothing, error_curve(weight, metric).squared_error(rank))
-    for head in [head for head, table in heads.items() if table == name]:
+    for head in [head for head, embedding in heads.items() if embedding == name]:
         bias: Tensor | None = model.get_submodule(head).bias  # type: ignore[assignment]
         made[head] = TrialFactorization(left, right, nothing if bias is None else bias.detach(), 0.0, name)
     return made
@@ -174,6 +174,6 @@ class HeldOutValidation:
         held: dict[str, HeldOutError] = {}
         for name, trial in self._trials.items():
             found = HeldOutError(self._measured[name], self._tokens[name] * trial.predicted)
-            owner = trial.table or name
+            owner = trial.embedding or name
             held[owner] = held[owner] + found if owner in held else found
         return replace(stats, held_out=held)

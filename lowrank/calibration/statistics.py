@@ -70,7 +70,7 @@ class Stats:
         """Memory that the sums take."""
         tensors = [t for m in self.inputs.values() for t in (m.total, m.products)]
         tensors += [g.products for g in self.gradients.values()]
-        tensors += [tensor for table in self.embeddings.values() for tensor in table.tensors.values()]
+        tensors += [tensor for embedding in self.embeddings.values() for tensor in embedding.tensors.values()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     @accepts(layer=text(StatsError))
@@ -90,7 +90,9 @@ class Stats:
 
     def best_metric(self) -> str:
         """Name the metric that makes the most of what is here."""
-        felt = self.gradients or any(table.gradients is not None for table in self.embeddings.values())
+        felt = self.gradients or any(
+            embedding.gradients is not None for embedding in self.embeddings.values()
+        )
         return "loss" if felt else "inputs"
 
     @accepts(layer=text(StatsError), metric=text(StatsError))
@@ -112,7 +114,7 @@ class Stats:
         centred=flag,
     )
     def metric(self, layer: str, metric: str, centred: bool) -> Metric:
-        """Return the metric of one layer, or of a table, whose rows weigh as often as they are read.
+        """Return the metric of one layer, or of an embedding, whose rows weigh as often as they are read.
 
         Args:
             layer: Its name.
@@ -208,7 +210,8 @@ class Stats:
         if (mine.layers, mine.tokenizer) != (its.layers, its.tokenizer):
             raise StatsError("Statistics of different models or tokenizers cannot be added.")
         embeddings = [
-            {name: table.tensors.keys() for name, table in x.embeddings.items()} for x in (self, other)
+            {name: embedding.tensors.keys() for name, embedding in x.embeddings.items()}
+            for x in (self, other)
         ]
         gradients = self.gradients.keys(), other.gradients.keys()
         if self.sources != other.sources or gradients[0] != gradients[1] or embeddings[0] != embeddings[1]:
@@ -225,7 +228,7 @@ class Stats:
                 name: self.held_out[name] + other.held_out[name]
                 for name in self.held_out.keys() & other.held_out.keys()
             },
-            {name: table + other.embeddings[name] for name, table in self.embeddings.items()},
+            {name: embedding + other.embeddings[name] for name, embedding in self.embeddings.items()},
         )
 
     @accepts(folder=path(CheckpointError), overwrite=flag)
@@ -241,8 +244,8 @@ class Stats:
             tensors[f"inputs.{key}.products"] = moments.products
         for name, gradients in self.gradients.items():
             tensors[f"gradients.{name}.products"] = gradients.products
-        for name, table in self.embeddings.items():
-            tensors |= {f"embeddings.{name}.{part}": tensor for part, tensor in table.tensors.items()}
+        for name, embedding in self.embeddings.items():
+            tensors |= {f"embeddings.{name}.{part}": tensor for part, tensor in embedding.tensors.items()}
         structure = {
             "format": STATS_FORMAT,
             "fingerprint": vars(self.fingerprint),
@@ -256,8 +259,8 @@ class Stats:
                 for name, gradients in self.gradients.items()
             },
             "embeddings": {
-                name: {"parts": list(table.tensors), "head_tokens": table.head_tokens}
-                for name, table in self.embeddings.items()
+                name: {"parts": list(embedding.tensors), "head_tokens": embedding.head_tokens}
+                for name, embedding in self.embeddings.items()
             },
         }
         structure = sealed({**structure, "tensors": {key: digest_of(t) for key, t in tensors.items()}})

@@ -112,8 +112,8 @@ def _localized(plan: Plan, model: PreTrainedModel) -> Plan:
     for layer in plan:
         name = translated(layer.name)
         if name is not None:
-            owner, table = translated(layer.shares_down_with), translated(layer.tied_to) or layer.tied_to
-            layers.append(replace(layer, name=name, shares_down_with=owner, tied_to=table))
+            owner, embedding = translated(layer.shares_down_with), translated(layer.tied_to) or layer.tied_to
+            layers.append(replace(layer, name=name, shares_down_with=owner, tied_to=embedding))
     quantized = []
     for stored in plan.quantized:
         parent, _, part = stored.name.rpartition(".")

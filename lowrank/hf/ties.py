@@ -1,9 +1,10 @@
-"""Ties of transformers models whose tables are factorized or quantized: which stay transformers' business.
+"""Ties of transformers models whose embeddings are factorized or quantized: which stay transformers'
+business.
 
-transformers ties a head to a table by giving both one parameter, whenever it saves, loads, or is asked to
-(``tie_weights``). Of a table that is factorized or quantized there is no such parameter: its head uses the
-module (`lowrank.nn.TiedLinear`), and the pair is taken from the model's lists of ties. Ties of biases stay in
-them.
+transformers ties a head to an embedding by giving both one parameter, whenever it saves, loads, or is asked
+to (``tie_weights``). Of an embedding that is factorized or quantized there is no such parameter: its head
+uses the module (`lowrank.nn.TiedLinear`), and the pair is taken from the model's lists of ties. Ties of
+biases stay in them.
 """
 
 from __future__ import annotations
@@ -24,28 +25,29 @@ _KEYS, _RESIZE = "_tied_weights_keys", "resize_token_embeddings"
 
 
 def with_tied_heads(model: PreTrainedModel, plan: Plan) -> Plan:
-    """Return ``plan`` with the heads that ``model``'s class ties to tables that it changes.
+    """Return ``plan`` with the heads that ``model``'s class ties to embeddings that it changes.
 
     A checkpoint of a base model knows of no head.
 
     Raises:
-        CheckpointError: If something else than a linear layer is tied to such a table.
+        CheckpointError: If something else than a linear layer is tied to such an embedding.
     """
     changed = {layer.name for layer in plan.factorized if layer.is_embedding}
     changed |= {stored.name for stored in plan.quantized if stored.is_embedding}
     layers = {layer.name: layer for layer in plan}
     for pair in model.all_tied_weights_keys.items():  # before loading, the parameters are not one yet
         names = {name.removesuffix(".weight") for name in pair}
-        for table in names & changed:
-            (user,) = names - {table}
+        for embedding in names & changed:
+            (user,) = names - {embedding}
             module = model.get_submodule(user)
             if type(module) is not nn.Linear:
                 raise CheckpointError(
-                    f"config.json: {table} is factorized or quantized, but {type(model).__name__} ties it to "
+                    f"config.json: {embedding} is factorized or quantized, but {type(model).__name__} ties "
+                    "it to "
                     f"{user}, which cannot follow. Load the base model, or call decompress(model) on that "
                     "and save it."
                 )
-            layers[user] = (layers.get(user) or _describe(user, module)).following(table)
+            layers[user] = (layers.get(user) or _describe(user, module)).following(embedding)
     return replace(plan, layers=tuple(layers.values()))
 
 
@@ -102,8 +104,8 @@ def _input_table(part: PreTrainedModel) -> nn.Module | None:
 
 
 def refuse_resizing(*args: Any, **kwargs: Any) -> NoReturn:
-    """Stand in for ``resize_token_embeddings`` of a model whose table is factorized or quantized."""
+    """Stand in for ``resize_token_embeddings`` of a model whose embedding is factorized or quantized."""
     raise LowRankError(
-        "resize_token_embeddings: the table of this model is factorized or quantized. Call "
+        "resize_token_embeddings: the embedding of this model is factorized or quantized. Call "
         "lowrank.decompress(model) first, resize, and compress again; or resize the dense checkpoint."
     )

@@ -27,7 +27,7 @@ HEADS = frozenset(
 
 
 def heads_of(seen: Inspection) -> dict[str, tuple[str, ...]]:
-    """Return ``{layer name: heads}`` for the linear layers and tables that belong to heads.
+    """Return ``{layer name: heads}`` for the linear layers and embeddings that belong to heads.
 
     Args:
         seen: The model.

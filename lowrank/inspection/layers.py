@@ -78,7 +78,7 @@ def check_holder(model: object) -> nn.Module:
 
     Raises:
         LowRankError: If it is no module, or one that `torch.compile` has wrapped.
-        TargetError: If it is a layer or a table.
+        TargetError: If it is a layer or an embedding.
     """
     module = check_not_compiled(check_model(model))
     own = (nn.Linear, nn.Embedding, LowRankLinear, LowRankEmbedding, TiedLinear, QuantizedModule)
@@ -113,7 +113,7 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def dense_elements(layer: nn.Module) -> int:
-    """Count the elements that the weight of a linear layer or table has, or had when it was dense."""
+    """Count the elements that the weight of a linear layer or embedding has, or had when it was dense."""
     if isinstance(layer, LowRankEmbedding):
         return layer.num_embeddings * layer.embedding_dim
     if isinstance(layer, (LowRankLinear, TiedLinear)):
@@ -123,7 +123,7 @@ def dense_elements(layer: nn.Module) -> int:
 
 
 def other_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """Yield the parameters that are no weight or factor of a linear layer or table, in the model's order.
+    """Yield the parameters that are no weight or factor of a linear layer or embedding, in the model's order.
 
     With each its module's name, the module, and its own name there; a tied one comes once.
     """

@@ -1,7 +1,8 @@
 """Draft a plan: list every linear layer of a model, and say which may change and why others may not.
 
-Embedding tables are listed where a target spells them, and with each the heads that are tied to it. Of linear
-layers with one weight, or with equal ones, the first is the owner, and the others are the same as that.
+Embedding embeddings are listed where a target spells them, and with each the heads that are tied to it. Of
+linear layers with one weight, or with equal ones, the first is the owner, and the others are the same as
+that.
 
 A layer is left alone, with the reason in the plan, if it is a head, if its weight is tied or read
 by value elsewhere, or if it is no plain floating-point linear layer. Naming such a layer is an error.
@@ -48,7 +49,7 @@ def draft(
         seen: Any module, on any device; only names, shapes and dtypes are read, and weights with ``equal``.
         targets: Unix-style patterns on module names; ``None`` means every layer but the heads. A head
             is a target only if a pattern spells its name (``"classifier"``, ``"lm_head*"``), and so is an
-            embedding (``"*.word_embeddings"``, ``"*embed*"``). A table and its tied heads are one.
+            embedding (``"*.word_embeddings"``, ``"*embed*"``). An embedding and its tied heads are one.
         ignore: Patterns of layers to leave alone; they win over ``targets``.
         embeddings: Whether all embeddings are targets, too, unless ``targets`` are given.
         equal: Whether to look for layers with equal weights, of which one is kept.
@@ -66,7 +67,7 @@ def draft(
     given = {"targets": targets, "ignore": ignore, "overrule": overrule}
     for pattern in [pattern for name, value in given.items() for pattern in check_patterns(name, value)]:
         if not any(matches(name, pattern) for name in known):
-            where = "linear layers and tables" if seen.embeddings else "linear layers"
+            where = "linear layers and embeddings" if seen.embeddings else "linear layers"
             raise no_match(pattern, known, f"{where} of {type(model).__name__}")
     overruled = {
         name
@@ -139,14 +140,14 @@ def _embeddings(
     ignore: Sequence[str],
     every: bool,
 ) -> Iterator[LayerPlan]:
-    """Yield the tables that are factorized, or that a target spells, by their own name or that of a head.
+    """Yield the embeddings that are factorized, or that a target spells, by their own name or that of a head.
 
-    With ``every`` all tables are as if spelled.
+    With ``every`` all embeddings are as if spelled.
     """
     blocked = find_embedding_obstacles(seen, doubts)
     heads = seen.tied_heads
-    for name, table in seen.embeddings.items():
-        plan = _describe_embedding(name, table)
+    for name, embedding in seen.embeddings.items():
+        plan = _describe_embedding(name, embedding)
         group = [head for head, owner in heads.items() if owner == name]
         spelled = every or any(spells(pattern, one) for pattern in targets for one in (name, *group))
         if not spelled and plan.rank is None:
@@ -155,34 +156,34 @@ def _embeddings(
         named = next((one for one in (name, *group) if one in targets), None)
         if reason and named is not None:
             raise TargetError(
-                f"{named}: the table {name} cannot be factorized: it {reason}. Take it out of targets."
+                f"{named}: the embedding {name} cannot be factorized: it {reason}. Take it out of targets."
             )
         yield replace(plan, reason=reason or "", targeted=reason is None)
 
 
 def spells(pattern: str, name: str) -> bool:
-    """Tell whether ``pattern`` names a table or its head, as a target must: ``"*"`` alone does not."""
+    """Tell whether ``pattern`` names an embedding or its head, as a target must: ``"*"`` alone does not."""
     return matches(name, pattern) and (name.rpartition(".")[2] in pattern or "embed" in pattern)
 
 
 def left_alone(name: str, heads: Sequence[str], ignore: Sequence[str]) -> str | None:
-    """Return why ``ignore`` leaves a table with its heads alone; reads on from "it …"."""
+    """Return why ``ignore`` leaves an embedding with its heads alone; reads on from "it …"."""
     for one in (name, *heads):
         if any(matches(one, pattern) for pattern in ignore):
             return "is ignored" if one == name else f"is tied to {one}, which is ignored"
     return None
 
 
-def _describe_embedding(name: str, table: nn.Embedding | LowRankEmbedding) -> LayerPlan:
-    rows, columns = table.num_embeddings, table.embedding_dim
-    if isinstance(table, LowRankEmbedding):
-        centred = table.bias is not None
+def _describe_embedding(name: str, embedding: nn.Embedding | LowRankEmbedding) -> LayerPlan:
+    rows, columns = embedding.num_embeddings, embedding.embedding_dim
+    if isinstance(embedding, LowRankEmbedding):
+        centred = embedding.bias is not None
         return LayerPlan(
-            *(name, table.layer_type, columns, rows, False, table.rank, table.relative_error),
+            *(name, embedding.layer_type, columns, rows, False, embedding.rank, embedding.relative_error),
             added_bias=centred,
         )
     return LayerPlan(
-        name, LowRankEmbedding.layer_type, columns, rows, False, added_bias=not pads_with_zeros(table)
+        name, LowRankEmbedding.layer_type, columns, rows, False, added_bias=not pads_with_zeros(embedding)
     )
 
 

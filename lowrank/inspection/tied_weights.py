@@ -1,4 +1,4 @@
-"""Which modules of a model use one weight: tables and heads tied to them, linear layers with equal ones."""
+"""Which modules of a model use one weight: embeddings and tied heads, linear layers with equal ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedModule, TiedLin
 
 
 def embedding_layers(model: nn.Module) -> Iterator[tuple[str, nn.Embedding | LowRankEmbedding]]:
-    """Yield every table under each of its names; the inside of a factorized one is skipped."""
+    """Yield every embedding under each of its names; the inside of a factorized one is skipped."""
     inside = None
     for name, module in model.named_modules(remove_duplicate=False):
         if inside is not None and name.startswith(inside):
@@ -25,14 +25,14 @@ def embedding_layers(model: nn.Module) -> Iterator[tuple[str, nn.Embedding | Low
 
 
 def tied_heads(model: nn.Module) -> dict[str, str]:
-    """Return ``{layer name: table name}`` for the linear layers whose weight is that of one embedding.
+    """Return ``{layer name: embedding name}`` for the linear layers whose weight is that of one embedding.
 
-    Where several tables have that weight, none of them has a say over the others.
+    Where several embeddings have that weight, none of them has a say over the others.
     """
     embeddings: dict[int, list[str]] = {}
-    for name, table in embedding_layers(model):
-        if isinstance(table, nn.Embedding):
-            embeddings.setdefault(place_of(table.weight), []).append(name)
+    for name, embedding in embedding_layers(model):
+        if isinstance(embedding, nn.Embedding):
+            embeddings.setdefault(place_of(embedding.weight), []).append(name)
     found = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if type(module) is nn.Linear:
@@ -103,9 +103,13 @@ def is_copy(modules: Mapping[str, nn.Module], name: str, owner: str) -> bool:
     return place_of(one) != place_of(other)  # type: ignore[arg-type]
 
 
-def pads_with_zeros(table: nn.Embedding) -> bool:
-    """Tell whether the padding row of ``table`` is zero, and must stay so."""
-    row = None if table.padding_idx is None or table.weight.is_meta else table.weight[table.padding_idx]
+def pads_with_zeros(embedding: nn.Embedding) -> bool:
+    """Tell whether the padding row of ``embedding`` is zero, and must stay so."""
+    row = (
+        None
+        if embedding.padding_idx is None or embedding.weight.is_meta
+        else embedding.weight[embedding.padding_idx]
+    )
     return row is not None and not bool(row.any())
 
 

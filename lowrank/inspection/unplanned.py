@@ -34,10 +34,12 @@ def with_reach(seen: Inspection, plan: Plan) -> Plan:
 
 
 def _matrices(seen: Inspection) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the tables and then the linear layers, each weight once."""
+    """Yield the embeddings and then the linear layers, each weight once."""
     coded = ((n, m) for n, m in seen.model.named_modules() if isinstance(m, QuantizedEmbedding))
     factors = {
-        f"{name}.down" for name, table in seen.embeddings.items() if isinstance(table, LowRankEmbedding)
+        f"{name}.down"
+        for name, embedding in seen.embeddings.items()
+        if isinstance(embedding, LowRankEmbedding)
     }
     known: set[int] = set()
     for name, module in [*seen.embeddings.items(), *coded, *seen.linear.items()]:

@@ -67,20 +67,20 @@ def factors_quantization_error(
     )
 
 
-def rows_quantization_error(table: Tensor, lost: Tensor, metric: Metric = Metric()) -> float:
-    """Return the share of the norm of a ``table`` that is lost; its rows are looked up, not multiplied."""
-    return _share(lost, table, metric)
+def rows_quantization_error(embedding: Tensor, lost: Tensor, metric: Metric = Metric()) -> float:
+    """Return the share of the norm of ``embedding`` that is lost; its rows are looked up, not multiplied."""
+    return _share(lost, embedding, metric)
 
 
 def embedding_quantization_error(
-    table: Tensor, rank: int, scheme: Scheme, metric: Metric = Metric()
+    embedding: Tensor, rank: int, scheme: Scheme, metric: Metric = Metric()
 ) -> float:
-    """Return the share of ``‖LR‖²`` that quantizing the factors of ``table (rows, columns)`` loses, at one
-    rank.
+    """Return the share of ``‖LR‖²`` that quantizing the factors of ``embedding (rows, columns)`` loses, at
+    one rank.
 
     Rows of ``L`` are quantized and rows of ``Rᵀ``, after a rotation that evens the latter out.
     """
-    left, right, *_ = truncated_svd(table.detach().float(), rank, metric)
+    left, right, *_ = truncated_svd(embedding.detach().float(), rank, metric)
     low = product(left, right)
     up, down = rotated(right.T, left.T, seed=0)  # (columns, rank), (rank, rows)
     up, down = up - rounding_error_of(up, scheme), down.T - rounding_error_of(down.T, scheme)

@@ -1,4 +1,4 @@
-"""`LowRankEmbedding`: the table that takes the place of a dense one."""
+"""`LowRankEmbedding`: the embedding that takes the place of a dense one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class LowRankEmbedding(nn.Module):
     random.
 
     Args:
-        num_embeddings, embedding_dim: Shape of the table.
+        num_embeddings, embedding_dim: Shape of the embedding.
         rank: Inner size.
         bias: Whether every row has ``b (embedding_dim,)`` added, the mean row.
         padding_idx: As for `torch.nn.Embedding`; it concerns training only. ``D`` has it, so what that row
@@ -31,12 +31,12 @@ class LowRankEmbedding(nn.Module):
         device, dtype: As for `torch.nn.Embedding`.
 
     Attributes:
-        relative_error: Of the product under the plan's metric when it was made from a dense table, before
+        relative_error: Of the product under the plan's metric when it was made from a dense embedding, before
             any training; ``None`` if not known.
 
     Example:
-        >>> table = LowRankEmbedding(1000, 64, rank=8)
-        >>> table(torch.tensor([[1, 2, 3]])).shape
+        >>> embedding = LowRankEmbedding(1000, 64, rank=8)
+        >>> embedding(torch.tensor([[1, 2, 3]])).shape
         torch.Size([1, 3, 64])
     """
 
@@ -66,7 +66,7 @@ class LowRankEmbedding(nn.Module):
         largest = min(num_embeddings, embedding_dim)
         if not whole or not 1 <= rank <= largest:
             raise RankError(
-                f"rank {rank!r} of a table of {num_embeddings} rows of {embedding_dim}: "
+                f"rank {rank!r} of an embedding of {num_embeddings} rows of {embedding_dim}: "
                 f"give a whole number from 1 to {largest}."
             )
         check_padding(padding_idx, num_embeddings)
@@ -100,13 +100,13 @@ class LowRankEmbedding(nn.Module):
                 f"left {tuple(left.shape)} and right {tuple(right.shape)} have no product: give "
                 "(num_embeddings, rank) and (rank, embedding_dim)."
             )
-        table = cls(len(left), width, rank, bias is not None, padding_idx=padding_idx, device="meta")
-        table.down.weight = nn.Parameter(row_major(left))
-        table.up.weight = nn.Parameter(row_major(right.T.contiguous()))
-        table.up.register_parameter("bias", bias)
-        table.weight = left.new_empty(0, width)
-        table.relative_error = relative_error
-        return table
+        embedding = cls(len(left), width, rank, bias is not None, padding_idx=padding_idx, device="meta")
+        embedding.down.weight = nn.Parameter(row_major(left))
+        embedding.up.weight = nn.Parameter(row_major(right.T.contiguous()))
+        embedding.up.register_parameter("bias", bias)
+        embedding.weight = left.new_empty(0, width)
+        embedding.relative_error = relative_error
+        return embedding
 
     def forward(self, input: Tensor) -> Tensor:
         """Map indices ``(…)`` to rows ``(…, embedding_dim)``."""
@@ -119,10 +119,10 @@ class LowRankEmbedding(nn.Module):
 
     @without_autocast()
     def dense_weight(self) -> Tensor:
-        """Multiply the factors back into a table ``(num_embeddings, embedding_dim)``."""
+        """Multiply the factors back into an embedding ``(num_embeddings, embedding_dim)``."""
         rows = decoded_weight(self.down) @ decoded_weight(self.up).T
         return rows if self.bias is None else rows + self.bias
 
     def extra_repr(self) -> str:
-        """Describe the table as `torch.nn.Embedding` does, with its rank."""
+        """Describe the embedding as `torch.nn.Embedding` does, with its rank."""
         return f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}"

@@ -133,7 +133,7 @@ class QuantizedEmbedding(QuantizedModule):
     dequantized.
 
     Args:
-        num_embeddings, embedding_dim: Shape of the table.
+        num_embeddings, embedding_dim: Shape of the embedding.
         scheme: How it is quantized.
         padding_idx: As for `torch.nn.Embedding`; it concerns training only.
         device, dtype: ``dtype`` is that of the output.
@@ -160,32 +160,32 @@ class QuantizedEmbedding(QuantizedModule):
         super().__init__(num_embeddings, embedding_dim, scheme, device, dtype)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.padding_idx = padding_idx
-        self.weight = self.weight.reshape(0, embedding_dim)  # who resizes a table asks for two sizes
+        self.weight = self.weight.reshape(0, embedding_dim)  # who resizes an embedding asks for two sizes
 
     @classmethod
-    @accepts(table=instance(nn.Embedding, "a torch.nn.Embedding", WeightError), scheme=SCHEME)
-    def from_embedding(cls, table: nn.Embedding, scheme: Scheme) -> QuantizedEmbedding:
-        """Quantize the table of ``table``, which must have no ``max_norm``.
+    @accepts(embedding=instance(nn.Embedding, "a torch.nn.Embedding", WeightError), scheme=SCHEME)
+    def from_embedding(cls, embedding: nn.Embedding, scheme: Scheme) -> QuantizedEmbedding:
+        """Quantize the embedding of ``embedding``, which must have no ``max_norm``.
 
         Example:
-            >>> table = QuantizedEmbedding.from_embedding(nn.Embedding(10, 4), Scheme("int8"))
-            >>> table(torch.tensor([1, 2])).shape
+            >>> embedding = QuantizedEmbedding.from_embedding(nn.Embedding(10, 4), Scheme("int8"))
+            >>> embedding(torch.tensor([1, 2])).shape
             torch.Size([2, 4])
         """
-        if table.max_norm is not None:
+        if embedding.max_norm is not None:
             raise WeightError("an embedding with max_norm changes its weight as it is read.")
-        sizes = table.num_embeddings, table.embedding_dim
-        new = cls(*sizes, scheme, padding_idx=table.padding_idx, device="meta")
-        new._take(quantize_weight(table.weight, scheme), table.weight.dtype)
+        sizes = embedding.num_embeddings, embedding.embedding_dim
+        new = cls(*sizes, scheme, padding_idx=embedding.padding_idx, device="meta")
+        new._take(quantize_weight(embedding.weight, scheme), embedding.weight.dtype)
         return new
 
     def forward(self, input: Tensor) -> Tensor:
         """Map indices ``(…)`` to rows ``(…, embedding_dim)``."""
-        codes, scale = (nn.functional.embedding(input, table) for table in (self.codes, self.scale))
+        codes, scale = (nn.functional.embedding(input, embedding) for embedding in (self.codes, self.scale))
         return dequantize_weight(codes, scale, self.scheme, self.weight.dtype)
 
     def extra_repr(self) -> str:
-        """Describe the table as `torch.nn.Embedding` does, with its scheme."""
+        """Describe the embedding as `torch.nn.Embedding` does, with its scheme."""
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.scheme.name}"
 
 

@@ -18,11 +18,11 @@ Owner = LowRankEmbedding | QuantizedEmbedding | LowRankLinear | QuantizedLinear
 class TiedLinear(nn.Module):
     """Compute ``y = W x + b`` with a weight that another module has in factors or codes.
 
-    That is the table of an embedding, which the output head of a language model multiplies by, or the weight
-    of a linear layer that had the same or an equal one. It is not registered here: its parameters move, train
-    and are saved with their owner, and whoever trains one trains both. The buffer ``weight`` has no elements,
-    but as many rows as the layer has outputs, since transformers fits the bias to them. It marks the layer in
-    a checkpoint, as in `LowRankLinear`.
+    That is the embedding of an embedding, which the output head of a language model multiplies by, or the
+    weight of a linear layer that had the same or an equal one. It is not registered here: its parameters
+    move, train and are saved with their owner, and whoever trains one trains both. The buffer ``weight`` has
+    no elements, but as many rows as the layer has outputs, since transformers fits the bias to them. It marks
+    the layer in a checkpoint, as in `LowRankLinear`.
 
     Args:
         owner: The embedding or linear layer.
@@ -52,7 +52,7 @@ class TiedLinear(nn.Module):
         like: Tensor = owner.weight  # type: ignore[assignment]
         self.register_buffer("weight", like.new_empty(self.out_features, 0))
         self.register_parameter("bias", bias)
-        self._linear: tuple[Tensor, QuantizedLinear] | None = None  # a table's codes, and what has them
+        self._linear: tuple[Tensor, QuantizedLinear] | None = None  # an embedding's codes, and what has them
 
     @property
     def owner(self) -> Owner:
@@ -75,34 +75,34 @@ class TiedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(…, in)`` to ``(…, out)``."""
-        table = self.owner
-        if isinstance(table, QuantizedLinear):
-            return table.multiply(input, self.bias)
-        if isinstance(table, LowRankLinear):
-            return self._through(table, input)
-        return self._by_table(table, input)
+        embedding = self.owner
+        if isinstance(embedding, QuantizedLinear):
+            return embedding.multiply(input, self.bias)
+        if isinstance(embedding, LowRankLinear):
+            return self._through(embedding, input)
+        return self._by_table(embedding, input)
 
     def _through(self, layer: LowRankLinear, input: Tensor) -> Tensor:
         """Multiply by the factors of ``layer``, and by what they correct."""
         output = _product(layer.up, _product(layer.down, input, None), self.bias)
         return output if layer.base is None else output + layer.base(input)
 
-    def _by_table(self, table: nn.Module, input: Tensor) -> Tensor:
+    def _by_table(self, embedding: nn.Module, input: Tensor) -> Tensor:
         common = None
-        if isinstance(table, LowRankEmbedding):
-            if table.bias is not None:  # the same for all rows
-                common = (input * table.bias.to(input.dtype)).sum(-1, keepdim=True)
-            input, table = table.enter(input), table.down
+        if isinstance(embedding, LowRankEmbedding):
+            if embedding.bias is not None:  # the same for all rows
+                common = (input * embedding.bias.to(input.dtype)).sum(-1, keepdim=True)
+            input, embedding = embedding.enter(input), embedding.down
         output: Tensor | None = None
-        if isinstance(table, QuantizedEmbedding):
+        if isinstance(embedding, QuantizedEmbedding):
             if not is_transformed():
-                output = self._around(table)(input)
-            elif self._linear is not None and self._linear[0] is table.codes:
+                output = self._around(embedding)(input)
+            elif self._linear is not None and self._linear[0] is embedding.codes:
                 output = self._linear[1].multiply(input, self.bias)
             else:  # in a graph no layer can be made
-                output = table.by_integers(input, self.bias)
+                output = embedding.by_integers(input, self.bias)
         if output is None:
-            output = linear(input, decoded_weight(table).to(input.dtype), self._bias_in(input.dtype))
+            output = linear(input, decoded_weight(embedding).to(input.dtype), self._bias_in(input.dtype))
         return output if common is None else output + common
 
     def runs_on(self) -> str:
@@ -120,22 +120,22 @@ class TiedLinear(nn.Module):
     def _bias_in(self, dtype: torch.dtype) -> Tensor | None:
         return self.bias.to(dtype) if self.bias is not None else None
 
-    def _around(self, table: QuantizedEmbedding) -> QuantizedLinear:
-        """Return a linear layer around the codes of ``table``; made anew once they have moved.
+    def _around(self, embedding: QuantizedEmbedding) -> QuantizedLinear:
+        """Return a linear layer around the codes of ``embedding``; made anew once they have moved.
 
         Where an int4 kernel reads them in an order of its own, the layer comes to have its own copy of the
-        codes: rows are looked up in the table's, and dequantizing the whole table takes seven times that
-            room.
+        codes: rows are looked up in the embedding's, and dequantizing the whole embedding takes seven times
+            that room.
         """
         known = self._linear
-        if known is not None and known[0] is table.codes and known[1].scale is table.scale:
+        if known is not None and known[0] is embedding.codes and known[1].scale is embedding.scale:
             layer = known[1]
         else:
-            rows, columns = table.shape
-            layer = QuantizedLinear(columns, rows, False, table.scheme, device="meta")
-            layer.codes, layer.scale = table.codes, table.scale
-            layer.weight = table.weight.new_empty(0)
-            self._linear = table.codes, layer
+            rows, columns = embedding.shape
+            layer = QuantizedLinear(columns, rows, False, embedding.scheme, device="meta")
+            layer.codes, layer.scale = embedding.codes, embedding.scale
+            layer.weight = embedding.weight.new_empty(0)
+            self._linear = embedding.codes, layer
         layer.register_parameter("bias", self.bias)
         return layer
 

@@ -79,7 +79,7 @@ def compress(
         stats: Statistics from `lowrank.calibrate`, in place of ``data``; with ``sequential``, beside them.
         inputs: What the model is called with to measure a ``speedup``, or to check ``overrule``: a batch, as
             in ``data``.
-        latencies: A table of measured layers to use again, and to add to.
+        latencies: An embedding of measured layers to use again, and to add to.
         progress: Show progress bars on a terminal.
         **options: listed here.
 
@@ -157,7 +157,7 @@ def plan(
         config: The options below as an object, in place of keywords.
         stats: Statistics from `lowrank.calibrate`.
         inputs: What the model is called with to measure a ``speedup``, or to check ``overrule``.
-        latencies: A table of measured layers to use again, and to add to.
+        latencies: An embedding of measured layers to use again, and to add to.
         progress: Show progress bars on a terminal.
         **options: listed here.
 

@@ -109,8 +109,8 @@ def decided(
     asked = seen, layers, config, stats, predict, progress, latencies
     if config.quantize is None:
         return decide(*asked).without_needless_ties()
-    (form, *others) = storage_formats(config)
-    scheme = INT8 if others or form.scheme is None else form.scheme
+    (storage_format, *others) = storage_formats(config)
+    scheme = INT8 if others or storage_format.scheme is None else storage_format.scheme
     if config.max_bytes is None:
         return quantized_plan(seen, decide(*asked), scheme, None, config.ignore, stats)
     ignored = [*(config.ignore or ()), *(layer.name for layer in layers.targeted)]

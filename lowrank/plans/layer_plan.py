@@ -19,7 +19,7 @@ class LayerPlan:
     Args:
         name: Module name, as in ``model.named_modules()``.
         layer_type: Which dense layer it is, ``"linear"`` (weight ``(out, in)``) or ``"conv1d"``; or
-            ``"embedding"``, a table of ``out_features`` rows of ``in_features``.
+            ``"embedding"``, an embedding of ``out_features`` rows of ``in_features``.
         in_features, out_features: Shape of the weight.
         bias: Whether the dense layer has a bias.
         rank: Inner size of the factors; ``None`` leaves the layer as it is.
@@ -29,8 +29,8 @@ class LayerPlan:
         shares_down_with: The layer whose ``down`` this one uses; ``None`` if it has its own.
         same_input: Whether that layer reads the same input, so that one product serves both; if not, they
             are of adjacent blocks, and have a basis in common.
-        tied_to: The table or linear layer whose weight this one uses, its factors or codes if it has some;
-            ``None`` if it has a weight of its own. The rank is then that of the other.
+        tied_to: The embedding or linear layer whose weight this one uses, its factors or codes if it has
+            some; ``None`` if it has a weight of its own. The rank is then that of the other.
         was_copy: Whether it has an equal weight of its own until then; if not, they are tied.
         reason: Why the layer has this rank, or why it stays dense.
         targeted: Whether the layer may change and counts for `keep`; if not, `reason` says why.
@@ -80,7 +80,7 @@ class LayerPlan:
 
     @property
     def bias_features(self) -> int:
-        """Elements of a bias: the outputs; of a table, the elements of a row."""
+        """Elements of a bias: the outputs; of an embedding, the elements of a row."""
         return self.in_features if self.is_embedding else self.out_features
 
     @property

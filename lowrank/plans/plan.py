@@ -1,6 +1,6 @@
 """Budgets and plans: what to do with each layer, as plain data.
 
-This file uses the standard library only. A `Plan` is frozen; it prints as a table, survives JSON,
+This file uses the standard library only. A `Plan` is frozen; it prints as an embedding, survives JSON,
 can be edited (`Plan.with_rank`) and compared (`Plan.diff`). Nothing here touches a model.
 """
 
@@ -102,7 +102,7 @@ class Plan:
 
     @property
     def tied(self) -> tuple[LayerPlan, ...]:
-        """The layers that use the factors or codes of a table, or of another layer."""
+        """The layers that use the factors or codes of an embedding, or of another layer."""
         compressed = {x.name for x in self.factorized} | {weight.name for weight in self.quantized}
         return tuple(layer for layer in self.layers if layer.tied_to in compressed)
 
@@ -181,7 +181,7 @@ class Plan:
         return describe_small_reach(self.model, *given)
 
     def _has(self, weight: QuantizedWeight) -> bool:
-        """Tell whether ``weight`` is that of a layer or table in the plan, or of its factor."""
+        """Tell whether ``weight`` is that of a layer or embedding in the plan, or of its factor."""
         return _layer_of(weight, self._index) in self._index
 
     @property
@@ -242,7 +242,8 @@ class Plan:
             rank: The new rank, ``1 .. min(out, in)``; ``None`` leaves the layers dense.
 
         Raises:
-            TargetError: If the pattern matches no layer of the plan, or only one that uses a table's weight.
+            TargetError: If the pattern matches no layer of the plan, or only one that uses an embedding's
+                weight.
             RankError: If the rank is not a positive integer.
 
         Example:
@@ -391,6 +392,6 @@ def _check_plan(name: str, value: object) -> None:
 
 
 def _layer_of(weight: QuantizedWeight, layers: Container[str]) -> str:
-    """Return the name of the layer or table that ``weight`` is of, or of whose factor."""
+    """Return the name of the layer or embedding that ``weight`` is of, or of whose factor."""
     parent = weight.name.rpartition(".")[0]
     return weight.name if weight.name in layers or parent not in layers else parent

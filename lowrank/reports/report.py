@@ -25,7 +25,7 @@ from lowrank.reports.evaluation import loss_increase
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One linear layer or factorized table, before and after, without its bias.
+    """One linear layer or factorized embedding, before and after, without its bias.
 
     Attributes:
         name: Module name.
@@ -39,7 +39,8 @@ class LayerReport:
         scheme: How the weight or factors are quantized, such as ``"int8"``, or ``"int4 + int8"`` for a
             quantized weight with factors that correct it; ``None`` if nothing is.
         layer_type: ``"linear"``, ``"conv1d"``, or ``"embedding"``, whose rows are looked up.
-        tied_to: The table or layer whose weight it uses; parameters and bytes are counted there, here none.
+        tied_to: The embedding or layer whose weight it uses; parameters and bytes are counted there, here
+            none.
         macs: Multiply-accumulates per token as the layer is now; looking up takes none.
     """
 
@@ -77,7 +78,8 @@ class QuantizedReport:
         scheme: ``"int8"`` or ``"int4"``.
         elements: Of the weight.
         bytes_before, bytes: In the dtype that the layer computes in, and of codes and scales.
-        runs_on: What computes with it at inference, as `QuantizedLinear.runs_on`; ``"lookup"`` for a table.
+        runs_on: What computes with it at inference, as `QuantizedLinear.runs_on`; ``"lookup"`` for an
+            embedding.
     """
 
     name: str
@@ -90,7 +92,7 @@ class QuantizedReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What a model costs now, and what it cost before; prints as a table.
+    """What a model costs now, and what it cost before; prints as an embedding.
 
     Attributes:
         model: Class name.

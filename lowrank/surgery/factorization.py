@@ -1,4 +1,4 @@
-"""Make factorized layers and tables from dense ones, singly or jointly. No module is replaced here.
+"""Make factorized layers and embeddings from dense ones, singly or jointly. No module is replaced here.
 
 Under a calibrated metric the bias takes up the mean of the error: ``b' = b + (W − LR) μ``. That is
 why the metric's second moment is centred. A bias that there is stays the same parameter, with new
@@ -178,10 +178,10 @@ def _stacked(
 def factorized(
     dense: nn.Module, layer: LayerPlan, plan: Plan, stats: Stats | None = None, seed: int = 0
 ) -> LowRankLinear | LowRankEmbedding:
-    """Return the factorized form of one dense layer or table; the bias stays the same parameter.
+    """Return the factorized form of one dense layer or embedding; the bias stays the same parameter.
 
     Args:
-        dense: The layer, of a kind that `lowrank.nn` knows, or the table.
+        dense: The layer, of a kind that `lowrank.nn` knows, or the embedding.
         layer: Its entry in ``plan``, with a rank.
         plan: Gives the metric and the tolerance.
         stats: The statistics, unless the metric is ``"weight"``.
@@ -192,7 +192,7 @@ def factorized(
     matrix = matrix_of(dense, layer, metric)
     found = truncated_svd(matrix, layer.rank, metric, tolerance=plan.tolerance, seed=seed)
     if isinstance(dense, nn.Embedding):
-        return _table(dense, layer, found, metric)
+        return _embedding(dense, layer, found, metric)
     return _layer(dense, layer, found.left, found.right, found.relative_error, plan, stats)
 
 
@@ -287,7 +287,7 @@ def _joint_factors(
 
 
 def weight_of(dense: nn.Module) -> Tensor:
-    """Return the weight ``(out, in)`` of a layer that can be factorized, or of a table."""
+    """Return the weight ``(out, in)`` of a layer that can be factorized, or of an embedding."""
     if isinstance(dense, nn.Embedding):
         return dense.weight
     layer_type = layer_type_of(dense)
@@ -296,24 +296,24 @@ def weight_of(dense: nn.Module) -> Tensor:
 
 
 def matrix_of(dense: nn.Module, layer: LayerPlan, metric: Metric) -> Tensor:
-    """Return what the factors are to approximate: the weight; of a centred table, less its mean row."""
+    """Return what the factors are to approximate: the weight; of a centred embedding, less its mean row."""
     weight = weight_of(dense).detach()
     if not layer.is_embedding or not layer.has_bias:
         return weight
     return weight - _mean_row(weight, metric)
 
 
-def _mean_row(table: Tensor, metric: Metric) -> Tensor:
+def _mean_row(embedding: Tensor, metric: Metric) -> Tensor:
     """Return the mean of the rows, by the weights that they have under ``metric``."""
-    rows = table.detach().double()
+    rows = embedding.detach().double()
     if not isinstance(metric.outputs, Diagonal):
-        return rows.mean(0).to(table.dtype)
+        return rows.mean(0).to(embedding.dtype)
     weights = metric.outputs.values.to(rows)
-    return (weights @ rows / weights.sum()).to(table.dtype)
+    return (weights @ rows / weights.sum()).to(embedding.dtype)
 
 
-def _table(dense: nn.Embedding, layer: LayerPlan, found: Factors, metric: Metric) -> LowRankEmbedding:
-    """Wrap the factors of a table; a padding row of zeros stays zero, to the bit."""
+def _embedding(dense: nn.Embedding, layer: LayerPlan, found: Factors, metric: Metric) -> LowRankEmbedding:
+    """Wrap the factors of an embedding; a padding row of zeros stays zero, to the bit."""
     left = found.left
     if pads_with_zeros(dense):
         left[dense.padding_idx] = 0.0

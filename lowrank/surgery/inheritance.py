@@ -47,7 +47,7 @@ def check_no_hooks(name: str, module: nn.Module) -> None:
     """Refuse hooks on a factor: the dense layer has no place for them.
 
     Raises:
-        LowRankError: If ``module``, a factorized layer or table called ``name``, has some.
+        LowRankError: If ``module``, a factorized layer or embedding called ``name``, has some.
     """
     for part, factor in module.named_children():
         if any(vars(factor)[hooks] for hooks in HOOKS):

@@ -65,7 +65,7 @@ def base_of(plan: Plan, layer: LayerPlan) -> QuantizedWeight:
 def check_quantized_weights(
     seen: Inspection, plan: Plan, stats: Stats | None, blocked: Mapping[str, str], loading: bool = False
 ) -> None:
-    """Check that every quantized weight of ``plan`` is a layer, table or factor of that shape.
+    """Check that every quantized weight of ``plan`` is a layer, embedding or factor of that shape.
 
     ``blocked`` tells what must stay as it is, from `lowrank.inspection.eligibility`.
 
@@ -115,7 +115,8 @@ def check_quantized_weights(
             raise PlanError(f"{stored.name}: cannot be centred: several layers use it, with unlike inputs.")
         if stored.input_shift > stored.smooth_scale or stored.smooth_scale > (not stored.is_embedding):
             raise PlanError(
-                f"{stored.name}: a {stored.layer_type} cannot be centred without being smooth, nor a table."
+                f"{stored.name}: a {stored.layer_type} cannot be centred without being smooth, nor an "
+                "embedding."
             )
         if stored.smooth_scale and not loading:
             _check_stats(stored, seen, plan, stats)

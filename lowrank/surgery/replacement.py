@@ -347,7 +347,7 @@ def decompress(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _dense_form(module: nn.Module) -> nn.Module:
-    """Make the dense layer or table that ``module`` stands for."""
+    """Make the dense layer or embedding that ``module`` stands for."""
     if isinstance(module, (LowRankLinear, QuantizedLinear)):
         return layer_type_named(module.layer_type).layer(module.dense_weight(), module.dense_bias())
     assert isinstance(module, (LowRankEmbedding, QuantizedEmbedding))

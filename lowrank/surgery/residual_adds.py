@@ -19,7 +19,7 @@ from lowrank.inspection.blocks import Reached
 from lowrank.inspection.contexts import hooked
 
 
-class Listener(TorchFunctionMode):
+class ResidualAddRecorder(TorchFunctionMode):
     """Notes, while a block runs, what its layers read and return, and what their outputs are added to.
 
     Args:

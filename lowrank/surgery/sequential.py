@@ -47,7 +47,7 @@ from lowrank.nn import LowRankEmbedding, LowRankLinear
 from lowrank.plans.plan import Plan
 from lowrank.surgery.hidden_states import CachedHiddenStates
 from lowrank.surgery.replacement import factorize, register_overruled
-from lowrank.surgery.residual_adds import Listener
+from lowrank.surgery.residual_adds import ResidualAddRecorder
 from lowrank.surgery.validation import check_request
 
 RIDGES = (1e-3, 1e-2, 1e-1, math.inf)
@@ -79,22 +79,22 @@ def apply_sequentially(
     fitted: set[str] = set()
     with contextlib.ExitStack() as stack:
         folder = None if offload_folder is None else stack.enter_context(_folder_in(offload_folder))
-        streams = [CachedHiddenStates(batch, folder) for batch in batches]
-        if len(streams) < HELD_OUT:
+        cached = [CachedHiddenStates(batch, folder) for batch in batches]
+        if len(cached) < HELD_OUT:
             raise DataError(
                 f"sequential=True needs {HELD_OUT} batches or more, one of them to see what it gains; there "
-                f"are {len(streams)}. Give more data, or the same in smaller batches."
+                f"are {len(cached)}. Give more data, or the same in smaller batches."
             )
         with torch.no_grad(), eval_mode(model):
-            for number, each in enumerate(streams):
+            for number, each in enumerate(cached):
                 each.enter(model, list(blocks.values()), to_the_end=number == 0)
-            _check_sums(blocks, inside, streams[0])
+            _check_sums(blocks, inside, cached[0])
         register_overruled(model, plan)
         outside = [layer.name for layer in plan.factorized if layer.name not in inside]
         if outside:
             _factorize(model, _part(plan, outside), stats, seed)
             with torch.no_grad(), eval_mode(model):
-                for each in streams:
+                for each in cached:
                     each.enter_compressed(model, list(blocks.values()))
         bar = tqdm(blocks.items(), desc="fitting", unit="block", disable=None if progress else True)
         for number, (name, block) in enumerate(bar):
@@ -103,10 +103,10 @@ def apply_sequentially(
             _factorize(model, _part(plan, names), stats, seed)
             with torch.no_grad(), eval_mode(block), eval_mode(dense):
                 done = _refit(
-                    dense, block, [layer.removeprefix(f"{name}.") for layer in names], streams, number
+                    dense, block, [layer.removeprefix(f"{name}.") for layer in names], cached, number
                 )
                 fitted |= {f"{name}.{layer}" for layer in done}
-                for each in streams:
+                for each in cached:
                     each.advance(dense, block, number)
     return fitted
 
@@ -182,11 +182,11 @@ def _check_sums(
     hidden, adds = first.dense.clone(), False
     for number, (name, block) in enumerate(blocks.items()):
         names = [x.removeprefix(f"{name}.") for x, home in inside.items() if home == name]
-        listener = Listener(block, names, to_the_end=True)
-        listener.run(lambda block=block, number=number: first.advance(block, block, number))  # type: ignore[misc]
-        if listener.addends:
+        recorder = ResidualAddRecorder(block, names, to_the_end=True)
+        recorder.run(lambda block=block, number=number: first.advance(block, block, number))  # type: ignore[misc]
+        if recorder.addends:
             break
-        adds |= listener.adds
+        adds |= recorder.adds
     else:
         if adds:
             raise LowRankError(
@@ -200,16 +200,16 @@ def _refit(
     dense: nn.Module,
     small: nn.Module,
     names: Sequence[str],
-    streams: Sequence[CachedHiddenStates],
+    cached: Sequence[CachedHiddenStates],
     number: int,
 ) -> list[str]:
     """Fit the second factors of a block's layers anew, in the order in which they run; return which."""
-    stages, sums = _stages(small, names, streams[0], number)
+    stages, sums = _stages(small, names, cached[0], number)
     done = []
     for stage in stages:
         fits: dict[str, _Fit] = {}
-        for each in streams:
-            there, here = (Listener(block, stage, sums & set(stage)) for block in (dense, small))
+        for each in cached:
+            there, here = (ResidualAddRecorder(block, stage, sums & set(stage)) for block in (dense, small))
             there.run(lambda each=each: each.call_dense(dense, number))  # type: ignore[misc]
             here.run(lambda each=each: each.call_small(small, number))  # type: ignore[misc]
             for name in stage:
@@ -220,7 +220,7 @@ def _refit(
     return done
 
 
-def _alike(name: str, dense: Listener, small: Listener) -> bool:
+def _alike(name: str, dense: ResidualAddRecorder, small: ResidualAddRecorder) -> bool:
     """Tell whether both streams have the same rows at a layer; an expert may get other tokens in each."""
     if name not in dense.outputs or name not in small.outputs:
         return False
@@ -238,13 +238,13 @@ def _stages(
     That is the layers whose outputs are added to something, the second thing returned; in a block that
     adds nothing, all. A layer that runs several times has no input of its own, and stays as it is.
     """
-    listener = Listener(small, names, to_the_end=True)
-    listener.run(lambda: first.call_small(small, number))
-    once = {name: read for name, read in listener.inputs.items() if name not in listener.repeated}
-    sums = once.keys() & listener.addends.keys()
+    recorder = ResidualAddRecorder(small, names, to_the_end=True)
+    recorder.run(lambda: first.call_small(small, number))
+    once = {name: read for name, read in recorder.inputs.items() if name not in recorder.repeated}
+    sums = once.keys() & recorder.addends.keys()
     stages: dict[int, list[str]] = {}
     for name, read in once.items():
-        if name in sums or not listener.adds:
+        if name in sums or not recorder.adds:
             stages.setdefault(id(read), []).append(name)
     return list(stages.values()), sums
 
@@ -258,7 +258,7 @@ class _Fit:
         self._fitted, self._held = Regression.empty(*make), Regression.empty(*make)
         self._centre: tuple[Tensor, Tensor] | None = None
 
-    def add(self, name: str, dense: Listener, small: Listener, batch: Batch) -> None:
+    def add(self, name: str, dense: ResidualAddRecorder, small: ResidualAddRecorder, batch: Batch) -> None:
         """Add the tokens of one batch."""
         z = batch.real(nn.functional.linear(small.inputs[name], self._layer.down.weight)).float()
         if not len(z):
@@ -266,7 +266,7 @@ class _Fit:
         y = batch.real(dense.outputs[name]).float()
         weight = z.new_ones(len(z), 1)
         if name in dense.addends and name in small.addends:
-            there, here = (batch.real(listener.addends[name]).float() for listener in (dense, small))
+            there, here = (batch.real(recorder.addends[name]).float() for recorder in (dense, small))
             total = y + there
             weight = 1 / total.square().mean(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
             y = total - here

@@ -58,7 +58,7 @@ def check_structure(model: nn.Module, plan: Plan) -> list[LayerPlan]:
 
 
 def _blocked(seen: Inspection, plan: Plan) -> dict[str, str]:
-    """Return why layers and tables must stay as they are, whatever ``plan`` says."""
+    """Return why layers and embeddings must stay as they are, whatever ``plan`` says."""
     return find_all_obstacles(seen, plan.owners, seen.doubts_but(plan.overruled))
 
 
@@ -153,34 +153,36 @@ def _check_shared(
 
 
 def _check_heads(seen: Inspection, plan: Plan) -> None:
-    """Check that no table is replaced without the heads that are tied to it."""
+    """Check that no embedding is replaced without the heads that are tied to it."""
     compressed = {layer.name for layer in plan.factorized} | {stored.name for stored in plan.quantized}
-    for head, table in seen.tied_heads.items():
-        if table in compressed and (head not in plan or plan[head].tied_to != table):
+    for head, embedding in seen.tied_heads.items():
+        if embedding in compressed and (head not in plan or plan[head].tied_to != embedding):
             raise PlanError(
-                f"{table}: the plan changes this table, but not {head}, which is tied to it. Make the plan "
-                f"for this model, so that {head} is the same as {table} in it."
+                f"{embedding}: the plan changes this embedding, but not {head}, which is tied to it. Make "
+                "the plan "
+                f"for this model, so that {head} is the same as {embedding} in it."
             )
 
 
 def _check_follower(layer: LayerPlan, plan: Plan, modules: Mapping[str, nn.Module]) -> None:
     """Check that ``layer`` can use the weight of what the plan names."""
-    module, table = modules.get(layer.name), modules.get(layer.tied_to or "")
+    module, embedding = modules.get(layer.name), modules.get(layer.tied_to or "")
     if isinstance(module, TiedLinear):
-        if module.owner is not table:
+        if module.owner is not embedding:
             raise PlanError(f"{layer.name}: the plan says that it uses {layer.tied_to}, but it uses another.")
         return
     owners = nn.Embedding, *_Factorized, QuantizedModule
-    if table is None or not (isinstance(table, owners) or layer_type_of(table) is not None):
+    if embedding is None or not (isinstance(embedding, owners) or layer_type_of(embedding) is not None):
         raise PlanError(
-            f"{layer.name}: is to use the weight of {layer.tied_to}, which is no table or linear layer here."
+            f"{layer.name}: is to use the weight of {layer.tied_to}, which is no embedding or linear layer "
+            "here."
         )
     if module is None or (layer.rank is not None and layer.tied_to not in plan):
         raise PlanError(
             f"{layer.name}: the model or the plan lacks it, or {layer.tied_to}, which it is to use."
         )
     _check_layer(module, replace(layer, rank=None), shared=False)
-    rows, columns = _sizes(table)
+    rows, columns = _sizes(embedding)
     if (layer.out_features, layer.in_features) != (rows, columns):
         raise PlanError(
             f"{layer.name}: is to use the weight of {layer.tied_to}, which has another shape: "
@@ -189,7 +191,7 @@ def _check_follower(layer: LayerPlan, plan: Plan, modules: Mapping[str, nn.Modul
 
 
 def _sizes(owner: nn.Module) -> tuple[int, int]:
-    """Return the shape ``(rows, columns)`` of the weight of a table or layer, whatever it is stored as."""
+    """Return the shape ``(rows, columns)`` of the weight of an embedding or layer, however it is stored."""
     if isinstance(owner, LowRankLinear):
         return owner.out_features, owner.in_features
     if isinstance(owner, LowRankEmbedding):

@@ -27,7 +27,7 @@ class VGG(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Of texts: a table, a recurrent layer, and an output."""
+    """Of texts: an embedding, a recurrent layer, and an output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ def test_a_coded_model_keeps_its_last_layer_too():
         nn.ModuleDict({f"fc{i}": nn.Linear(32, 32) for i in (1, 2, 3)}),
         nn.Sequential(nn.Embedding(5, 32), nn.Linear(32, 32)),
     ],
-    ids=["two", "named", "after-a-table"],
+    ids=["two", "named", "after-an-embedding"],
 )
 def test_the_last_of_a_stack_of_linear_layers_is_one_of_them(model):
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]

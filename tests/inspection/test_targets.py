@@ -94,7 +94,7 @@ def test_a_pattern_that_matches_nothing_names_the_closest(tiny_bert, argument, p
     with pytest.raises(TargetError) as caught:
         draft(Inspection(tiny_bert), **{argument: [pattern]})
     first, second = str(caught.value).splitlines()
-    assert first == f'"{pattern}" matches none of the 16 linear layers and tables of BertModel.'
+    assert first == f'"{pattern}" matches none of the 16 linear layers and embeddings of BertModel.'
     assert second.startswith(f"  Closest: {closest}")
 
 

@@ -103,8 +103,8 @@ def test_a_bias_that_both_share_or_a_tied_table_keeps_them_apart():
     model = net("tied")
     model.c.bias = model.a.bias
     assert lowrank.plan(model, rank=16)["a"].reason == "shares its weight with c.weight (tied)"
-    model = nn.ModuleDict({"table": nn.Embedding(SIZE, SIZE), **dict(net("tied").named_children())})
-    model["table"].weight = model["a"].weight
+    model = nn.ModuleDict({"embedding": nn.Embedding(SIZE, SIZE), **dict(net("tied").named_children())})
+    model["embedding"].weight = model["a"].weight
     plan = lowrank.plan(model, rank=16)
     assert (plan["a"].rank, plan["c"].rank, plan["b"].rank) == (None, None, 16)
 

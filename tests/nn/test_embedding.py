@@ -63,7 +63,7 @@ def test_rows_and_outputs_are_those_of_one_dense_table(make):
 
 @pytest.mark.parametrize("rank", [0, 33, 1.5, True], ids=["zero", "above-both", "fraction", "truth"])
 def test_an_impossible_rank_is_refused(rank):
-    with pytest.raises(RankError, match=r"rank .* of a table of 40 rows of 32: .* from 1 to 32"):
+    with pytest.raises(RankError, match=r"rank .* of an embedding of 40 rows of 32: .* from 1 to 32"):
         LowRankEmbedding(40, 32, rank)
 
 
@@ -84,11 +84,11 @@ def test_a_tied_layer_owns_nothing_but_its_bias(make):
 )
 def test_a_copy_uses_the_copied_table(make, again):
     owner = make()
-    model = nn.ModuleDict({"table": owner, "head": TiedLinear(owner)})
+    model = nn.ModuleDict({"embedding": owner, "head": TiedLinear(owner)})
     model["head"](random(2, WIDTH))  # whatever it keeps is copied along
     twin = again(model)
-    assert twin["head"].owner is twin["table"]
-    assert twin["table"] is not owner
+    assert twin["head"].owner is twin["embedding"]
+    assert twin["embedding"] is not owner
     assert torch.equal(twin["head"](random(2, WIDTH)), model["head"](random(2, WIDTH)))
 
 
@@ -114,8 +114,8 @@ def test_both_uses_move_the_factors():
 
 def test_half_precision_is_computed_in():
     owner = coded_parts("int8", bias=True)
-    model = nn.ModuleDict({"table": owner, "head": TiedLinear(owner)}).to(torch.bfloat16)
-    assert model["table"](torch.tensor([1])).dtype == torch.bfloat16
+    model = nn.ModuleDict({"embedding": owner, "head": TiedLinear(owner)}).to(torch.bfloat16)
+    assert model["embedding"](torch.tensor([1])).dtype == torch.bfloat16
     assert model["head"](random(2, WIDTH).to(torch.bfloat16)).dtype == torch.bfloat16
     assert owner.down.codes.dtype == torch.int8
 

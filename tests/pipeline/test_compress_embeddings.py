@@ -1,4 +1,4 @@
-"""Embedding tables with the heads that are tied to them, from a model to a checkpoint and back."""
+"""Embeddings with the heads that are tied to them, from a model to a checkpoint and back."""
 
 import copy
 import json
@@ -130,10 +130,10 @@ def test_a_head_that_is_ignored_keeps_its_table(build, table, head):
 
 def test_a_table_that_must_stay_is_an_error_where_it_is_named():
     model = nn.Sequential(nn.Embedding(50, 32, max_norm=1.0), nn.Linear(32, 32))
-    with pytest.raises(TargetError, match=r"the table 0 cannot be factorized: it has a max_norm"):
+    with pytest.raises(TargetError, match=r"the embedding 0 cannot be factorized: it has a max_norm"):
         lowrank.plan(model, rank=4, targets=["0"])
     t5 = transformers.T5Config(vocab_size=ROWS, d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4)
-    with pytest.raises(TargetError, match=r"the table shared cannot be factorized: it shares its weight"):
+    with pytest.raises(TargetError, match=r"the embedding shared cannot be factorized: it shares its weight"):
         lowrank.plan(transformers.T5ForConditionalGeneration(t5), rank=8, targets=["shared"])
 
 
@@ -152,13 +152,13 @@ def test_a_plan_that_forgets_the_head_is_refused():
     plan = lowrank.plan(model, rank=16, targets=["*embed_tokens"])
     lonely = Plan.from_dict({**plan.to_dict(), "layers": [plan.to_dict()["layers"][0]]})
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(PlanError, match=r"changes this table, but not lm_head, which is tied to it"):
+    with pytest.raises(PlanError, match=r"changes this embedding, but not lm_head, which is tied to it"):
         lowrank.apply(model, lonely)
     assert all(torch.equal(x, before[n]) for n, x in model.state_dict().items())
 
 
 def test_a_table_has_no_latency_to_choose_by(tiny_bert):
-    with pytest.raises(BudgetError, match=r"word_embeddings: a table is looked up, not multiplied"):
+    with pytest.raises(BudgetError, match=r"word_embeddings: an embedding is looked up, not multiplied"):
         lowrank.plan(tiny_bert, speedup=1.5, inputs=IDS, targets=["*.word_embeddings"])
 
 
@@ -285,8 +285,8 @@ def test_a_head_alone_cannot_be_saved(tmp_path):
     ("change", "message"),
     [
         ({"tied_to": "model.layers.0.mlp.up_proj"}, "which has another shape: 128 rows of 64"),
-        ({"tied_to": "model.norm"}, "which is no table or linear layer here"),
-        ({"tied_to": "nowhere"}, "which is no table or linear layer here"),
+        ({"tied_to": "model.norm"}, "which is no embedding or linear layer here"),
+        ({"tied_to": "nowhere"}, "which is no embedding or linear layer here"),
         ({"in_features": 32}, "the model's is"),
     ],
     ids=["a-layer", "a-norm", "nothing", "another-shape"],
@@ -342,7 +342,7 @@ def test_a_padding_row_of_zeros_stays_zero():
 
 
 def test_other_tables_are_centred():
-    """One rank more would be needed for the mean row else, whatever the table."""
+    """One rank more would be needed for the mean row else, whatever the embedding."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(ROWS, 64), nn.Linear(64, 8))
     with torch.no_grad():
@@ -432,7 +432,7 @@ def test_a_row_that_was_never_read_still_counts():
 
 @pytest.mark.parametrize("name", ["untied", "llama", "bert"])
 def test_the_predicted_increase_of_the_loss_is_that_of_small_changes(name, tiny_bert):
-    """Averaged over random changes of the table, which follow neither tokens nor gradients.
+    """Averaged over random changes of the embedding, which follow neither tokens nor gradients.
 
     No token comes twice in a sample: gradients of its places add up, and are taken for independent.
     """
@@ -516,7 +516,9 @@ def test_tables_that_are_factorized_are_coded_by_another_call():
     assert are_one(small, "model.embed_tokens", "lm_head")
 
 
-@pytest.mark.parametrize("targets", [None, ["*", "*embed_tokens"]], ids=["table-as-rest", "table-as-target"])
+@pytest.mark.parametrize(
+    "targets", [None, ["*", "*embed_tokens"]], ids=["embedding-as-rest", "embedding-as-target"]
+)
 @pytest.mark.parametrize("correction", [False, True], ids=["codes", "correction"])
 @pytest.mark.parametrize("quantize", ["int8", "int4", "auto"])
 def test_a_budget_of_bytes_counts_coded_tables(targets, correction, quantize, tmp_path):
@@ -535,7 +537,7 @@ def test_a_budget_of_bytes_counts_coded_tables(targets, correction, quantize, tm
 
 
 def test_the_predicted_loss_of_a_coded_table_is_that_of_its_codes():
-    """A whole table and its factors, as `allocate` compares them, against the modules that are made."""
+    """A whole embedding and its factors, as `allocate` compares them, against the modules that are made."""
     model, table = built(llama), "model.embed_tokens"
     dense = model.model.embed_tokens.weight.detach().clone()
     drafted = draft(Inspection(model), [table])
@@ -560,7 +562,7 @@ def test_recovery_goes_through_the_coded_factors_of_a_table():
 
 @pytest.mark.parametrize("name", ["untied", "llama"])
 def test_a_trial_on_held_out_tokens_corrects_the_prediction(name, tiny_bert):
-    """Calibrated on other tokens than are held out, a table costs more than it seems to."""
+    """Calibrated on other tokens than are held out, an embedding costs more than it seems to."""
     model, table = tiny_bert, "embeddings.word_embeddings"
     if name != "untied":
         model, table = built(FAMILIES[name][0]), FAMILIES[name][1]
