@@ -60,12 +60,21 @@ def optional(check: Check) -> Check:
     return lambda name, value: None if value is None else check(name, value)
 
 
+def is_whole(value: Any) -> bool:
+    """Tell whether ``value`` is a whole number, numpy's included; truth values are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_real(value: Any) -> bool:
+    """Tell whether ``value`` is a finite real number, numpy's included; truth values are none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and is_finite(value)
+
+
 def whole(least: int = 0, most: int = LARGEST, error: type[LowRankError] = LowRankError) -> Check:
     """Accept whole numbers, numpy's too, from ``least`` to ``most``."""
 
     def check(name: str, value: Any) -> int:
-        whole_number = isinstance(value, Integral) and not isinstance(value, bool)
-        if not whole_number or not least <= int(value) <= most:
+        if not is_whole(value) or not least <= int(value) <= most:
             raise refused(name, value, f"a whole number from {least:,} to {most:,}", error)
         return int(value)
 
@@ -78,8 +87,7 @@ def number(
     """Accept finite real numbers, numpy's too, of at least ``least`` and above ``above``."""
 
     def check(name: str, value: Any) -> float:
-        real = isinstance(value, Real) and not isinstance(value, bool)
-        if not real or not is_finite(value) or not value >= least or not value > above:
+        if not is_real(value) or not value >= least or not value > above:
             bound = f" of at least {least:g}" if least > -math.inf else ""
             bound = f" above {above:g}" if above > -math.inf else bound
             raise refused(name, value, f"a finite number{bound}", error)

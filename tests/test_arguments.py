@@ -200,7 +200,7 @@ CASES: dict[str, Case] = {
     ),
     "QuantizedEmbedding.from_embedding": (
         QuantizedEmbedding.from_embedding,
-        lambda at: {"table": nn.Embedding(8, 32), "scheme": Scheme("int8")},
+        lambda at: {"embedding": nn.Embedding(8, 32), "scheme": Scheme("int8")},
     ),
     "Scheme": (Scheme, lambda at: {"name": "int4", "group_size": 32}),
     "embed": (evaluation.embed, lambda at: {"model": Reader(), **reading()}),

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any
 
-from lowrank.arguments import is_finite
+from lowrank.arguments import is_real, is_whole
 from lowrank.errors import BudgetError, RankError
 
 _MEANINGS = {
@@ -18,13 +17,13 @@ _MEANINGS = {
 """The budgets that are fractions, strictly between 0 and 1."""
 
 
-def check_rank(rank: object, where: str = "rank") -> int:
+def check_rank(rank: Any, where: str = "rank") -> int:
     """Return ``rank`` if it is a positive integer.
 
     Raises:
         RankError: If it is not a whole number (a ``bool`` is not), or below 1.
     """
-    if not isinstance(rank, Integral) or isinstance(rank, bool):
+    if not is_whole(rank):
         raise RankError(f"{where}: a rank is a whole number, not {rank!r} ({type(rank).__name__}).")
     if rank < 1:
         raise RankError(f"{where}: {rank} is not positive. The smallest rank is 1.")
@@ -60,7 +59,7 @@ class Budget:
         object.__setattr__(self, "value", check(self.value))
 
     def _fraction(self, value: Any) -> float:
-        if not _is_real(value) or not 0 < value < 1:
+        if not is_real(value) or not 0 < value < 1:
             raise BudgetError(
                 f"{self.name}={value!r}: {self.name} is {_MEANINGS[self.name]}, a number strictly between 0 "
                 "and 1."
@@ -91,10 +90,6 @@ class Budget:
         return f"{self.name}={self.value!r}"
 
 
-def _is_real(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and is_finite(value)
-
-
 def _ranks(value: Any) -> int | dict[str, int]:
     if not isinstance(value, Mapping):
         return check_rank(value)
@@ -107,7 +102,7 @@ def _ranks(value: Any) -> int | dict[str, int]:
 
 
 def _bytes(value: Any) -> int:
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+    if not is_whole(value) or value < 1:
         raise BudgetError(
             f"max_bytes={value!r}: give the bytes that the whole model may take, a whole number."
         )
@@ -115,6 +110,6 @@ def _bytes(value: Any) -> int:
 
 
 def _speedup(value: Any) -> float:
-    if not _is_real(value) or not value > 1:
+    if not is_real(value) or not value > 1:
         raise BudgetError(f"speedup={value!r}: give the dense latency over the compressed one, above 1.")
     return float(value)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-from lowrank.arguments import SEED, flag, number, optional, whole
+from lowrank.arguments import SEED, flag, is_real, is_whole, number, optional, whole
 from lowrank.config.options import check_options, option
 from lowrank.errors import LowRankError
 
@@ -28,7 +27,7 @@ class RecoveryOptions(TypedDict, total=False):
 
 
 def _positive(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if not is_real(value) or not value > 0:
         raise LowRankError(f"{name}={value!r}: give a positive number, such as 3e-4.")
     return float(value)
 
@@ -92,12 +91,8 @@ class RecoveryConfig:
         minutes, steps = self.minutes, self.steps
         if (minutes is None) == (steps is None):
             raise LowRankError(f"Give either minutes or steps; got minutes={minutes!r} and steps={steps!r}.")
-        if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool)):
+        if steps is not None and not is_whole(steps):
             raise LowRankError(f"steps={steps!r}: give a whole number of batches.")
         duration = minutes if minutes is not None else steps
-        if (
-            not isinstance(duration, (int, float))
-            or isinstance(duration, bool)
-            or not 0 < duration < math.inf
-        ):
+        if not is_real(duration) or not duration > 0:  # type: ignore[operator]
             raise LowRankError(f"minutes={minutes!r}, steps={steps!r}: the duration must be positive.")

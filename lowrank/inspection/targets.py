@@ -1,6 +1,6 @@
 """Draft a plan: list every linear layer of a model, and say which may change and why others may not.
 
-Embedding embeddings are listed where a target spells them, and with each the heads that are tied to it. Of
+Embeddings are listed where a target spells them, and with each the heads that are tied to it. Of
 linear layers with one weight, or with equal ones, the first is the owner, and the others are the same as
 that.
 
@@ -30,7 +30,7 @@ from lowrank.nn import (
     TiedLinear,
     layer_type_of,
 )
-from lowrank.plans.layer_plan import LayerPlan, QuantizedWeight
+from lowrank.plans.layer_plan import EMBEDDING, LayerPlan, QuantizedWeight
 from lowrank.plans.patterns import matches, no_match
 from lowrank.plans.plan import Plan
 
@@ -259,7 +259,7 @@ def not_wanted(
 
 def described(name: str, module: QuantizedModule) -> QuantizedWeight:
     """Describe a module that is quantized."""
-    layer_type, bias, flags = "embedding", False, (False, False)
+    layer_type, bias, flags = EMBEDDING, False, (False, False)
     if isinstance(module, QuantizedLinear):
         layer_type, bias = module.layer_type, module.bias is not None
         flags = module.smooth_scale is not None, module.input_shift is not None

@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lowrank.arguments import is_whole
 from lowrank.errors import SchemeError
 
 GROUP_SIZE = 32
@@ -106,7 +107,7 @@ class Scheme:
                 raise SchemeError(f"{self.name} has one scale per row: leave out group_size, or use int4.")
             return
         size = GROUP_SIZE if self.group_size is None else self.group_size
-        if not isinstance(size, int) or isinstance(size, bool) or size < 2 or size % 2:
+        if not is_whole(size) or size < 2 or size % 2:
             raise SchemeError(f"group_size={size!r}: give an even number of elements, such as 32.")
         if size > LARGEST_GROUP:
             raise SchemeError(f"group_size={size!r}: no row has so many elements. Give 32, for instance.")

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lowrank.arguments import is_whole
 from lowrank.errors import LowRankError, RankError, WeightError
 from lowrank.linalg.eigen import eigh
 from lowrank.linalg.matmul import product
@@ -115,7 +116,7 @@ def truncated_svd(
         raise LowRankError(f"solver={solver!r}: choose one of {', '.join(SOLVERS)}.")
     check_options(tolerance, seed)
     matrix, scale = checked_weight(weight, metric.plain)
-    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= min(matrix.shape):
+    if not is_whole(rank) or not 1 <= rank <= min(matrix.shape):
         raise RankError(
             f"rank {rank!r} of a weight (out={matrix.shape[0]}, in={matrix.shape[1]}): "
             f"give a whole number from 1 to {min(matrix.shape)}."
@@ -154,7 +155,7 @@ def check_options(tolerance: float, seed: int) -> None:
     """
     if not isinstance(tolerance, (int, float)) or not tolerance > 0:
         raise LowRankError(f"tolerance={tolerance!r} must be a positive number: it bounds a relative excess.")
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+    if not is_whole(seed) or not 0 <= seed < 2**63:
         raise LowRankError(f"seed={seed!r} must be a whole number, from 0 to 2⁶³ − 1.")
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank import arguments
-from lowrank.arguments import accepts, flag, optional, whole
+from lowrank.arguments import accepts, flag, is_whole, optional, whole
 from lowrank.errors import RankError
 from lowrank.linalg import linear
 from lowrank.linalg.matmul import row_major, without_autocast
@@ -62,9 +62,8 @@ class LowRankEmbedding(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        whole = isinstance(rank, int) and not isinstance(rank, bool)
         largest = min(num_embeddings, embedding_dim)
-        if not whole or not 1 <= rank <= largest:
+        if not is_whole(rank) or not 1 <= rank <= largest:
             raise RankError(
                 f"rank {rank!r} of an embedding of {num_embeddings} rows of {embedding_dim}: "
                 f"give a whole number from 1 to {largest}."

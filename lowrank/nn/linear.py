@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from lowrank import arguments
-from lowrank.arguments import accepts, flag, instance, optional, text, whole
+from lowrank.arguments import accepts, flag, instance, is_whole, optional, text, whole
 from lowrank.errors import LowRankError, RankError, WeightError
 from lowrank.linalg import linear, truncated_svd
 from lowrank.linalg.matmul import is_compiled, row_major, without_autocast
@@ -65,9 +65,8 @@ class LowRankLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        whole = isinstance(rank, int) and not isinstance(rank, bool)
         largest = in_features if shared else min(in_features, out_features)
-        if not whole or not 1 <= rank <= largest:
+        if not is_whole(rank) or not 1 <= rank <= largest:
             raise RankError(
                 f"rank {rank!r} of a layer (out={out_features}, in={in_features}): "
                 f"give a whole number from 1 to {largest}."
