@@ -23,7 +23,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 LARGEST = 2**31 - 1
-"""Of counts and sizes: more of anything is a mistake."""
+"""The largest count or size that is accepted: a larger one is a mistake."""
 
 
 def accepts(**checks: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:

@@ -34,7 +34,7 @@ WIDEST = 8192
 """Features up to which the products of all pairs are kept (0.5 GB in float64); beyond, each with itself."""
 
 HELD_OUT_TOKENS = 16_384
-"""Tokens up to which batches wait for that in memory."""
+"""The most tokens of held-out batches, which wait in memory."""
 
 TOKENS_PER_FEATURE = 4
 """Fewer warn. In T tokens of n independent features the variances of directions spread over (1 ± √(n/T))² of

@@ -14,8 +14,8 @@ from transformers.utils import cached_file
 from lowrank.errors import CheckpointError, DataError
 
 LEAST_SHARE = 0.5
-"""Of a model's vocabulary that its tokenizer has. Models pad theirs by some percent; made-up tokenizers have
-none of it, or some hundred special tokens."""
+"""The least share of a model's vocabulary that its own tokenizer has. Models pad theirs by some percent;
+made-up tokenizers have none of it, or some hundred special tokens."""
 
 _WHOLE = re.compile(r"tokenizer(\.[0-9.]+)?\.json|tokenizer\.model.*|tekken\.json|tiktoken\.model")
 """Files that hold a vocabulary for any class of tokenizers."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 FEWEST_ROWS = 16
-"""From how many rows on oneDNN is faster; it takes longer to start."""
+"""The number of rows from which oneDNN is faster than MKL; it takes longer to start."""
 
 
 @contextlib.contextmanager
@@ -87,7 +87,10 @@ def _by_onednn(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     "lowrank::linear", mutates_args=(), schema="(Tensor input, Tensor weight, Tensor? bias) -> Tensor"
 )
 def _unseen(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Do the same where the compiler would take oneDNN's operator for one of its own, of packed weights."""
+    """Multiply as `_by_onednn` does, in compiled graphs.
+
+    The compiler would take oneDNN's operator for one of its own, of packed weights.
+    """
     return _by_onednn(input, weight, bias)
 
 

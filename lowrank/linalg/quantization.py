@@ -55,7 +55,10 @@ def quantize_weight(weight: Tensor, scheme: Scheme, moments: Tensor | None = Non
 
 
 class Int8(StorageScheme):
-    """One float32 scale per row, symmetric, from −127 to 127; layers round their inputs, too."""
+    """The scheme int8: one float32 scale per row, symmetric, from −127 to 127.
+
+    Layers round their inputs, too.
+    """
 
     name = "int8"
     rounds_inputs = True
@@ -85,7 +88,10 @@ class Int8(StorageScheme):
 
 
 class Int4(StorageScheme):
-    """One float16 scale per group of a row's elements, searched; two integers, −8 … 7, to a byte."""
+    """The scheme int4: one float16 scale per group of a row's elements, which is searched.
+
+    A byte holds two integers, from −8 to 7.
+    """
 
     name = "int4"
     grouped = True

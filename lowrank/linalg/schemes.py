@@ -22,7 +22,8 @@ GROUP_SIZE = 32
 GGUF's Q4_0."""
 
 LARGEST_GROUP = 2**24
-"""Elements; ranks are multiples of a group, and such numbers stay within what arrays are indexed by."""
+"""The most elements of a group.
+Ranks are multiples of a group, and such numbers stay within what arrays are indexed by."""
 
 
 class StorageScheme:

@@ -52,7 +52,7 @@ STEPS = 3
 """Steps of conjugate gradients per round; 15 gain less than half a percent over these."""
 
 KNOTS = (1 / 12, 1 / 4)
-"""At which parts of the largest rank `shared_basis_error_curves` measures the gain of alternating."""
+"""The parts of the largest rank at which `shared_basis_error_curves` measures the gain of alternating."""
 
 
 class SharedFactors(NamedTuple):

@@ -26,22 +26,23 @@ PART = 2**20
 """Elements of the output that a CPU computes at a time, so that its integers stay in the cache."""
 
 PART_OF_INPUT = 2**18
-"""The same for quantizing the input."""
+"""Elements of the input that a CPU quantizes at a time, for the same reason."""
 
 ROUND = 1.5 * 2**23
-"""Added to a float32 of less than 2²², it leaves the nearest integer in the low bits: one pass fewer."""
+"""A constant that, added to a float32 of less than 2²², leaves the nearest integer in the low bits;
+that spares a pass."""
 
 SMALLEST_STEP = 2.0**-126
-"""Of a quantized input: the least float32 of full precision, whose inverse is one, too."""
+"""The smallest step of a quantized input: the least float32 of full precision whose inverse is one, too."""
 
 FEWEST_ON_CUDA = 2**32
-"""From how many multiply-accumulates on integers are faster on CUDA: quantizing inputs takes six kernels."""
+"""The multiply-accumulates from which integers are faster on CUDA: quantizing inputs takes six kernels."""
 
 FEWEST_INPUTS = 2
-"""Of a weight that integers multiply: for one input `torch._int_mm` returns what else lies in memory."""
+"""The fewest columns of a weight that integers multiply: for one, `torch._int_mm` returns other memory."""
 
 MOST_ROWS = {"cpu": 128, "cuda": 64}
-"""Up to how many rows of the input int4 kernels are faster than a product in floating point."""
+"""The number of rows up to which int4 kernels are faster than a product in floating point."""
 
 GROUPS = (32, 64, 128, 256)
 """The group sizes that int4 kernels know."""
@@ -202,7 +203,10 @@ def int4_product(rows: Tensor, codes: Tensor, scales: Tensor, group_size: int) -
     schema="(Tensor rows, Tensor codes, Tensor scales, int group_size) -> Tensor",
 )
 def int4_product_unseen(rows: Tensor, codes: Tensor, scales: Tensor, group_size: int) -> Tensor:
-    """Do the same in compiled graphs, where the kernel could meet rows that are not contiguous."""
+    """Multiply as `int4_product` does, in compiled graphs.
+
+    There the kernel could meet rows that are not contiguous.
+    """
     return int4_product(rows, codes, scales, group_size)
 
 

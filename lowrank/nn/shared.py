@@ -74,7 +74,7 @@ class SharedDown(nn.Linear, _Shared):
 
 
 class SharedQuantizedDown(QuantizedLinear, _Shared):
-    """The same with ``R`` as integers."""
+    """Compute ``R x`` for several layers, as `SharedDown` does, with ``R`` as integers."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(…, in)`` to ``(…, rank)``."""
@@ -112,7 +112,10 @@ def _computed_once(module: _Shared, weight: Tensor, input: Tensor, compute: Call
 
 
 def _once_in_graph(module: _Shared, input: Tensor, compute: Callable[[], Tensor]) -> Tensor:
-    """Do the same while a graph is made: it can tell tensors apart, but neither count nor hold weakly."""
+    """Compute once while `torch.compile` makes a graph.
+
+    A graph can tell tensors apart, but neither count nor hold weakly.
+    """
     mode = _mode(input)
     if module.kept is not None and module.kept[0] is input and module.kept[1] == mode:
         _, _, output, expected = module.kept

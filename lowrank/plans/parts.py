@@ -17,7 +17,8 @@ from lowrank.plans.layer_plan import EMBEDDING, LayerPlan, QuantizedWeight
 from lowrank.plans.plan import Plan
 
 INPUT_DTYPE = torch.float16
-"""Of what a quantized layer multiplies its inputs by, and takes from them."""
+"""The dtype of the scale by which a quantized layer multiplies its inputs,
+and of the shift that it subtracts."""
 
 
 class ModulePart(NamedTuple):

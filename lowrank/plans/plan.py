@@ -167,7 +167,7 @@ class Plan:
 
     @property
     def reachable_fraction(self) -> float:
-        """The same over all parameters of the model; 1 if these are not known."""
+        """The reachable parameters over all parameters of the model; 1 if these are not known."""
         return self.reachable_parameters / self.model_parameters if self.model_parameters else 1.0
 
     def describe_reach(self) -> str:

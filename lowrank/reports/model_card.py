@@ -16,7 +16,7 @@ from lowrank.reports.report import Report, report
 INSTALL = "pip install torch-lowrank"
 
 HOW_TO_LOAD = f"import lowrank before from_pretrained: {INSTALL}"
-"""In one line, for those who open ``config.json``."""
+"""A line for people who open ``config.json``."""
 
 _TRANSFORMERS = """import lowrank  # teaches from_pretrained the format
 from transformers import {name}

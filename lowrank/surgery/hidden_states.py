@@ -57,7 +57,7 @@ class CachedHiddenStates:
         self.start(hidden)
 
     def enter_compressed(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        """The same once what is outside of the blocks has been compressed."""
+        """Run the model up to the first block again, when all outside of the blocks is compressed."""
         hidden, self._here = self._calls(model, blocks)
         self.small = self._kept(hidden, "small")
 
