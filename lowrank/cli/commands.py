@@ -18,16 +18,20 @@ from lowrank.cli.inputs import (
 from lowrank.cli.options import (
     Data,
     Debug,
+    Ignore,
     Json,
     Loss,
     Overrule,
     Overwrite,
     Quiet,
+    Seed,
     Source,
     StatsFolder,
+    Targets,
     Windows,
     config_of,
     given_flags,
+    layers_of,
     takes_options,
 )
 from lowrank.errors import (
@@ -74,7 +78,7 @@ def plan(
     model = load_model(source, quiet)
     samples = read_samples(model, source, data, windows)
     both = config.speedup is not None
-    stats = statistics_of(model, samples, stats_folder, not quiet, config.overrule, loss, both=both)
+    stats = statistics_of(model, samples, stats_folder, not quiet, loss, both=both, **layers_of(config))
     made = plan_model(model, config, inputs=first_batch(samples), stats=stats, progress=not quiet)
     if out is not None:
         made.save(out)
@@ -114,7 +118,8 @@ def compress(
     model = load_model(source, quiet)
     samples = read_samples(model, source, data, windows)
     both = config.sequential or config.speedup is not None
-    stats = statistics_of(model, samples, stats_folder, not quiet, config.overrule, loss, both=both)
+    which = {**layers_of(config), "seed": config.seed}
+    stats = statistics_of(model, samples, stats_folder, not quiet, loss, both=both, **which)
     again: dict[str, Any] = {"stats": stats, "progress": not quiet}
     if config.sequential and samples is not None:
         again |= {"data": samples.data, "tokenizer": samples.tokenizer}
@@ -145,8 +150,11 @@ def calibrate(
     out: Annotated[Path, typer.Argument(help="The folder to write the statistics to.")],
     data: Annotated[Path, typer.Option(help="Text: a sample per line, or one text for a language model.")],
     windows: Windows = None,
+    targets: Targets = None,
+    ignore: Ignore = None,
     overrule: Overrule = None,
     loss: Loss = "auto",
+    seed: Seed = 0,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -156,7 +164,9 @@ def calibrate(
 
     check_folder(out, overwrite)
     model = load_model(source, quiet)
-    stats = statistics_of(model, read_samples(model, source, data, windows), None, not quiet, overrule, loss)
+    samples = read_samples(model, source, data, windows)
+    which: dict[str, Any] = {"targets": targets, "ignore": ignore, "overrule": overrule, "seed": seed}
+    stats = statistics_of(model, samples, None, not quiet, loss, **which)
     assert stats is not None
     stats.save(out, overwrite=overwrite)
     if not quiet:

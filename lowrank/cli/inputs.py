@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,21 +73,32 @@ def statistics_of(
     samples: Samples | None,
     folder: Path | None,
     progress: bool,
-    overrule: Sequence[str] | None,
     loss: str,
     both: bool = False,
+    **options: Any,
 ) -> Stats | None:
-    """Load the statistics, or calibrate; ``both`` if the samples have another use, too."""
-    if loss not in ("auto", "none"):
-        raise DataError(f"--loss {loss}: choose auto or none.")
+    """Load the statistics, or calibrate; ``both`` if the samples have another use, too.
+
+    ``options`` are those of `lowrank.calibrate`: which layers, and the seed.
+    """
     if samples is not None and folder is not None and not both:
         raise BudgetError("Give either --data or --stats, not both.")
     if folder is not None:
         return Stats.load(folder)
     if samples is None:
         return None
-    objective = None if loss == "none" else loss
-    return calibrate(model, *samples, objective, overrule=overrule, progress=progress)
+    return calibrate(model, *samples, objective_of(loss), progress=progress, **options)
+
+
+def objective_of(loss: str) -> str | None:
+    """Return what `lowrank.calibrate` takes for the option ``--loss``.
+
+    Raises:
+        DataError: If it is neither ``auto`` nor ``none``.
+    """
+    if loss not in ("auto", "none"):
+        raise DataError(f"--loss {loss}: choose auto or none.")
+    return None if loss == "none" else loss
 
 
 def calm_transformers(quiet: bool) -> None:

@@ -23,14 +23,22 @@ Windows = Annotated[int | None, typer.Option(help="Windows of 512 tokens to use;
 Loss = Annotated[
     str, typer.Option(help="What calibration differentiates: auto, or none to spare the backward pass.")
 ]
-Overrule = Annotated[
-    list[str] | None,
-    typer.Option(help="Pattern of layers that may change although the code leaves a doubt; repeatable."),
-]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder that has files.")]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON to stdout, for programs.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no table.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
+
+
+def _shared(name: str) -> typer.models.OptionInfo:
+    """Return an option of compression for a command that takes only some of them."""
+    (one,) = (one for one in options_of(CompressionConfig) if one.name == name)
+    return typer.Option(one.flag, help=one.help)
+
+
+Targets = Annotated[list[str] | None, _shared("targets")]
+Ignore = Annotated[list[str] | None, _shared("ignore")]
+Overrule = Annotated[list[str] | None, _shared("overrule")]
+Seed = Annotated[int, _shared("seed")]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -70,7 +78,7 @@ def _parameter(one: Option, type: Any) -> inspect.Parameter:
     shown, more = _ON_THE_COMMAND_LINE.get(type, (type, ""))
     if one.name == "rank":
         shown, more = list[str] | None, " A pattern as PATTERN=RANK, repeatable."
-    choices = f" [{'|'.join(one.choices)}]" if one.choices else ""
+    choices = f" One of {', '.join(one.choices)}." if one.choices else ""
     told = typer.Option(one.flag, help=f"{one.help}{more}{choices}")
     annotation = Annotated[shown, told]  # type: ignore[valid-type]
     return inspect.Parameter(
@@ -85,6 +93,11 @@ def config_of(options: dict[str, Any]) -> CompressionConfig:
         LowRankError: If one is out of its range.
     """
     return CompressionConfig(**{**options, "rank": _rank(options.get("rank"))})
+
+
+def layers_of(config: CompressionConfig) -> dict[str, Any]:
+    """Return which layers ``config`` is about, as `lowrank.calibrate` takes them."""
+    return {name: getattr(config, name) for name in ("targets", "ignore", "overrule")}
 
 
 def _rank(given: list[str] | None) -> int | dict[str, int] | None:

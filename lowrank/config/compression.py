@@ -197,6 +197,8 @@ class CompressionConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self._budgets():
+            object.__setattr__(self, self.budget.name, self.budget.value)
         self._check_quantization()
         self._check_sharing()
 

@@ -88,6 +88,8 @@ class RecoveryConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if is_whole(self.steps):
+            object.__setattr__(self, "steps", int(self.steps))  # type: ignore[arg-type]
         minutes, steps = self.minutes, self.steps
         if (minutes is None) == (steps is None):
             raise LowRankError(f"Give either minutes or steps; got minutes={minutes!r} and steps={steps!r}.")

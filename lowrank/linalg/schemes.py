@@ -112,7 +112,7 @@ class Scheme:
             raise SchemeError(f"group_size={size!r}: give an even number of elements, such as 32.")
         if size > LARGEST_GROUP:
             raise SchemeError(f"group_size={size!r}: no row has so many elements. Give 32, for instance.")
-        object.__setattr__(self, "group_size", size)
+        object.__setattr__(self, "group_size", int(size))
 
     @property
     def storage(self) -> StorageScheme:

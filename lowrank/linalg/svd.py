@@ -121,6 +121,7 @@ def truncated_svd(
             f"rank {rank!r} of a weight (out={matrix.shape[0]}, in={matrix.shape[1]}): "
             f"give a whole number from 1 to {min(matrix.shape)}."
         )
+    rank, seed = int(rank), int(seed)
     if solver == "auto":
         solver = choose_solver(matrix.shape[0], matrix.shape[1], rank)
     with torch.no_grad():

@@ -68,6 +68,7 @@ class LowRankEmbedding(nn.Module):
                 f"rank {rank!r} of an embedding of {num_embeddings} rows of {embedding_dim}: "
                 f"give a whole number from 1 to {largest}."
             )
+        rank = int(rank)
         check_padding(padding_idx, num_embeddings)
         self.num_embeddings, self.embedding_dim, self.rank = num_embeddings, embedding_dim, rank
         self.padding_idx = padding_idx

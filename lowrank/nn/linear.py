@@ -71,6 +71,7 @@ class LowRankLinear(nn.Module):
                 f"rank {rank!r} of a layer (out={out_features}, in={in_features}): "
                 f"give a whole number from 1 to {largest}."
             )
+        rank = int(rank)
         self.in_features = in_features
         self.out_features = out_features
         self.rank = rank

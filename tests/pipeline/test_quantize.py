@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from closeness import agreement
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -31,10 +32,6 @@ def outputs(model, **inputs):
     return out.last_hidden_state if hasattr(out, "last_hidden_state") else out.logits
 
 
-def cosine(a, b):
-    return float(torch.cosine_similarity(a.flatten(0, -2), b.flatten(0, -2), dim=-1).mean())
-
-
 @pytest.fixture
 def stats(tiny_bert):
     generator = torch.Generator().manual_seed(0)
@@ -57,7 +54,7 @@ def test_dense_layers_factors_and_embeddings_are_coded_alike(tiny_bert):
     assert isinstance(names["encoder.layer.0.attention.self.key"], QuantizedLinear)
     assert isinstance(names["embeddings.word_embeddings"], QuantizedEmbedding)
     assert "pooler.dense" not in names  # a head
-    assert cosine(outputs(tiny_bert), before) > 0.999
+    assert agreement(outputs(tiny_bert), before) > 0.999
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
@@ -94,7 +91,7 @@ def test_a_coded_model_in_half_precision_keeps_its_codes(tiny_bert, tmp_path):
         assert torch.equal(mine[name].state_dict()["codes"], theirs[name].state_dict()["codes"])
         assert torch.equal(mine[name].scale, theirs[name].scale)
     assert outputs(half).dtype == torch.bfloat16
-    assert cosine(outputs(half).float(), outputs(small)) > 0.999
+    assert agreement(outputs(half).float(), outputs(small)) > 0.999
 
 
 def test_any_other_module_is_saved_and_loaded(mlp, tmp_path):
@@ -124,7 +121,7 @@ def test_decompress_gives_dense_layers_with_the_same_outputs(tiny_bert, stats):
     assert coded(small) == {}
     assert type(small.encoder.layer[0].attention.self.query) is nn.Linear
     assert type(small.embeddings.word_embeddings) is nn.Embedding
-    assert cosine(outputs(small), expected) > 0.9995
+    assert agreement(outputs(small), expected) > 0.9995
     assert not hasattr(small.config, "quantization_config")
 
 
@@ -148,11 +145,11 @@ def test_recovery_corrects_the_floating_point_parts(tiny_bert):
     dense = copy.deepcopy(tiny_bert)
     small = compress(tiny_bert, rank=16, quantize="int8")
     codes = {name: module.state_dict()["codes"].clone() for name, module in coded(small).items()}
-    before = cosine(outputs(small), outputs(dense))
+    before = agreement(outputs(small), outputs(dense))
     generator = torch.Generator().manual_seed(0)
     data = [{"input_ids": torch.randint(99, (4, 24), generator=generator)} for _ in range(12)]
     lowrank.recover(small, dense, data, steps=20, qat=False)
-    assert cosine(outputs(small), outputs(dense)) > before
+    assert agreement(outputs(small), outputs(dense)) > before
     assert all(torch.equal(coded(small)[name].state_dict()["codes"], kept) for name, kept in codes.items())
 
 
@@ -185,7 +182,7 @@ def test_gpt2_and_shared_factors(tmp_path):
     before = outputs(model)
     quantize(model)
     assert coded(model)["transformer.h.0.attn.c_attn"].layer_type == "conv1d"
-    assert cosine(outputs(model), before) > 0.999
+    assert agreement(outputs(model), before) > 0.999
     model.save_pretrained(tmp_path / "gpt2")
     assert torch.equal(outputs(GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2").eval()), outputs(model))
 
@@ -202,7 +199,7 @@ def test_gpt2_and_shared_factors(tmp_path):
     assert "model.layers.0.self_attn.q_proj.down" in coded(llama)  # once for the layers that it serves
     assert "model.layers.0.self_attn.k_proj.down" not in coded(llama)
     assert coded(llama)["model.layers.0.mlp.down_proj.down"].input_shift is None  # no bias to take it up
-    assert cosine(outputs(llama), before) > 0.999
+    assert agreement(outputs(llama), before) > 0.999
     llama.save_pretrained(tmp_path / "llama")
     assert torch.equal(outputs(LlamaForCausalLM.from_pretrained(tmp_path / "llama").eval()), outputs(llama))
 
@@ -258,9 +255,9 @@ def test_compiling_and_exporting_a_model_that_has_run(tiny_bert, scheme):
     expected = outputs(tiny_bert)
     with torch.no_grad():
         exported = torch.export.export(tiny_bert, (), {"input_ids": IDS}).module()
-        assert cosine(exported(input_ids=IDS).last_hidden_state, expected) > 0.999
+        assert agreement(exported(input_ids=IDS).last_hidden_state, expected) > 0.999
         compiled = torch.compile(tiny_bert, backend="aot_eager")
-        assert cosine(compiled(input_ids=IDS).last_hidden_state, expected) > 0.999
+        assert agreement(compiled(input_ids=IDS).last_hidden_state, expected) > 0.999
 
 
 def test_from_pretrained_compresses_and_codes(tiny_bert, tmp_path):
@@ -394,7 +391,7 @@ def test_an_interrupt_leaves_a_model_that_can_be_saved(tiny_bert, stats, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         quantize(tiny_bert, stats=stats)
     assert len(coded(tiny_bert)) == 4
-    assert cosine(outputs(tiny_bert), outputs(dense)) > 0.999
+    assert agreement(outputs(tiny_bert), outputs(dense)) > 0.999
     tiny_bert.save_pretrained(tmp_path)
     assert torch.equal(outputs(type(tiny_bert).from_pretrained(tmp_path).eval()), outputs(tiny_bert))
 
@@ -469,7 +466,7 @@ def test_factors_that_are_fitted_block_by_block_are_coded_last(tiny_bert):
     small = compress(tiny_bert, rank=16, data=data, sequential=True, quantize="int8")
     assert "encoder.layer.0.output.dense.up" in coded(small)
     assert "fitted anew" in str(Plan.from_dict(small.config.quantization_config.plan))
-    assert cosine(outputs(small), outputs(uncoded)) > 0.999
+    assert agreement(outputs(small), outputs(uncoded)) > 0.999
 
 
 def narrow():
