@@ -1,7 +1,7 @@
 """What the solver picks from: for each layer, or for layers that may share ``down``, a list of candidates of
 ranks.
 
-Where weights may be quantized, a list of candidates has the ranks of each form
+Where weights may be quantized, a list of candidates has the ranks of each storage format
 (`lowrank.plans.storage_formats`), and the quantized whole weight.
 
 Of layers that may share ``down``, some may share ``down`` while others have factors of their own. Each
@@ -129,7 +129,8 @@ class Costs:
 
 
 class QuantizationError(NamedTuple):
-    """What a form does to one layer, as shares of squared norms; nothing where it is floating point.
+    """What a storage format does to one layer, as shares of squared norms; nothing where it is floating
+    point.
 
     Args:
         whole: What the quantized weight loses.
@@ -156,7 +157,7 @@ def candidates_of(
         layers: The layers.
         error_curves: The error of each, at every rank of their factorization.
         scales: Factor from the squared error of each to the loss.
-        round_to: Ranks are multiples of this, and of what the form needs.
+        round_to: Ranks are multiples of this, and of what the storage format needs.
         storage_format: How all of them are stored.
         quantization_errors: What that does to each.
     """

@@ -1,4 +1,4 @@
-"""What a choice of ranks and forms costs in bytes."""
+"""What a choice of ranks and storage formats costs in bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Predict what each form of storing does to each layer, from the weights and the statistics.
+"""Predict what each storage format of storing does to each layer, from the weights and the statistics.
 
 The solver compares these with what factorizing loses (`lowrank.allocation.candidates`); a plan that
 corrects codes gets its errors from here. Nothing here changes a model.
@@ -43,7 +43,7 @@ def quantization_errors_of(
     found: dict[StorageFormat, dict[str, QuantizationError]] = {
         storage_format: {} for storage_format in formats
     }
-    bar = tqdm(drafted.targeted, desc="codes", unit="layer", disable=None if progress else True)
+    bar = tqdm(drafted.targeted, desc="quantization errors", unit="layer", disable=None if progress else True)
     for layer in bar:
         weight = weight_of(model.get_submodule(layer.name)).detach()
         competing = (
@@ -114,7 +114,7 @@ def _errors_of(
 def _errors_of_embedding(
     embedding: nn.Module, layer: LayerPlan, formats: Sequence[StorageFormat], metric: str, stats: Stats | None
 ) -> dict[StorageFormat, QuantizationError]:
-    """Return what each of ``formats`` does to an embedding, whose factors no form lets correct its codes."""
+    """Return what each of ``formats`` does to an embedding, whose factors never correct it."""
     how = metric_of(layer, metric, stats)
     matrix, weight = matrix_of(embedding, layer, how), weight_of(embedding).detach()
     found = {}

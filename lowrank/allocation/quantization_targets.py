@@ -111,11 +111,9 @@ def check_kernels(model: nn.Module, plan: Plan, on_missing_kernel: str) -> None:
     """Look for int4 weights of linear layers that ``plan`` is going to code, and no kernel multiplies by.
 
     Raises:
-        SchemeError: If there are any and ``on_missing_kernel`` is ``"refuse"``, or if it is none of the three
-            choices. ``"warn"`` gives one `SlowKernelWarning` for all, ``"allow"`` nothing.
+        SchemeError: If there are any and ``on_missing_kernel`` is ``"refuse"``. ``"warn"`` gives one
+            `SlowKernelWarning` for all, ``"allow"`` nothing.
     """
-    if on_missing_kernel not in ("warn", "refuse", "allow"):
-        raise SchemeError(f"on_missing_kernel={on_missing_kernel!r}: choose 'warn', 'refuse' or 'allow'.")
     modules = dict(model.named_modules())
     found: dict[str, list[str]] = {}
     for stored in plan.quantized:

@@ -64,8 +64,10 @@ def collect(
     differentiate = loss is not None
     embeddings = [name for name in layers if isinstance(model.get_submodule(name), nn.Embedding)]
     users = dict(heads or {}) if differentiate else {}  # without gradients, logits have another unit
-    lookups = EmbeddingCollector(model, embeddings, users, differentiate)
-    collector = _Collector(seen, [name for name in layers if name not in embeddings], differentiate, lookups)
+    embeddings_seen = EmbeddingCollector(model, embeddings, users, differentiate)
+    collector = _Collector(
+        seen, [name for name in layers if name not in embeddings], differentiate, embeddings_seen
+    )
     held: list[Batch] = []
     held_tokens = terms = given = 0
     bar = tqdm(total=_length(stream), desc="calibrating", unit="batch", disable=None if progress else True)
@@ -80,15 +82,15 @@ def collect(
                 collector.start(batch)
                 terms += _pass(model, batch, loss, generator)
                 bar.update()
-        trials = trial_factorizations(model, collector.stats(tokenizer, terms), users) if held else {}
-        run = HeldOutValidation(model, trials, differentiate)
-        with run.listening(), collector.listening():
+        factorizations = trial_factorizations(model, collector.stats(tokenizer, terms), users) if held else {}
+        validation = HeldOutValidation(model, factorizations, differentiate)
+        with validation.listening(), collector.listening():
             for batch in held:
-                run.batch = batch
+                validation.batch = batch
                 collector.start(batch)
                 terms += _pass(model, batch, loss, generator)
                 bar.update()
-    stats = run.added_to(collector.stats(tokenizer, terms))
+    stats = validation.added_to(collector.stats(tokenizer, terms))
     _warn_of_few_batches(given)
     warn_of_few_tokens(stats)
     return stats
@@ -151,9 +153,13 @@ class _Collector:
     """Sums moments of inputs and products of gradients, one layer at a time, as the model runs."""
 
     def __init__(
-        self, seen: Inspection, layers: Collection[str], differentiate: bool, lookups: EmbeddingCollector
+        self,
+        seen: Inspection,
+        layers: Collection[str],
+        differentiate: bool,
+        embeddings_seen: EmbeddingCollector,
     ) -> None:
-        self._lookups = lookups
+        self._embeddings_seen = embeddings_seen
         self._fingerprint = seen.fingerprint
         self._layers = {name: seen.model.get_submodule(name) for name in layers}
         self._differentiate = differentiate
@@ -172,14 +178,14 @@ class _Collector:
             for name, layer in self._layers.items()
         )
         try:
-            with hooked(handles), self._lookups.listening():
+            with hooked(handles), self._embeddings_seen.listening():
                 yield
         finally:
             self._seen.clear()
 
     def start(self, batch: Batch) -> None:
         """Begin a batch: tensors are recognised within one forward pass only."""
-        self._batch = self._lookups.batch = batch
+        self._batch = self._embeddings_seen.batch = batch
         self._seen.clear()
         self._tokens += batch.tokens
         self._digest = (self._digest + batch.digest()) % 2**64
@@ -253,11 +259,11 @@ class _Collector:
             tall = _is_tall(layer_type.weight(self._layers[name]))
             gradients[name] = Gradients(sums.rows, sums.products().clone(), tall)
         fingerprint = Fingerprint(
-            {name: self._fingerprint(name) for name in (*self._layers, *self._lookups.embeddings)},
+            {name: self._fingerprint(name) for name in (*self._layers, *self._embeddings_seen.embeddings)},
             fingerprint_of_tokenizer(tokenizer),
             f"{self._digest:016x}",
         )
-        embeddings = self._lookups.sums()
+        embeddings = self._embeddings_seen.sums()
         return Stats(
             fingerprint, inputs, dict(self._sources), gradients, self._tokens, terms, embeddings=embeddings
         )

@@ -94,11 +94,13 @@ def trial_factorizations(
             )
     for name in stats.embeddings:
         if stats.lacks(name, metric_name) is None:
-            made |= _trials_of_embedding(model, name, heads, stats.metric(name, metric_name, centred=False))
+            made |= _factorizations_of_embedding(
+                model, name, heads, stats.metric(name, metric_name, centred=False)
+            )
     return made
 
 
-def _trials_of_embedding(
+def _factorizations_of_embedding(
     model: nn.Module, name: str, heads: Mapping[str, str], metric: Metric
 ) -> dict[str, TrialFactorization]:
     """Factorize an embedding, and try the factors on the layers that are tied to it, too."""
@@ -123,28 +125,28 @@ class HeldOutValidation:
     """
 
     def __init__(
-        self, model: nn.Module, trials: Mapping[str, TrialFactorization], differentiate: bool
+        self, model: nn.Module, factorizations: Mapping[str, TrialFactorization], differentiate: bool
     ) -> None:
-        self._model, self._trials, self._differentiate = model, trials, differentiate
-        self._measured = dict.fromkeys(trials, 0.0)
-        self._tokens = dict.fromkeys(trials, 0)
+        self._model, self._factorizations, self._differentiate = model, factorizations, differentiate
+        self._measured = dict.fromkeys(factorizations, 0.0)
+        self._tokens = dict.fromkeys(factorizations, 0)
         self.batch: Batch | None = None
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Attach the hooks, and remove these, and no others, at the end."""
-        layers = {name: self._model.get_submodule(name) for name in self._trials}
+        layers = {name: self._model.get_submodule(name) for name in self._factorizations}
         handles = (
-            layer.register_forward_hook(self._hook(name, self._trials[name]), with_kwargs=True)
+            layer.register_forward_hook(self._hook(name, self._factorizations[name]), with_kwargs=True)
             for name, layer in layers.items()
         )
         with hooked(handles):
             yield
 
-    def _hook(self, name: str, trial: TrialFactorization) -> Callable[..., Tensor]:
+    def _hook(self, name: str, factorization: TrialFactorization) -> Callable[..., Tensor]:
         def hook(layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor:
             inputs = (args[0] if args else kwargs["input"]).detach()
-            error = trial.error(inputs, output.detach())
+            error = factorization.error(inputs, output.detach())
             if not self._differentiate:
                 self._count(name, error)
                 return output
@@ -172,8 +174,8 @@ class HeldOutValidation:
     def added_to(self, stats: Stats) -> Stats:
         """Return the statistics with what was measured, and what was predicted for the same tokens."""
         held: dict[str, HeldOutError] = {}
-        for name, trial in self._trials.items():
-            found = HeldOutError(self._measured[name], self._tokens[name] * trial.predicted)
-            owner = trial.embedding or name
+        for name, factorization in self._factorizations.items():
+            found = HeldOutError(self._measured[name], self._tokens[name] * factorization.predicted)
+            owner = factorization.embedding or name
             held[owner] = held[owner] + found if owner in held else found
         return replace(stats, held_out=held)

@@ -4,7 +4,7 @@ A folder is written as one step (see `lowrank.files.folders`), so that an interr
 whole. Transformers models become ordinary ``save_pretrained`` folders; for any
 other module the folder holds ``model.safetensors`` and ``lowrank.json``:
 
-    {"format": 2, "plan": {...}, "tensors": {name: sha256}, "aliases": {name: name}, "digest": sha256}
+    {"format": 3, "plan": {...}, "tensors": {name: sha256}, "aliases": {name: name}, "digest": sha256}
 """
 
 from __future__ import annotations

@@ -16,6 +16,9 @@ from lowrank.linalg import Scheme
 METRICS = ("weight", "diagonal", "inputs", "loss")
 """What an error can measure, from what knows the least about the data to what knows the most."""
 
+ON_MISSING_KERNEL = ("warn", "refuse", "allow")
+"""What may be done about int4 weights that no kernel multiplies."""
+
 _NO_INPUTS = {"LowRankConfig": "from_pretrained has no inputs to measure on"}
 _NO_DATA = {"LowRankConfig": "from_pretrained has no data"}
 _CARRIED_OUT = {"plan": "it concerns carrying a plan out: give it to apply"}
@@ -184,7 +187,7 @@ class CompressionConfig:
         "warn",
         "What to do about int4 weights that no kernel here multiplies, and that are dequantized at every "
         "call.",
-        choices=("warn", "refuse", "allow"),
+        choices=ON_MISSING_KERNEL,
         error=SchemeError,
         missing=_CARRIED_OUT,
     )

@@ -62,8 +62,8 @@ class BlockwiseTrainer:
     ) -> None:
         if budget.steps is not None and budget.steps < len(blocks):
             raise LowRankError(f"steps={budget.steps} for {len(blocks)} blocks: give at least one for each.")
-        self._student, self._lesson, self._blocks = student, distillation_loss, list(blocks.items())
-        self._pace, self._course, self._folder = budget, training, folder
+        self._student, self._loss, self._blocks = student, distillation_loss, list(blocks.items())
+        self._budget, self._training, self._folder = budget, training, folder
         self._parameters = [parameter for own in blocks.values() for parameter in own]
         self._device = self._parameters[0].device
         self._done = 0
@@ -72,27 +72,27 @@ class BlockwiseTrainer:
         self._look_seconds = time.monotonic() - start
 
     def _mean_distance(self) -> float:
-        with self._lesson.listening():
-            return mean_distance(self._lesson.distance, self._course.held, self._device)
+        with self._loss.listening():
+            return mean_distance(self._loss.distance, self._training.held, self._device)
 
     def train(self) -> None:
         """Train the blocks in their order, and look at the whole model after each."""
         while self._done < len(self._blocks) and self._progress() < 1:
-            budget = self._pace.part(self._done, len(self._blocks))
+            budget = self._budget.part(self._done, len(self._blocks))
             self._train_block(*self._blocks[self._done], budget)
-            self._pace.steps_done += budget.steps_done
+            self._budget.steps_done += budget.steps_done
             self._done += 1
             self.best.offer(self._mean_distance())
             self._keep()
 
     def _progress(self) -> float:
-        self._pace.reserved = (len(self._blocks) - self._done) * self._look_seconds
-        return agreed(self._pace.progress(), self._device)
+        self._budget.reserved = (len(self._blocks) - self._done) * self._look_seconds
+        return agreed(self._budget.progress(), self._device)
 
     def _train_block(self, name: str, parameters: Sequence[nn.Parameter], budget: TrainingBudget) -> None:
-        training = replace(self._course, evaluations=EVALUATIONS, seed=self._course.seed + self._done)
+        training = replace(self._training, evaluations=EVALUATIONS, seed=self._training.seed + self._done)
         with training_only(self._student, parameters):
-            run = Trainer(partial(self._lesson.block_distance, name), parameters, budget, training)
+            run = Trainer(partial(self._loss.block_distance, name), parameters, budget, training)
             run.train(f"recovering {name}")
             run.best.restore()
 
@@ -100,7 +100,7 @@ class BlockwiseTrainer:
         if self._folder is None or process_number() > 0:
             return
         Snapshot(
-            self._pace.steps_done,
+            self._budget.steps_done,
             self._done / len(self._blocks),
             self.best.value,
             self._parameters,
@@ -115,7 +115,7 @@ class BlockwiseTrainer:
         if found is None or found.blocks is None:
             return
         self._done = found.blocks
-        self._pace.go_on_from(found.steps, found.progress)
+        self._budget.go_on_from(found.steps, found.progress)
         self.best = Best(self._parameters, found.best, found.kept)
         for parameter, value in zip(self._parameters, found.parameters, strict=True):
             parameter.copy_(value)

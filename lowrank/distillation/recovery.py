@@ -151,14 +151,14 @@ def _quantization_aware(model: nn.Module, wanted: bool) -> Iterator[None]:
             layer.finish_qat()
 
 
-def _finish(run: Trainer | BlockwiseTrainer, held: Sequence[Batch]) -> None:
+def _finish(trainer: Trainer | BlockwiseTrainer, held: Sequence[Batch]) -> None:
     """Train to the end, and leave the best state also where that is not reached."""
-    check_finite_distance(run.best.value, held)
+    check_finite_distance(trainer.best.value, held)
     try:
-        run.resume()
-        run.train()
+        trainer.resume()
+        trainer.train()
     finally:
-        run.best.restore()
+        trainer.best.restore()
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -160,8 +160,8 @@ class Trainer:
         training: TrainingConfig,
         folder: Path | None = None,
     ) -> None:
-        self._distance, self._parameters, self._pace = distance, parameters, budget
-        self._course, self._folder = training, folder
+        self._distance, self._parameters, self._budget = distance, parameters, budget
+        self._training, self._folder = training, folder
         self._device = parameters[0].device
         self._optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=0.0)
         self._looked = 0  # of `evaluations`
@@ -179,14 +179,16 @@ class Trainer:
             raise
 
     def _train(self, title: str) -> None:
-        order = shuffled(self._course.train, self._course.seed)
+        order = shuffled(self._training.train, self._training.seed)
         order = itertools.islice(
-            order, self._pace.steps_done * processes() + process_number(), None, processes()
+            order, self._budget.steps_done * processes() + process_number(), None, processes()
         )
-        hidden = None if self._course.progress and process_number() == 0 else True  # None: on terminals only
+        hidden = (
+            None if self._training.progress and process_number() == 0 else True
+        )  # None: on terminals only
         with tqdm(total=1000, desc=title, disable=hidden, bar_format="{l_bar}{bar}| {postfix}") as bar:
-            while (done := agreed(self._pace.progress(), self._device)) < 1:
-                if (due := int(done * self._course.evaluations)) > self._looked:
+            while (done := agreed(self._budget.progress(), self._device)) < 1:
+                if (due := int(done * self._training.evaluations)) > self._looked:
                     self._look(due)
                 batch = next(order)
                 loss = self._step(batch, done)
@@ -195,13 +197,13 @@ class Trainer:
                     return  # the best state so far is restored
                 bar.n = int(1000 * done)
                 bar.set_postfix_str(
-                    f"step {self._pace.steps_done}, loss {loss:.4f}, held out {self.best.value:.4f}"
+                    f"step {self._budget.steps_done}, loss {loss:.4f}, held out {self.best.value:.4f}"
                 )
-            self._look(self._course.evaluations)
+            self._look(self._training.evaluations)
 
     def _step(self, batch: Batch, done: float) -> float:
         for group in self._optimizer.param_groups:
-            group["lr"] = self._course.learning_rate * schedule(done)
+            group["lr"] = self._training.learning_rate * schedule(done)
         loss = self._distance(batch)
         if not loss.requires_grad:
             raise DataError(
@@ -219,7 +221,7 @@ class Trainer:
                 nn.utils.clip_grad_norm_(self._parameters, 1.0)
             self._whole = False
             self._optimizer.step()
-            self._pace.steps_done += 1
+            self._budget.steps_done += 1
             self._whole = True
             self._optimizer.zero_grad(set_to_none=True)
         return value
@@ -232,25 +234,25 @@ class Trainer:
 
     def _look(self, due: int) -> None:
         start = time.monotonic()
-        self.best.offer(mean_distance(self._distance, self._course.held, self._device))
+        self.best.offer(mean_distance(self._distance, self._training.held, self._device))
         self._looked = due
         self._keep()
-        self._pace.reserved = time.monotonic() - start  # what the last look will take, by the latest
+        self._budget.reserved = time.monotonic() - start  # what the last look will take, by the latest
 
     def _keep(self) -> None:
         """Write a snapshot, if a folder was given and there is something to go on from.
 
         Only process 0 writes, and it waits for no other, so that one that fails does not hold it up.
         """
-        if self._folder is None or not self._pace.steps_done or process_number() > 0:
+        if self._folder is None or not self._budget.steps_done or process_number() > 0:
             return
         if not self._whole:
             return  # Ctrl-C within a step: the snapshot before is the last from which a run goes on as it was
         if not all(bool(parameter.isfinite().all()) for parameter in self._parameters):
             return  # training has diverged
         Snapshot(
-            self._pace.steps_done,
-            min(1.0, self._pace.progress()),
+            self._budget.steps_done,
+            min(1.0, self._budget.progress()),
             self.best.value,
             self._parameters,
             self.best.kept,
@@ -268,7 +270,7 @@ class Trainer:
         found = last_snapshot(self._folder, self._parameters, self._device, blockwise=False)
         if found is None:
             return
-        self._pace.go_on_from(found.steps, found.progress)
+        self._budget.go_on_from(found.steps, found.progress)
         self._looked = found.evaluations
         self.best = Best(self._parameters, found.best, found.kept)
         for number, parameter in enumerate(self._parameters):

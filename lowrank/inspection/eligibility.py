@@ -113,7 +113,17 @@ def _obstacle(
         return doubts[name]
     if layer_type_of(module) is None and type(module) is not nn.Embedding:
         return f"is a {type(module).__name__}, which may do something else than nn.Embedding"
-    return _obstacle_of_parameters(seen, name, module, shared, corrects_bias)
+    return _obstacle_of_layer(seen, name, module, shared, corrects_bias)
+
+
+def _obstacle_of_layer(
+    seen: Inspection, name: str, module: nn.Module, shared: frozenset[str], corrects_bias: bool
+) -> str | None:
+    """Return what `_obstacle` does, doubts aside; each layer is looked at once."""
+    asked = name, shared, corrects_bias
+    if asked not in seen.obstacles:
+        seen.obstacles[asked] = _obstacle_of_parameters(seen, name, module, shared, corrects_bias)
+    return seen.obstacles[asked]
 
 
 def _obstacle_of_parameters(

@@ -35,14 +35,14 @@ def with_reach(seen: Inspection, plan: Plan) -> Plan:
 
 def _matrices(seen: Inspection) -> Iterator[tuple[str, nn.Module]]:
     """Yield the embeddings and then the linear layers, each weight once."""
-    coded = ((n, m) for n, m in seen.model.named_modules() if isinstance(m, QuantizedEmbedding))
+    quantized = ((n, m) for n, m in seen.model.named_modules() if isinstance(m, QuantizedEmbedding))
     factors = {
         f"{name}.down"
         for name, embedding in seen.embeddings.items()
         if isinstance(embedding, LowRankEmbedding)
     }
     known: set[int] = set()
-    for name, module in [*seen.embeddings.items(), *coded, *seen.linear.items()]:
+    for name, module in [*seen.embeddings.items(), *quantized, *seen.linear.items()]:
         weight: Tensor = module.weight  # type: ignore[assignment]
         place = place_of(weight) if isinstance(weight, nn.Parameter) else id(module)
         if place not in known and name not in factors and not isinstance(module, TiedLinear):

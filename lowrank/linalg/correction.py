@@ -1,7 +1,7 @@
 """A quantized weight and the low-rank correction of what the codes lost: ``W ≈ Q + LR``.
 
 For a given Q the optimum is the truncated factorization of ``W − Q`` under the metric; for given factors
-Q codes ``W − LR``. The two alternate for a few rounds, and the best round counts: rounding makes no
+Q quantizes ``W − LR``. The two alternate for a few rounds, and the best round counts: rounding makes no
 promise to descend.
 
 Source: LoftQ (Li et al. 2023, arXiv:2310.08659) for alternating, QERA (Zhang et al. 2024,
@@ -60,7 +60,7 @@ def quantize_with_correction(
         rank: Inner size of the factors, ``1 <= rank <= min(out, in)``.
         scheme: How Q is quantized.
         metric: What the error measures; not one pulled back through the weight.
-        moments: Second moment of the inputs for the rounding of Q; see `lowrank.linalg.encode`.
+        moments: Second moment of the inputs for the rounding of Q; see `lowrank.linalg.quantize_weight`.
         smooth_scale: What the layer multiplies its inputs by before they meet the codes, ``(in,)``.
         rounds: How often both are made, at least once.
         tolerance: As for `lowrank.linalg.truncated_svd`.

@@ -49,7 +49,7 @@ def factors_quantization_error(
     """Return the share of ``‖LR‖²`` that quantizing both factors loses, measured at one rank.
 
     The factors are rotated before, as they are when they are quantized. The arguments are those of
-    `lowrank.linalg.truncated_svd` and `lowrank.linalg.encode`.
+    `lowrank.linalg.truncated_svd` and `lowrank.linalg.quantize_weight`.
     """
     left, right, *_ = truncated_svd(weight.detach().float(), rank, metric)
     low = product(left, right)

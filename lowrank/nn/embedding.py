@@ -11,7 +11,7 @@ from lowrank.errors import RankError
 from lowrank.linalg import linear
 from lowrank.linalg.matmul import row_major, without_autocast
 from lowrank.nn.layer_types import FLOATING_DTYPE, MATRIX, PARAMETER, check_padding
-from lowrank.nn.linear import decoded_weight
+from lowrank.nn.linear import dequantized_weight
 
 
 class LowRankEmbedding(nn.Module):
@@ -115,12 +115,12 @@ class LowRankEmbedding(nn.Module):
 
     def enter(self, input: Tensor) -> Tensor:
         """Map ``x (…, embedding_dim)`` to ``Uᵀ x (…, rank)``: ``E x`` is ``D`` times that, without a bias."""
-        return linear(input, decoded_weight(self.up).T.to(input.dtype))
+        return linear(input, dequantized_weight(self.up).T.to(input.dtype))
 
     @without_autocast()
     def dense_weight(self) -> Tensor:
         """Multiply the factors back into an embedding ``(num_embeddings, embedding_dim)``."""
-        rows = decoded_weight(self.down) @ decoded_weight(self.up).T
+        rows = dequantized_weight(self.down) @ dequantized_weight(self.up).T
         return rows if self.bias is None else rows + self.bias
 
     def extra_repr(self) -> str:

@@ -1,9 +1,9 @@
 """The dense layers that can be factorized, as a table: how each one stores its weight.
 
-`torch.nn.Linear` stores ``(out, in)``; transformers' ``Conv1D`` stores ``(in, out)``. A new kind of
+`torch.nn.Linear` stores ``(out, in)``; transformers' ``Conv1D`` stores ``(in, out)``. A new type of
 layer is one call of `register_layer_type`. Only exact types count: a subclass may compute something else.
-Subclasses of `torch.nn.Linear` that certainly do not are kinds of their own, so that `decompress` gives them
-back.
+Subclasses of `torch.nn.Linear` that certainly do not are layer types of their own, so that `decompress` gives
+them back.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class LayerType:
         return layer
 
 
-_KINDS: dict[type[nn.Module], LayerType] = {}
+_LAYER_TYPES: dict[type[nn.Module], LayerType] = {}
 
 _CONV1D = "transformers.pytorch_utils.Conv1D"
 """Known by name, and registered when first seen: nothing here imports transformers."""
@@ -77,39 +77,41 @@ _CONV1D = "transformers.pytorch_utils.Conv1D"
 
 def register_layer_type(layer_type: LayerType) -> None:
     """Make layers of type ``layer_type.module`` factorizable."""
-    _KINDS[layer_type.module] = layer_type
+    _LAYER_TYPES[layer_type.module] = layer_type
 
 
 def layer_type_of(module: nn.Module) -> LayerType | None:
-    """Return how ``module`` stores its weight; ``None`` if it is of no kind of linear layer."""
+    """Return how ``module`` stores its weight; ``None`` if it is of no type of linear layer."""
     cls = type(module)
-    if cls not in _KINDS and _place_of(cls) == _CONV1D:
+    if cls not in _LAYER_TYPES and _place_of(cls) == _CONV1D:
         register_layer_type(_conv1d(cls))
-    elif cls not in _KINDS and issubclass(cls, nn.Linear):
+    elif cls not in _LAYER_TYPES and issubclass(cls, nn.Linear):
         layer_type = _subclass(cls)
         if not layer_type.certain:  # not registered: parametrizing makes a new class for each layer
             return layer_type
         register_layer_type(layer_type)
-    return _KINDS.get(cls)
+    return _LAYER_TYPES.get(cls)
 
 
 def layer_type_named(name: str) -> LayerType:
-    """Return the kind called ``name``.
+    """Return the layer type called ``name``.
 
     Raises:
-        LowRankError: If no such kind is registered.
+        LowRankError: If no such layer type is registered.
     """
     layer_type = find_layer_type(name)
     if layer_type is None:
         raise LowRankError(
-            f'No kind of dense layer is called "{name}" here. Call lowrank.nn.register_layer_type first.'
+            f'No type of dense layer is called "{name}" here. Call lowrank.nn.register_layer_type first.'
         )
     return layer_type
 
 
 def find_layer_type(name: str) -> LayerType | None:
-    """Return the kind called ``name``, if it is registered; of a class that was defined anew, the last."""
-    return next((layer_type for layer_type in reversed(_KINDS.values()) if layer_type.name == name), None)
+    """Return the layer type called ``name`` if it is registered; the last of several with one name."""
+    return next(
+        (layer_type for layer_type in reversed(_LAYER_TYPES.values()) if layer_type.name == name), None
+    )
 
 
 register_layer_type(
@@ -139,7 +141,9 @@ def _place_of(cls: type) -> str:
 def _subclass(cls: type[nn.Module]) -> LayerType:
     """Describe a subclass of `torch.nn.Linear`, by its short name unless another class has that."""
     others = {
-        layer_type.name for layer_type in _KINDS.values() if _place_of(layer_type.module) != _place_of(cls)
+        layer_type.name
+        for layer_type in _LAYER_TYPES.values()
+        if _place_of(layer_type.module) != _place_of(cls)
     }
     name = _place_of(cls) if cls.__name__ in others | {"embedding"} else cls.__name__
     return LayerType(

@@ -168,7 +168,7 @@ class LowRankLinear(nn.Module):
         if not isinstance(owner, LowRankLinear) or not isinstance(owner.down, SharedDown):
             raise arguments.refused("owner", owner, "a LowRankLinear that was made with shared=True")
         if not self.owns_down:
-            raise LowRankError("use_down_of: this layer uses the down of another one already.")
+            raise LowRankError("share_down_with: this layer uses the down of another one already.")
         del self.down
         self.__dict__["_owner"] = owner
         self.same_input = same_input
@@ -205,7 +205,7 @@ class LowRankLinear(nn.Module):
     @without_autocast()
     def dense_weight(self) -> Tensor:
         """Multiply the factors back into a weight ``(out, in)``, and add the one that they correct."""
-        product = decoded_weight(self.up) @ decoded_weight(self.down)
+        product = dequantized_weight(self.up) @ dequantized_weight(self.down)
         return product if self.base is None else product + self.base.dense_weight()
 
     @without_autocast()
@@ -218,7 +218,7 @@ class LowRankLinear(nn.Module):
             return self.bias
         bias = self.bias.detach().float()
         if shifts[0] is not None:
-            bias = bias - decoded_weight(self.up).float() @ shifts[0]
+            bias = bias - dequantized_weight(self.up).float() @ shifts[0]
         if shifts[1] is not None:
             bias = bias - shifts[1]
         return nn.Parameter(bias.to(self.bias.dtype), requires_grad=self.bias.requires_grad)
@@ -240,7 +240,7 @@ def _check_factors(left: Tensor, right: Tensor) -> None:
         )
 
 
-def decoded_weight(factor: nn.Module) -> Tensor:
+def dequantized_weight(factor: nn.Module) -> Tensor:
     """Return the weight of a factor in floating point, whether it is quantized or not."""
     weight: Tensor = factor.dense_weight() if isinstance(factor, QuantizedModule) else factor.weight  # type: ignore[assignment]
     return weight

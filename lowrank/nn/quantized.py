@@ -5,7 +5,7 @@ call, with one scale per row. ``int4`` layers have a kernel for few rows (`lowra
 Everything else (gradients, export, processors without the instructions) multiplies by ``scale · codes``.
 `QuantizedLinear.runs_on` tells.
 
-Where the inputs' statistics are known, a layer codes ``W diag(s)⁻¹`` and reads ``s·x − c``: features of
+Where the inputs' statistics are known, a layer quantizes ``W diag(s)⁻¹`` and reads ``s·x − c``: features of
 unlike size no longer share one scale, and their mean, which the bias has, takes no room. Source: SmoothQuant
 (Xiao et al. 2022, arXiv:2211.10438); the shift as in Outlier Suppression+ (Wei et al. 2023,
 arXiv:2304.09145). Both are stored as float16, and what they are rounded to is what the weight makes up for.
@@ -123,8 +123,8 @@ class QuantizedModule(nn.Module):
                 self._buffers[name] = old.to(new.device)
         return self
 
-    def _take(self, coded: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
-        self.codes, self.scale = coded
+    def _take(self, quantized: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
+        self.codes, self.scale = quantized
         self.weight = torch.empty(self.weight.shape, device=self.codes.device, dtype=dtype)
 
 

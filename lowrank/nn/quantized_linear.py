@@ -167,9 +167,9 @@ class QuantizedLinear(QuantizedModule):
                 return output
         given = integer_matmul.prepared(input, self.smooth_scale, self.input_shift)
         added = bias.to(input.dtype) if bias is not None else None
-        return linear(given, self._decoded().to(input.dtype), added)
+        return linear(given, self._dequantized().to(input.dtype), added)
 
-    def _decoded(self) -> Tensor:
+    def _dequantized(self) -> Tensor:
         """Return ``scale · codes``, in training with the gradient of what the codes are rounded from."""
         if self.latent is not None:
             return self._trained_weight()
@@ -184,7 +184,7 @@ class QuantizedLinear(QuantizedModule):
         The gradient passes the rounding as if it were not there; the scales stay. Source: straight-through
         estimators (Bengio et al. 2013, arXiv:1308.3432).
         """
-        self.latent = nn.Parameter(self._decoded().detach())
+        self.latent = nn.Parameter(self._dequantized().detach())
 
     def finish_qat(self) -> None:
         """Round what `start_qat` has made trainable to codes again."""
@@ -201,7 +201,7 @@ class QuantizedLinear(QuantizedModule):
 
     def dense_weight(self) -> Tensor:
         """Return the weight that multiplies the layer's input, ``(out, in)``, in the dtype of ``weight``."""
-        weight = self._decoded()
+        weight = self._dequantized()
         return (weight if self.smooth_scale is None else weight * self.smooth_scale).to(self.weight.dtype)
 
     @without_autocast()
@@ -209,7 +209,7 @@ class QuantizedLinear(QuantizedModule):
         """Return what ``input_shift`` takes from the output, ``(out,)``, so that ``y = Wx − shift + b``."""
         if self.input_shift is None:
             return None
-        return self._decoded() @ self.input_shift.float()
+        return self._dequantized() @ self.input_shift.float()
 
     def dense_bias(self) -> nn.Parameter | None:
         """Return the bias that goes with `dense_weight`, for inputs from which nothing is taken."""

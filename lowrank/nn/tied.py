@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lowrank.linalg import linear
 from lowrank.linalg.matmul import is_transformed
 from lowrank.nn.embedding import LowRankEmbedding
-from lowrank.nn.linear import LowRankLinear, decoded_weight
+from lowrank.nn.linear import LowRankLinear, dequantized_weight
 from lowrank.nn.quantized import QuantizedEmbedding
 from lowrank.nn.quantized_linear import QuantizedLinear
 
@@ -102,7 +102,7 @@ class TiedLinear(nn.Module):
             else:  # in a graph no layer can be made
                 output = embedding.by_integers(input, self.bias)
         if output is None:
-            output = linear(input, decoded_weight(embedding).to(input.dtype), self._bias_in(input.dtype))
+            output = linear(input, dequantized_weight(embedding).to(input.dtype), self._bias_in(input.dtype))
         return output if common is None else output + common
 
     def runs_on(self) -> str:
@@ -162,4 +162,4 @@ def _product(factor: nn.Module, input: Tensor, bias: nn.Parameter | None) -> Ten
     if isinstance(factor, QuantizedLinear):
         return factor.multiply(input, bias)
     added = bias.to(input.dtype) if bias is not None else None
-    return linear(input, decoded_weight(factor).to(input.dtype), added)
+    return linear(input, dequantized_weight(factor).to(input.dtype), added)

@@ -12,14 +12,15 @@ from lowrank.adapter import adapter, inspect
 from lowrank.arguments import (
     SEED,
     accepts,
+    choice,
     flag,
     function,
     instance,
     optional,
     path,
-    text,
 )
 from lowrank.calibration.statistics import Stats
+from lowrank.config.compression import ON_MISSING_KERNEL
 from lowrank.errors import DataError, PlanError, SchemeError
 from lowrank.pipeline.stages import (
     STATS,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     sequential=flag,
     tokenizer=optional(function),
     offload_folder=optional(path(DataError)),
-    on_missing_kernel=text(SchemeError),
+    on_missing_kernel=choice(ON_MISSING_KERNEL, SchemeError),
     seed=SEED,
     progress=flag,
 )

@@ -11,10 +11,12 @@ from lowrank.adapter import adapter, inspect
 from lowrank.arguments import (
     SEED,
     accepts,
+    choice,
     flag,
     text,
 )
 from lowrank.calibration.statistics import Stats
+from lowrank.config.compression import ON_MISSING_KERNEL
 from lowrank.errors import SchemeError
 from lowrank.inspection.targets import draft
 from lowrank.linalg import Scheme
@@ -28,7 +30,13 @@ if TYPE_CHECKING:
     pass
 
 
-@accepts(scheme=text(SchemeError), stats=STATS, on_missing_kernel=text(SchemeError), seed=SEED, progress=flag)
+@accepts(
+    scheme=text(SchemeError),
+    stats=STATS,
+    on_missing_kernel=choice(ON_MISSING_KERNEL, SchemeError),
+    seed=SEED,
+    progress=flag,
+)
 def quantize(
     model: nn.Module,
     scheme: str = "int8",

@@ -75,9 +75,9 @@ class Plan:
             names = [layer.name for layer in self.layers]
             twice = next(name for name in names if names.count(name) > 1)
             raise PlanError(f"{twice}: the plan lists this layer twice. Keep one of the entries.")
-        coded = [weight.name for weight in self.quantized]
-        if len(set(coded)) != len(coded):
-            twice = next(name for name in coded if coded.count(name) > 1)
+        quantized = [weight.name for weight in self.quantized]
+        if len(set(quantized)) != len(quantized):
+            twice = next(name for name in quantized if quantized.count(name) > 1)
             raise PlanError(f"{twice}: the plan quantizes this weight twice. Keep one of the entries.")
 
     def __getitem__(self, name: str) -> LayerPlan:
@@ -158,8 +158,8 @@ class Plan:
     @property
     def reachable_parameters(self) -> int:
         """Parameters of the dense weights that the plan may change, and of those that it quantizes."""
-        coded = {weight.name for weight in self.quantized}
-        layers = [x for x in self.layers if x.targeted or x.name in coded or (x.rank and not x.tied_to)]
+        quantized = {weight.name for weight in self.quantized}
+        layers = [x for x in self.layers if x.targeted or x.name in quantized or (x.rank and not x.tied_to)]
         embeddings = [weight for weight in self.quantized if weight.is_embedding and not self._has(weight)]
         return sum(x.dense_parameters for x in layers) + sum(
             weight.rows * weight.columns for weight in embeddings
@@ -290,7 +290,7 @@ class Plan:
         return self.with_layers(layers)._in_floating_point(layers)
 
     def diff(self, other: Plan) -> list[Change]:
-        """List the layers whose rank or form differs, or that only one of the plans has."""
+        """List the layers whose rank or storage format differs, or that only one of the plans has."""
         _check_plan("other", other)
         names = list(dict.fromkeys([layer.name for layer in [*self.layers, *other.layers]]))
         mine, its = self.schemes(), other.schemes()

@@ -217,8 +217,8 @@ def _theory(dense: nn.Module, small: nn.Module) -> float:
     def matrices(model: nn.Module) -> int:
         floating = sum(m.weight.numel() for m in model.modules() if layer_type_of(m) is not None)  # type: ignore[misc,operator]
         tied = sum(m.macs for m in model.modules() if isinstance(m, TiedLinear))
-        coded = sum(math.prod(m.shape) for m in model.modules() if isinstance(m, QuantizedLinear))
-        return floating + coded + tied
+        quantized = sum(math.prod(m.shape) for m in model.modules() if isinstance(m, QuantizedLinear))
+        return floating + quantized + tied
 
     replaced = sum(
         m.in_features * m.out_features - m.macs

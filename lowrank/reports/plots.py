@@ -1,4 +1,4 @@
-"""Pictures of a plan: each layer's rank, and how fast its spectrum falls. Needs ``torch-lowrank[plot]``."""
+"""Pictures of a plan: each layer's rank, and how fast its error falls. Needs ``torch-lowrank[plot]``."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ brought to orthonormal columns of ``L`` and then rotated at random. That spreads
 components, and a rounding error of equal size in each does equal harm. Source of rotating before quantizing:
 QuIP (Chee et al. 2023, arXiv:2307.13304) and QuaRot (Ashkboos et al. 2024, arXiv:2404.00456); between two
 factors it costs nothing at inference. Statistics, where there are any, say how to scale and shift what a
-layer reads (`lowrank.nn.quantized`), and how its inputs lie (`lowrank.linalg.encode`).
+layer reads (`lowrank.nn.quantized`), and how its inputs lie (`lowrank.linalg.quantize_weight`).
 """
 
 from __future__ import annotations
@@ -112,7 +112,9 @@ def check_quantized_weights(
         if stored.name in blocked:
             raise PlanError(f"{stored.name}: this weight cannot be quantized: it {blocked[stored.name]}.")
         if stored.input_shift and _serves_several(stored, plan):
-            raise PlanError(f"{stored.name}: cannot be centred: several layers use it, with unlike inputs.")
+            raise PlanError(
+                f"{stored.name}: cannot shift its inputs: several layers use it, with unlike inputs."
+            )
         if stored.input_shift > stored.smooth_scale or stored.smooth_scale > (not stored.is_embedding):
             raise PlanError(
                 f"{stored.name}: a {stored.layer_type} cannot be centred without being smooth, nor an "

@@ -121,7 +121,7 @@ def _all_or_none(model: nn.Module, plan: Plan, todo: Sequence[LayerPlan]) -> Ite
 def quantize_weights(
     model: nn.Module, plan: Plan, stats: Stats | None = None, *, seed: int = 0, progress: bool = False
 ) -> None:
-    """Put integers in place of the weights that ``plan`` codes, which `check_request` has accepted."""
+    """Put integers in place of the weights that ``plan`` quantizes, which `check_request` has accepted."""
     stats = pooled(stats, plan, centred=False)
     todo = [
         stored

@@ -51,7 +51,7 @@ def layers_to_factorize(seen: Inspection, plan: Plan) -> list[LayerPlan]:
 
 
 def check_structure(model: nn.Module, plan: Plan) -> list[LayerPlan]:
-    """Return the layers that `lowrank.surgery.restructure` would factorize; raises as it does."""
+    """Return the layers that `lowrank.surgery.replacement.restructure` would factorize; raises as it does."""
     seen = Inspection(model)
     check_quantized_weights(seen, plan, None, {}, loading=True)
     return _validate(seen, plan, _blocked(seen, plan), loading=True)

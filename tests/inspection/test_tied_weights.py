@@ -333,7 +333,7 @@ def test_codes_that_several_layers_use_cannot_be_centred():
     codes = tuple(
         replace(c, smooth_scale=True, input_shift=True) if c.name == "a.down" else c for c in plan.quantized
     )
-    with pytest.raises(PlanError, match=r"a\.down: cannot be centred: several layers use it"):
+    with pytest.raises(PlanError, match=r"a\.down: cannot shift its inputs: several layers use it"):
         lowrank.apply(net("copied"), replace(plan, quantized=codes))
 
 

@@ -435,7 +435,7 @@ def test_cuda_multiplies_int4_as_the_decoded_weight_does(rows, columns, size, to
     stored = layer.codes.clone()
     layer.cuda().to(dtype)
     x = gaussian(tokens, columns, seed=1).cuda().to(dtype)
-    exact = nn.functional.linear(x.double(), layer._decoded().double(), layer.bias.double())
+    exact = nn.functional.linear(x.double(), layer._dequantized().double(), layer.bias.double())
     with torch.no_grad():
         y = layer(x)
         assert layer.runs_on() == "int4 (up to 64 tokens)"
