@@ -288,7 +288,7 @@ class ReadsItsHead(nn.Module):
 
 def test_a_table_changes_with_a_tied_head_whose_doubt_is_overruled():
     model, x = seeded(ReadsItsHead), torch.arange(64).reshape(4, 16)
-    with pytest.raises(TargetError, match=r"embed: the embedding .* tied to lm_head, which has its weight read"):
+    with pytest.raises(TargetError, match=r"embed: the embedding .* tied to lm_head, which has its weight"):
         lowrank.compress(model, rank=8, targets=["embed"], inputs=x)
     lowrank.compress(model, rank=8, targets=["embed"], overrule=["lm_head"], inputs=x)
     table = model.embed.dense_weight()
