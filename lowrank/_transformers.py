@@ -5,7 +5,7 @@ imported later, or never. So the plug-in (`lowrank.hf`) is loaded at once if tra
 are loaded, and otherwise right after they are, by a finder on ``sys.meta_path`` that then leaves.
 
 After ``lowrank setup`` every Python of the environment runs this file when it starts, without the rest of
-the library (`lowrank.startup`). So it imports nothing at that time that takes a millisecond.
+the library (`lowrank.cli.startup`). So it imports nothing at that time that takes a millisecond.
 """
 
 from __future__ import annotations

@@ -275,7 +275,7 @@ def setup(
     debug: Debug = False,
 ) -> None:
     """Let all programs of this Python environment load compressed checkpoints without `import lowrank`."""
-    from lowrank import startup
+    from lowrank.cli import startup
 
     file = startup.uninstall() if remove else startup.install()
     if not quiet:

@@ -62,7 +62,8 @@ class CompressionConfig:
     """What a user asks for; each field says in its help what it does. ``python -m lowrank.config`` lists
     them.
 
-    Give it to `lowrank.compress` or `lowrank.plan` as ``config``, or its fields as keywords.
+    Give it to `lowrank.compress` or `lowrank.plan` as ``config``, or its fields as keywords. `lowrank.plan`
+    uses those that decide something; the others are for `lowrank.apply`.
 
     Raises:
         LowRankError: If an option is out of its range, or two do not go together.

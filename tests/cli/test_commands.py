@@ -609,3 +609,18 @@ def test_code_in_a_folder_never_runs_though_stdin_agrees(run, dense, tmp_path, m
     done = run("inspect", dense)
     assert done.code == 1 and "config.json: the model is defined by code" in one_line(done)
     assert not mark.exists()
+
+
+def test_calibration_on_the_command_line_has_the_seed_and_the_layers_that_are_asked_for(
+    run, minilm, texts, tmp_path
+):
+    found = {}
+    for name, seed in (("one", 0), ("other", 5), ("again", 0)):
+        done = run("calibrate", minilm, tmp_path / name, "--data", texts, "--seed", seed, "-q")
+        assert done.code == 0, done.err
+        found[name] = (tmp_path / name / "stats.safetensors").read_bytes()
+    assert found["one"] == found["again"] != found["other"]
+    done = run("calibrate", minilm, tmp_path / "few", "--data", texts, "--ignore", "*.query", "-q")
+    assert done.code == 0, done.err
+    stats = lowrank.Stats.load(tmp_path / "few")
+    assert not [name for name in stats.sources if name.endswith("query")]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import lowrank
-from lowrank import startup
+from lowrank.cli import startup
 
 ROOT = Path(lowrank.__file__).parent.parent
 LOAD = """
