@@ -1,8 +1,7 @@
-"""What a library of models adds to what a module says of itself: one adapter, asked by everyone, never looked
-for.
+"""The hook through which `lowrank.hf` answers questions about transformers models.
 
-The adapter that stands here knows plain modules only. `lowrank.hf` registers one that knows transformers, as
-soon as transformers' models are imported.
+The default adapter knows plain modules only. `lowrank.hf` registers one that knows transformers, as soon as
+transformers' models are imported.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lowrank.files.safetensors_header import stored_tensors
+from lowrank.files.state_dict import stored_tensors
 from lowrank.inspection.heads import output_layer
 from lowrank.inspection.inspection import Inspection
 from lowrank.plans.plan import Plan

@@ -149,7 +149,7 @@ CASES: dict[str, Case] = {
     "Stats.is_diagonal": (STATS.is_diagonal, lambda at: {"layer": "0", "metric": "loss"}),
     "Stats.loss_per_square": (STATS.loss_per_square, lambda at: {"layer": "0"}),
     "Stats.held_out_ratio": (STATS.held_out_ratio, lambda at: {"layer": "0"}),
-    "Stats.pooled": (STATS.pooled, lambda at: {"owner": "0", "users": {"0": True, "2": True}}),
+    "Stats.merged": (STATS.merged, lambda at: {"owner": "0", "users": {"0": True, "2": True}}),
     "Stats.add": (STATS.__add__, lambda at: {"other": STATS}),
     "Plan": (Plan, lambda at: {"model": "M", "layers": PLAN.layers}),
     "Plan.save": (PLAN.save, lambda at: {"path": at / "plan.json"}),

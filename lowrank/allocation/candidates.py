@@ -1,5 +1,4 @@
-"""What the solver picks from: for each layer, or for layers that may share ``down``, a list of candidates of
-ranks.
+"""The choices of rank and storage format that the solver is offered for each layer or group of layers.
 
 Where weights may be quantized, a list of candidates has the ranks of each storage format
 (`lowrank.plans.storage_formats`), and the quantized whole weight.
@@ -12,7 +11,7 @@ the budget.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -111,24 +110,7 @@ def sharing(layers: Sequence[LayerPlan], rank: int, reason: str) -> list[LayerPl
     ]
 
 
-@dataclass(frozen=True)
-class Costs:
-    """What layers cost in a unit other than parameters.
-
-    Args:
-        limit: What the whole model may cost.
-        fixed: What everything but the targeted weights costs.
-        price: Returns a list of candidates with its costs in this unit.
-        say: Puts a cost into words.
-    """
-
-    limit: float
-    fixed: float
-    price: Callable[[Candidates], Candidates]
-    say: Callable[[float], str]
-
-
-class QuantizationError(NamedTuple):
+class QuantizationLoss(NamedTuple):
     """What a storage format does to one layer, as shares of squared norms; nothing where it is floating
     point.
 
@@ -149,7 +131,7 @@ def candidates_of(
     scales: Sequence[float],
     round_to: int,
     storage_format: StorageFormat = FLOAT,
-    quantization_errors: Sequence[QuantizationError] = (),
+    quantization_losses: Sequence[QuantizationLoss] = (),
 ) -> Candidates:
     """List the ranks that save parameters, for one layer or for several with one ``down``.
 
@@ -159,19 +141,19 @@ def candidates_of(
         scales: Factor from the squared error of each to the loss.
         round_to: Ranks are multiples of this, and of what the storage format needs.
         storage_format: How all of them are stored.
-        quantization_errors: What that does to each.
+        quantization_losses: What that does to each.
     """
     step = math.lcm(round_to, storage_format.rank_step)
     ranks = np.arange(step, largest_shared_rank(layers) + 1, step)
     losses = np.zeros(len(ranks) + 1)
-    for each, scale, quantization_error in zip(
-        error_curves, scales, quantization_errors or [QuantizationError()] * len(layers), strict=True
+    for each, scale, quantization_loss in zip(
+        error_curves, scales, quantization_losses or [QuantizationLoss()] * len(layers), strict=True
     ):
-        errors = quantization_error.corrected or each
+        errors = quantization_loss.corrected or each
         tail = errors.tail.numpy()[ranks]
         captured = errors.tail.numpy()[0] - tail
-        losses[:-1] += (tail + quantization_error.factors * captured) * errors.scale**2 * scale
-        losses[-1] += quantization_error.whole * each.squared_norm * scale
+        losses[:-1] += (tail + quantization_loss.factors * captured) * errors.scale**2 * scale
+        losses[-1] += quantization_loss.whole * each.squared_norm * scale
     dense = sum(layer.dense_parameters for layer in layers)
     return Candidates(
         costs=np.append(ranks * parameters_per_shared_rank(layers), dense),

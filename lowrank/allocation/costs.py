@@ -1,74 +1,25 @@
-"""What a choice of ranks and storage formats costs in bytes."""
+"""What a choice of ranks and storage formats costs, in the unit of a budget: parameters, bytes or seconds."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
 
-import numpy as np
-from torch import Tensor, nn
-
-from lowrank.allocation.candidates import Candidates, Costs
-from lowrank.plans.layer_plan import QuantizedWeight
-from lowrank.plans.parts import layer_bytes, quantized_bytes
-from lowrank.plans.plan import Plan
+from lowrank.allocation.candidates import Candidates
 
 
-def byte_costs(
-    model: nn.Module,
-    draft: Plan,
-    max_bytes: int,
-    rest: Iterable[QuantizedWeight] = (),
-    calibrated: Container[str] = (),
-) -> Costs:
-    """Count bytes of the whole model's parameters and buffers, tied ones once.
-
-    A bias that a factorized layer gets in addition counts with its factors.
+@dataclass(frozen=True)
+class Costs:
+    """What layers cost in a unit other than parameters.
 
     Args:
-        model: The dense model.
-        draft: Its layers; those that are targeted are priced by the candidates, with the copies of their
-            weights, which stay where they do.
-        max_bytes: The budget.
-        rest: What is quantized of everything else.
-        calibrated: The layers with statistics.
+        limit: What the whole model may cost.
+        fixed: What everything but the targeted weights costs.
+        price: Returns a list of candidates with its costs in this unit.
+        say: Puts a cost into words.
     """
-    weights: dict[str, Tensor] = {}
-    for layer in draft.targeted:
-        module = model.get_submodule(layer.name)
-        weights[layer.name] = module.weight  # type: ignore[assignment]
-    tensors = [*model.parameters(), *model.buffers()]
-    copies = {
-        owner: _bytes(model.get_submodule(x.name).weight for x in users if x.was_copy)  # type: ignore[misc]
-        for owner, users in draft.equal.items()
-    }
-    fixed = _bytes(tensors) - _bytes(weights.values()) - sum(copies.values())
-    for stored in rest:
-        weight: Tensor = model.get_submodule(stored.name).weight  # type: ignore[assignment]
-        fixed += quantized_bytes(stored) - _bytes([weight])
 
-    def price(candidate_list: Candidates) -> Candidates:
-        width = weights[candidate_list.layers[0].name].element_size()
-
-        def cost(point: int) -> int:
-            layers, codes = candidate_list.layers_at(point), candidate_list.quantized_at(point, calibrated)
-            own = {layer.name: [c for c in codes if _belongs(c, layer.name)] for layer in layers}
-            stored = sum(layer_bytes(layer, own[layer.name], width) for layer in layers)
-            return stored + sum(copies.get(x.name, 0) for x in layers if x.rank is None and not own[x.name])
-
-        costs = np.array([0 if rank else cost(point) for point, rank in enumerate(candidate_list.ranks)])
-        factors = np.flatnonzero(candidate_list.ranks)
-        if len(factors):  # whose bytes grow linearly with the rank
-            ends = factors[[0, -1]]
-            known = [cost(int(point)) for point in ends]
-            costs[factors] = np.interp(candidate_list.ranks[factors], candidate_list.ranks[ends], known)
-        return candidate_list.priced(costs)
-
-    return Costs(max_bytes, fixed, price, lambda cost: f"{cost:,.0f} bytes")
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _belongs(stored: QuantizedWeight, layer: str) -> bool:
-    return stored.name == layer or stored.name.rpartition(".")[0] == layer
+    limit: float
+    fixed: float
+    price: Callable[[Candidates], Candidates]
+    say: Callable[[float], str]

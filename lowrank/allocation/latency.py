@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank import arguments
-from lowrank.allocation.candidates import Candidates, Costs
+from lowrank.allocation.candidates import Candidates
+from lowrank.allocation.costs import Costs
 from lowrank.arguments import MODEL_OF, accepts, instance, number, whole
 from lowrank.errors import BudgetError, LowRankError
 from lowrank.files.atomic_file import replaced
@@ -80,7 +81,7 @@ class LatencyTable:
         """Return ``(rank, seconds)`` for a layer's shape, rank 0 for dense, measuring them if need be."""
         key = f"{layer.out_features}×{layer.in_features}@{tokens}"
         if key not in self.seconds:
-            largest = max(1, layer.largest_rank_that_saves)
+            largest = max(1, layer.break_even_rank)
             ranks = sorted({max(1, round(largest * (i + 1) / POINTS)) for i in range(POINTS)})
             self.seconds[key] = _measure(layer, tokens, ranks, like)
         return self.seconds[key]

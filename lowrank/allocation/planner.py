@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from torch import nn
 from tqdm import tqdm
 
-from lowrank.allocation.costs import byte_costs
+from lowrank.allocation.byte_costs import byte_costs
 from lowrank.allocation.latency import LatencyTable, latency_costs
-from lowrank.allocation.quantization_error import correction_error_curve_of, quantization_errors_of
+from lowrank.allocation.quantization_losses import correction_error_curve_of, quantization_losses_of
 from lowrank.allocation.refusals import nothing_changes
 from lowrank.allocation.selection import select, storage_formats
 from lowrank.allocation.sharing import groups_of
@@ -36,7 +36,7 @@ from lowrank.plans.layer_plan import QuantizedWeight
 from lowrank.plans.plan import Plan
 from lowrank.plans.storage_formats import FLOAT, StorageFormat
 from lowrank.surgery import replacement
-from lowrank.surgery.factorization import check_same_weight, matrix_of, metric_of, pooled
+from lowrank.surgery.factorization import check_same_weight, matrix_of, merged, metric_of
 
 ATTEMPTS = 4
 """How often ranks are chosen anew because the whole model was not as fast as its layers promised."""
@@ -166,7 +166,7 @@ def decide(
     """
     _check_can_decide(drafted, config, stats, latencies)
     model = seen.model
-    stats = pooled(stats, drafted)
+    stats = merged(stats, drafted)
     groups = groups_of(model, drafted, config.share, config.share_size, config.budget, stats, predict)
     formats = storage_formats(config)
     corrects = config.budget.name == "rank" and config.correction
@@ -186,9 +186,9 @@ def decide(
     if config.budget.name == "max_bytes":
         calibrated = stats.sources if stats is not None else ()
         costs = byte_costs(model, drafted, config.budget.value, rest, calibrated)
-        quantization_errors = quantization_errors_of(model, drafted, formats, stats, progress)
+        quantization_losses = quantization_losses_of(model, drafted, formats, stats, progress)
         decided = choose(
-            costs=costs, quantization_errors=quantization_errors, calibrated=calibrated, rest=rest
+            costs=costs, quantization_losses=quantization_losses, calibrated=calibrated, rest=rest
         )
     elif config.budget.name == "speedup":
         decided = _fast_enough(seen, drafted, choose, config.budget.value, latencies)

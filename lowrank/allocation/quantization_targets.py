@@ -1,7 +1,7 @@
 """Choose which weights become integers: those of dense layers, of factors and of embeddings alike.
 
-Codes come after factorizing, never before: factors of a quantized weight would carry its rounding along. So
-the choice is made on a plan, for what the model will be once its layers are factorized.
+Weights are quantized after factorizing (`lowrank.plans.storage_formats` says why). So the choice is made on
+a plan, for what the model will be once its layers are factorized.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from torch import nn
 
 from lowrank.calibration.statistics import Stats
 from lowrank.errors import LowRankError, SchemeError, SlowKernelWarning, TargetError, WeightError, warn
-from lowrank.inspection.eligibility import find_all_obstacles, find_equals
+from lowrank.inspection.eligibility import find_equals, ineligible_modules
 from lowrank.inspection.heads import heads_of
 from lowrank.inspection.inspection import Inspection
 from lowrank.inspection.targets import check_patterns, left_alone, not_wanted, spells
 from lowrank.inspection.tied_weights import is_copy
 from lowrank.linalg import Scheme
 from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedModule, SharedDown
-from lowrank.nn.integer_matmul import int4_obstacle
+from lowrank.nn.integer_matmul import why_no_int4_kernel
 from lowrank.plans.layer_plan import LayerPlan, QuantizedWeight
 from lowrank.plans.patterns import matches, no_match
 from lowrank.plans.plan import Plan
 from lowrank.plans.storage_formats import StorageFormat
-from lowrank.surgery.quantization import check_range, without_shared_input_shifts
+from lowrank.surgery.quantization_checks import check_range, without_shared_input_shifts
 
 
 def with_quantized_weights(
@@ -126,7 +126,7 @@ def check_kernels(model: nn.Module, plan: Plan, on_missing_kernel: str) -> None:
         ):
             continue
         device = next(itertools.chain(module.parameters(), module.buffers())).device
-        reason = int4_obstacle(stored.rows, stored.columns, stored.group_size, device)
+        reason = why_no_int4_kernel(stored.rows, stored.columns, stored.group_size, device)
         if reason is not None:
             found.setdefault(reason, []).append(stored.name)
     if not found or on_missing_kernel == "allow":
@@ -162,7 +162,7 @@ def _chosen(
     layers = {layer.name: layer for layer in plan}
     uses = Counter(id(module) for module in modules.values())
     equal = plan.owners
-    blocked = find_all_obstacles(seen, equal, doubts)
+    blocked = ineligible_modules(seen, equal, doubts)
     done = {stored.name for stored in plan.quantized}
     tied = seen.tied_heads
     for name, module in modules.items():

@@ -40,11 +40,9 @@ def reasons(plan: Plan) -> list[str]:
 
 def _nearest(plan: Plan, budget: Budget, error_curves: Mapping[str, ErrorCurve]) -> str:
     """Name the first budget at which a layer would change."""
-    ranks = {
-        layer.name: layer.largest_rank_that_saves // plan.round_to * plan.round_to for layer in plan.targeted
-    }
+    ranks = {layer.name: layer.break_even_rank // plan.round_to * plan.round_to for layer in plan.targeted}
     if budget.name == "rank":
-        largest = max(layer.largest_rank_that_saves for layer in plan.targeted)
+        largest = max(layer.break_even_rank for layer in plan.targeted)
         return f" The largest that saves parameters is {largest}." if largest else ""
     if budget.name not in ("error", "energy"):
         return ""

@@ -15,15 +15,15 @@ from types import MappingProxyType
 
 from lowrank.allocation.candidates import (
     Candidates,
-    Costs,
     Group,
-    QuantizationError,
+    QuantizationLoss,
     best_partitions,
     candidates_of,
     merged,
     partitions,
     sharing,
 )
+from lowrank.allocation.costs import Costs
 from lowrank.allocation.refusals import nothing_changes
 from lowrank.allocation.solver import allocate, uniform
 from lowrank.config import Budget, CompressionConfig
@@ -35,7 +35,7 @@ from lowrank.plans.plan import Plan
 from lowrank.plans.storage_formats import FLOAT, StorageFormat, storage_formats_of
 from lowrank.surgery.factorization import importance
 
-Errors = Mapping[StorageFormat, Mapping[str, QuantizationError]]
+Errors = Mapping[StorageFormat, Mapping[str, QuantizationLoss]]
 """By storage format and layer, what the format loses."""
 
 
@@ -59,7 +59,7 @@ def select(
     held_out_ratio: Mapping[str, float] | None = None,
     costs: Costs | None = None,
     groups: Sequence[Group] = (),
-    quantization_errors: Errors = MappingProxyType({FLOAT: {}}),
+    quantization_losses: Errors = MappingProxyType({FLOAT: {}}),
     calibrated: Container[str] = (),
     rest: Sequence[QuantizedWeight] = (),
 ) -> Plan:
@@ -78,7 +78,7 @@ def select(
         costs: The unit of a ``max_bytes`` or ``speedup`` budget.
         groups: Layers that may share their ``down``. A given rank makes them share it; other budgets
             make them share where that is better than factors of their own.
-        quantization_errors: The formats that layers may be stored in, and what each does to each; for
+        quantization_losses: The formats that layers may be stored in, and what each does to each; for
             ``max_bytes``.
         calibrated: The layers with statistics of their inputs, by which quantized layers scale these.
         rest: What the plan quantizes beside the targeted layers.
@@ -90,7 +90,7 @@ def select(
     """
     budget, round_to, tolerance = config.budget, rank_step(config), config.tolerance
     quantized: list[QuantizedWeight] = []
-    lost: dict[str, QuantizationError] = {}
+    lost: dict[str, QuantizationLoss] = {}
     if budget.name == "rank":
         layers = _sharing_at_rank(_by_rank(draft, config), groups)
     elif budget.bounds_errors:
@@ -98,7 +98,7 @@ def select(
         layers = _sharing_within_error(draft, layers, budget, groups, round_to, tolerance)
     else:
         candidates = _candidates(
-            draft, error_curves, round_to, loss_per_square, costs, groups, quantization_errors
+            draft, error_curves, round_to, loss_per_square, costs, groups, quantization_losses
         )
         if costs is None:
             chosen = _by_keep(draft, budget.value, candidates, config.allocation, round_to)
@@ -108,13 +108,13 @@ def select(
         quantized = [weight for one, point in chosen for weight in one.quantized_at(point, calibrated)]
         formats = {layer.name: one.formats[point] for one, point in chosen for layer in one.layers}
         lost = {
-            name: quantization_errors[storage_format][name]
+            name: quantization_losses[storage_format][name]
             for name, storage_format in formats.items()
             if storage_format is not FLOAT
         }
     known = {**error_curves, **_joint_error_curves(layers, groups)}
     measured = {
-        x.name: _with_error(x, known, loss_per_square, held_out_ratio, lost.get(x.name, QuantizationError()))
+        x.name: _with_error(x, known, loss_per_square, held_out_ratio, lost.get(x.name, QuantizationLoss()))
         for x in layers
     }
     plan = replace(
@@ -135,20 +135,20 @@ def _with_error(
     error_curves: Mapping[str, ErrorCurve],
     loss_per_square: Mapping[str, float] | None,
     held_out_ratio: Mapping[str, float] | None,
-    quantization_error: QuantizationError,
+    quantization_loss: QuantizationLoss,
 ) -> LayerPlan:
     """Return ``layer`` with its errors; those of quantizing count for the loss only."""
-    if layer.name not in error_curves or (layer.rank is None and not quantization_error.whole):
+    if layer.name not in error_curves or (layer.rank is None and not quantization_loss.whole):
         return layer
-    own = quantization_error.corrected if layer.correction else None
+    own = quantization_loss.corrected if layer.correction else None
     error_curve, rank = own or error_curves[layer.name], layer.rank
     if rank is None:
-        lost = quantization_error.whole * error_curve.squared_norm
+        lost = quantization_loss.whole * error_curve.squared_norm
         return replace(layer, loss_increase=loss_per_square[layer.name] * lost) if loss_per_square else layer
     error = error_curve.relative_error(rank)
     held = held_out_ratio.get(layer.name) if held_out_ratio is not None else None
     squared = error_curve.squared_error(rank)
-    lost = squared + quantization_error.factors * (error_curve.squared_error(0) - squared)
+    lost = squared + quantization_loss.factors * (error_curve.squared_error(0) - squared)
     return replace(
         layer,
         relative_error=error,
@@ -185,14 +185,14 @@ def _at_rank(layer: LayerPlan, rank: int | None, named: bool, step: int) -> Laye
         raise RankError(
             f"{layer.name}: rank {rank} is above min(out, in) = {largest} of the weight "
             f"(out={layer.out_features}, in={layer.in_features}). Ranks that save parameters go up "
-            f"to {layer.largest_rank_that_saves}."
+            f"to {layer.break_even_rank}."
         )
     asked, rank = rank, max(rank // step, 1) * step
-    if rank > layer.largest_rank_that_saves:
+    if rank > layer.break_even_rank:
         what = "would not save parameters"
         if layer.correction:
             what = "takes no less than the weight, and pays for no correction"
-        return layer.dense(f"rank {rank} {what} (the largest that does: {layer.largest_rank_that_saves})")
+        return layer.dense(f"rank {rank} {what} (the largest that does: {layer.break_even_rank})")
     reason = "as asked" if rank == asked else f"{asked} as asked, in whole groups of {step}"
     return replace(layer, rank=rank, reason=reason)
 
@@ -205,7 +205,7 @@ def _by_error(
     for layer in draft.targeted:
         needed = error_curves[layer.name].smallest_rank(bound / (1 + tolerance))
         rank = -(-needed // round_to) * round_to
-        if rank > layer.largest_rank_that_saves:
+        if rank > layer.break_even_rank:
             rounded = f", rounded to {rank}" if rank != needed else ""
             layers.append(
                 layer.dense(f"{budget} needs rank {needed}{rounded}, which would not save parameters")
@@ -275,7 +275,7 @@ def _candidates(
     loss_per_square: Mapping[str, float] | None,
     costs: Costs | None,
     groups: Sequence[Group],
-    quantization_errors: Errors,
+    quantization_losses: Errors,
 ) -> list[list[tuple[Candidates, ...]]]:
     """List what layers can become, priced: for each layer or group the ways to divide it, as candidates."""
     weighs = loss_per_square or {}
@@ -287,12 +287,12 @@ def _candidates(
     for names, errors in itertools.chain(known.items(), *(group.joint.items() for group in groups)):
         layers, sizes = [draft[name] for name in names], [scales[name] for name in names]
         offers = []
-        for storage_format, quantization_error in quantization_errors.items():
+        for storage_format, quantization_loss in quantization_losses.items():
             if storage_format.correction and len(names) > 1:
                 continue  # factors that correct codes are each layer's own
-            if storage_format is not FLOAT and not all(name in quantization_error for name in names):
+            if storage_format is not FLOAT and not all(name in quantization_loss for name in names):
                 continue  # its rows are not whole groups
-            each = [quantization_error.get(name, QuantizationError()) for name in names]
+            each = [quantization_loss.get(name, QuantizationLoss()) for name in names]
             candidate_list = candidates_of(layers, errors, sizes, round_to, storage_format, each)
             offers.append(candidate_list if costs is None else costs.price(candidate_list))
         candidates[names] = merged(offers) if len(offers) > 1 else offers[0]

@@ -18,13 +18,13 @@ from tqdm import tqdm
 from lowrank.calibration.data import HELD_OUT, Batch
 from lowrank.calibration.embeddings import EmbeddingCollector
 from lowrank.calibration.held_out import HeldOutValidation, trial_factorizations
-from lowrank.calibration.moments import Fingerprint, Gradients, Moments
+from lowrank.calibration.moments import Gradients, Moments
 from lowrank.calibration.objectives import of_loss, self_supervised
 from lowrank.calibration.statistics import Stats
 from lowrank.errors import DataError, FewTokensWarning, StatsError, warn
 from lowrank.inspection.contexts import check_has_data, hooked, training_only
 from lowrank.inspection.devices import device_of
-from lowrank.inspection.fingerprints import fingerprint_of_tokenizer
+from lowrank.inspection.fingerprints import Fingerprint, fingerprint_of_tokenizer
 from lowrank.inspection.inspection import Inspection
 from lowrank.linalg.matmul import without_autocast
 from lowrank.linalg.metric import products_of_pairs, squares, wide

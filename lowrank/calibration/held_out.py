@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowrank.calibration.data import Batch
-from lowrank.calibration.moments import HeldOutError
+from lowrank.calibration.moments import HeldOutLoss
 from lowrank.calibration.statistics import Stats
 from lowrank.errors import StatsError
 from lowrank.inspection.contexts import hooked
@@ -173,9 +173,9 @@ class HeldOutValidation:
 
     def added_to(self, stats: Stats) -> Stats:
         """Return the statistics with what was measured, and what was predicted for the same tokens."""
-        held: dict[str, HeldOutError] = {}
+        held: dict[str, HeldOutLoss] = {}
         for name, factorization in self._factorizations.items():
-            found = HeldOutError(self._measured[name], self._tokens[name] * factorization.predicted)
+            found = HeldOutLoss(self._measured[name], self._tokens[name] * factorization.predicted)
             owner = factorization.embedding or name
             held[owner] = held[owner] + found if owner in held else found
         return replace(stats, held_out=held)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from lowrank.linalg import Diagonal, Gram, PulledBack
 from lowrank.linalg.shrinkage import shrunk
 
-MOST = 16.0
+LARGEST_RATIO = 16.0
 """How far a measured cost may lie from the predicted one; beyond, a few tokens decide, and mislead."""
 
 
@@ -97,7 +96,7 @@ class Gradients:
 
 
 @dataclass(frozen=True)
-class HeldOutError:
+class HeldOutLoss:
     """Squared error of a trial factorization, summed over tokens that calibration had not used.
 
     Args:
@@ -111,22 +110,11 @@ class HeldOutError:
     @property
     def ratio(self) -> float:
         """Measured over predicted; 1 where nothing was predicted."""
-        return min(MOST, max(1 / MOST, self.measured / self.predicted)) if self.predicted > 0 else 1.0
+        return (
+            min(LARGEST_RATIO, max(1 / LARGEST_RATIO, self.measured / self.predicted))
+            if self.predicted > 0
+            else 1.0
+        )
 
-    def __add__(self, other: HeldOutError) -> HeldOutError:
-        return HeldOutError(self.measured + other.measured, self.predicted + other.predicted)
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """What the statistics were made from: numbers that differ when the thing differs.
-
-    Args:
-        layers: By layer name, of its weight. Layers that have been factorized since do not matter.
-        tokenizer: Of its class and vocabulary; empty without one.
-        data: Of the batches, in whatever order.
-    """
-
-    layers: Mapping[str, str]
-    tokenizer: str
-    data: str
+    def __add__(self, other: HeldOutLoss) -> HeldOutLoss:
+        return HeldOutLoss(self.measured + other.measured, self.predicted + other.predicted)

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from lowrank.arguments import accepts, choice, flag, instance, number, path, refused, text, whole
 from lowrank.calibration.embeddings import EmbeddingStatistics
-from lowrank.calibration.moments import Fingerprint, Gradients, HeldOutError, Moments
+from lowrank.calibration.moments import Gradients, HeldOutLoss, Moments
 from lowrank.errors import CheckpointError, LowRankError, StatsError
 from lowrank.files.folders import settle, staged
 from lowrank.files.integrity import check_seal, digest_of, load_tensors, read_document, sealed
 from lowrank.files.safetensors_header import METADATA
+from lowrank.inspection.fingerprints import Fingerprint
 from lowrank.linalg import Diagonal, Metric
 
 STATS_FORMAT = 3
@@ -53,7 +54,7 @@ class Stats:
     gradients: Mapping[str, Gradients] = field(default_factory=dict)
     tokens: int = 0
     terms: int = 0
-    held_out: Mapping[str, HeldOutError] = field(default_factory=dict)
+    held_out: Mapping[str, HeldOutLoss] = field(default_factory=dict)
     embeddings: Mapping[str, EmbeddingStatistics] = field(default_factory=dict)
 
     def __contains__(self, layer: object) -> bool:
@@ -164,7 +165,7 @@ class Stats:
         owner=text(StatsError),
         users=instance(Mapping, "a mapping of layer names to True or False", StatsError),
     )
-    def pooled(self, owner: str, users: Mapping[str, bool]) -> Stats:
+    def merged(self, owner: str, users: Mapping[str, bool]) -> Stats:
         """Return statistics in which those of ``owner`` are over what all layers with its weight read.
 
         The mean stays the owner's: every layer's bias takes up the mean of its own error. So inputs are
@@ -341,7 +342,7 @@ def _assembled(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> S
         for name, entry in structure["gradients"].items()
     }
     held = {
-        name: HeldOutError(*(_SUM(f"{field} of {name}", entry[field]) for field in ("measured", "predicted")))
+        name: HeldOutLoss(*(_SUM(f"{field} of {name}", entry[field]) for field in ("measured", "predicted")))
         for name, entry in structure["held_out"].items()
     }
     found = structure["fingerprint"]

@@ -28,28 +28,20 @@ from lowrank.files.integrity import (
     check_finite,
     check_is_text_table,
     check_seal,
-    check_values,
     digest_of,
     read_document,
     read_tensors,
     sealed,
 )
 from lowrank.files.readme import write_card
-from lowrank.files.safetensors_header import (
-    DTYPE_NAMES,
-    METADATA,
-    Stored,
-    check_disjoint,
-    read_header,
-    state_of,
-    stored_tensors,
-)
+from lowrank.files.safetensors_header import DTYPE_NAMES, METADATA, Stored, read_header
+from lowrank.files.state_dict import check_disjoint, check_finite_state, state_of, stored_tensors
 from lowrank.inspection.inspection import Inspection
 from lowrank.inspection.layers import check_model, check_not_compiled
 from lowrank.inspection.targets import draft
 from lowrank.nn import QuantizedModule
-from lowrank.plans.parts import TensorPart, scheme_of, tensors_of
 from lowrank.plans.plan import Plan
+from lowrank.plans.stored_tensors import TensorPart, scheme_of, tensors_of
 from lowrank.reports.model_card import module_card
 from lowrank.surgery.replacement import restructure
 from lowrank.surgery.validation import check_structure
@@ -93,7 +85,7 @@ def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> Pa
 
 def write(model: nn.Module, folder: Path) -> None:
     """Write the files of a checkpoint into ``folder``, which `lowrank.files.folders.staged` gives."""
-    check_values(model)
+    check_finite_state(model)
     if adapter().saves(model):
         adapter().save(model, folder)
     else:
@@ -186,7 +178,8 @@ def _read(folder: Path, model: nn.Module) -> nn.Module:
     buffers = dict(model.named_buffers(remove_duplicate=False))
     for name, tensor in tensors.items():
         check_finite(file, name, tensor, buffer=name in buffers)
-    _check_quantized(file, plan, tensors)
+    for weight in plan.quantized:
+        QuantizedModule.check_stored(file, weight.name, scheme_of(weight), tensors)
     restructure(model, plan)
     _assign(model, tensors, aliases)
     adapter().record(model)  # a transformers model inside can be saved on its own
@@ -264,19 +257,6 @@ def _check_dtypes(file: Path, model: nn.Module, plan: Plan, header: Mapping[str,
         if floating != stored.is_floating_point:
             needed = "floating-point numbers" if floating else "integers"
             raise CheckpointError(f"{file}: the tensor {name} is {stored.dtype}; the model needs {needed}.")
-
-
-def _check_quantized(file: Path, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse values of quantized weights that quantizing never gives."""
-    for weight in plan.quantized:
-        names = {part: f"{weight.name}.{part}" for part in QuantizedModule.PARTS}
-        parts = {part: tensors[name] for part, name in names.items() if name in tensors}
-        wrong = QuantizedModule.check_values(scheme_of(weight), parts)
-        if wrong is not None:
-            raise CheckpointError(
-                f"{file}: the tensor {names[wrong]} has values that no quantized weight has. The file is "
-                "damaged: copy it again."
-            )
 
 
 def _expected_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:

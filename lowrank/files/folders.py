@@ -32,6 +32,7 @@ from lowrank.files.locks import LOCK, WORK, BusyError, locked
 from lowrank.files.readme import is_own_card, keep_readme
 
 TENSORS = "model.safetensors"
+SHARDS = "model-*.safetensors"
 STRUCTURE = "lowrank.json"
 MANIFESTS = ("config.json", STRUCTURE, "stats.json", "snapshot.json")
 

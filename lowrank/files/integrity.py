@@ -8,12 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowrank.errors import CheckpointError
 from lowrank.files.json_file import check_format, read_json
@@ -21,9 +21,6 @@ from lowrank.files.safetensors_header import DTYPE_NAMES, Stored, read_header, r
 
 SEAL = "digest"
 """The field of a JSON object that holds the digest of all its other fields."""
-
-ALIGNMENT = 64
-"""Bytes. Kernels sum in another order, and round otherwise, where a tensor does not begin at a multiple."""
 
 
 def digest_of(tensor: Tensor) -> str:
@@ -122,28 +119,3 @@ def check_finite(
     if any(map(math.isnan, extremes)) or not (buffer or all(map(math.isfinite, extremes))):
         what = "NaN" if buffer else "NaN or infinite"
         raise CheckpointError(f"{where}: the tensor {name} has {what} elements in {tensor.dtype}. {advice}")
-
-
-def check_values(model: nn.Module, where: str | Path | None = None, advice: str = "Is it trained?") -> None:
-    """Refuse a model in which a stored number is NaN, or a parameter infinite.
-
-    Args:
-        model: A model; tensors without data are left out.
-        where: The file or folder for the message; the model's class if there is none.
-        advice: What to do, as the end of the message.
-
-    Raises:
-        CheckpointError: If there is such a number.
-    """
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    for name, value in model.state_dict().items():
-        if isinstance(value, Tensor):
-            place = type(model).__name__ if where is None else where
-            check_finite(place, name, value, buffer=name not in parameters, advice=advice)
-
-
-def align(tensors: Iterable[Tensor]) -> None:
-    """Move the data of those tensors on the CPU that do not begin at a multiple of `ALIGNMENT` bytes."""
-    for tensor in tensors:
-        if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
-            tensor.data = tensor.data.clone()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeGuard
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowrank.errors import CheckpointError
 from lowrank.files.json_file import check_regular, parse_json
@@ -150,82 +150,3 @@ def _place(name: str, entry: Any) -> tuple[int, int]:
 
 def _are_sizes(values: Any) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
-
-
-def stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors that a checkpoint of ``model`` holds, and the names that share one of them.
-
-    Raises:
-        CheckpointError: If the state dict holds something that is no tensor, or has no data.
-    """
-    tensors: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    owner: dict[tuple[Any, ...], str] = {}
-    for name, tensor in state_of(model).items():
-        if tensor.dtype not in DTYPE_NAMES:
-            raise CheckpointError(f"{name}: {tensor.dtype} cannot be stored in a safetensors file.")
-        if tensor.is_meta:
-            raise CheckpointError(f"{name}: on the meta device, without data. Load the weights first.")
-        key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if tensor.numel() and key in owner:
-            aliases[name] = owner[key]
-        else:
-            owner[key] = name
-            tensors[name] = tensor
-    return tensors, aliases
-
-
-def check_disjoint(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors of which two share elements, such as a transposed view beside its original.
-
-    A file would hold the elements twice, and what is loaded would no longer share them. Tensors that are the
-    same in all respects are one in `stored_tensors`, and tied again when they are loaded.
-
-    Raises:
-        CheckpointError: If there are such tensors.
-    """
-    by_place = sorted(
-        ((t.device.type, t.device.index or 0, t.data_ptr(), name) for name, t in tensors.items() if t.numel())
-    )
-    for position, (*device, _, name) in enumerate(by_place):
-        first = tensors[name]
-        end = first.data_ptr() + _extent(first) * first.element_size()
-        for *other_device, start, other in by_place[position + 1 :]:
-            if other_device != device or start >= end:
-                break
-            if _share_elements(first, tensors[other]):
-                raise CheckpointError(
-                    f"{name} and {other} share memory, but are not the same tensor, so loading would untie "
-                    "them. Give one of them memory of its own (nn.Parameter(weight.detach().clone())), or "
-                    "register one parameter under both names."
-                )
-
-
-def _extent(tensor: Tensor) -> int:
-    """Return how many elements lie between the first and the last of ``tensor``, both included."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _share_elements(first: Tensor, second: Tensor) -> bool:
-    """Tell whether two tensors, of which ``second`` begins within the extent of ``first``, overlap.
-
-    Interleaved views, such as halves of the columns of one matrix, do not.
-    """
-    skipped, rest = divmod(second.data_ptr() - first.data_ptr(), first.element_size())
-    if rest or first.element_size() != second.element_size():
-        return True  # the same bytes, read as numbers of two kinds
-    used = torch.zeros(max(_extent(first), skipped + _extent(second)), dtype=torch.bool)
-    used.as_strided(first.shape, first.stride()).fill_(True)
-    return bool(used.as_strided(second.shape, second.stride(), skipped).any())
-
-
-def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict, which must hold tensors only."""
-    state = model.state_dict()
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(
-                f"{name}: the model's state is a {type(value).__name__}, not a tensor, and nothing is "
-                "ever pickled. Keep it in a buffer, or save it yourself."
-            )
-    return state

@@ -25,11 +25,11 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from lowrank.checkpoint.checkpoint import planned_tensors
 from lowrank.errors import CheckpointError
-from lowrank.files import integrity
-from lowrank.files.folders import TENSORS
+from lowrank.files.folders import SHARDS, TENSORS
 from lowrank.files.integrity import SEAL, check_is_text_table, check_seal, read_tensors, sealed
 from lowrank.files.json_file import read_json
 from lowrank.files.safetensors_header import DTYPE_NAMES, Stored, read_header
+from lowrank.files.state_dict import check_finite_state
 from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedModule, TiedLinear
 from lowrank.plans.plan import Plan
 
@@ -88,7 +88,7 @@ def _check_layer_counts(file: Path, config: Mapping[str, Any]) -> None:
     name = max(counts, key=lambda name: counts[name], default=None)
     if name is None or counts[name] <= MOST_LAYERS:
         return
-    files = [*file.parent.glob(TENSORS), *file.parent.glob("model-*.safetensors")]
+    files = [*file.parent.glob(TENSORS), *file.parent.glob(SHARDS)]
     tensors = sum(len(read_header(one)) for one in files)
     if tensors < counts[name]:
         raise CheckpointError(
@@ -107,23 +107,17 @@ def compare_digests(folder: Path, headers: Mapping[str, Mapping[str, Stored]], d
         raise CheckpointError(f"{folder}: lacks the tensor {name}. A file is damaged or gone; copy it again.")
 
 
-def check_values(model: PreTrainedModel) -> None:
+def check_loaded_values(model: PreTrainedModel) -> None:
     """Refuse NaN and infinity, and codes that no weight has; what is offloaded stays unread."""
     advice = (
         "Load it in the dtype in which it was saved; if that does not help, the file is damaged: copy it "
         "again."
     )
-    integrity.check_values(model, model.config.name_or_path, advice)
-    for prefix, module in model.named_modules():
+    path, state = model.config.name_or_path, model.state_dict()
+    check_finite_state(model, path, advice)
+    for name, module in model.named_modules():
         if isinstance(module, QuantizedModule) and not module.scale.is_meta:
-            state = module.state_dict()
-            parts = {part: state[part] for part in module.PARTS if part in state}
-            wrong = module.check_values(module.scheme, parts)
-            if wrong is not None:
-                raise CheckpointError(
-                    f"{model.config.name_or_path}: the tensor {prefix}.{wrong} has values that no quantized "
-                    "weight has. The file is damaged: copy it again."
-                )
+            module.check_stored(path, name, module.scheme, state)
 
 
 def check_shapes(headers: Mapping[str, Mapping[str, Stored]], plan: Plan) -> None:
@@ -204,7 +198,7 @@ def check_names_and_dtypes(
 def _is_code(model: nn.Module, name: str) -> bool:
     """Tell whether the tensor is the codes or the scales of a quantized weight."""
     layer, _, part = name.rpartition(".")
-    return part in QuantizedModule.PARTS and isinstance(model.get_submodule(layer), QuantizedModule)
+    return part in QuantizedModule.BUFFER_NAMES and isinstance(model.get_submodule(layer), QuantizedModule)
 
 
 def _targets(

@@ -15,11 +15,12 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from lowrank.adapter import inspect
 from lowrank.errors import CheckpointError, LowRankError
-from lowrank.files.folders import TENSORS
+from lowrank.files.folders import SHARDS, TENSORS
 from lowrank.files.integrity import digest_of, read_tensors
 from lowrank.files.json_file import read_json
 from lowrank.files.readme import write_card
-from lowrank.files.safetensors_header import check_disjoint, read_header, stored_tensors
+from lowrank.files.safetensors_header import read_header
+from lowrank.files.state_dict import check_disjoint, stored_tensors
 from lowrank.hf.checks import (
     CONFIG,
     check_config,
@@ -147,7 +148,7 @@ def save(model: PreTrainedModel, folder: Path) -> None:
     model.save_pretrained(folder)
     plan = recorded(model)
     if plan is not None:
-        files = (*folder.glob(TENSORS), *sorted(folder.glob("model-*.safetensors")))
+        files = (*folder.glob(TENSORS), *sorted(folder.glob(SHARDS)))
         tensors = {
             name: digest_of(tensor)
             for file in files

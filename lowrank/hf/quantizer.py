@@ -10,14 +10,14 @@ from transformers.core_model_loading import WeightTransform
 from transformers.quantizers import HfQuantizer, register_quantizer
 
 from lowrank.errors import CheckpointError, PlanError
-from lowrank.files.integrity import align
 from lowrank.files.safetensors_header import read_header
+from lowrank.files.state_dict import align
 from lowrank.hf.checks import (
     OWN,
     check_complete,
+    check_loaded_values,
     check_names_and_dtypes,
     check_shapes,
-    check_values,
 )
 from lowrank.hf.config import METHOD, LowRankConfig
 from lowrank.hf.models import record
@@ -25,7 +25,7 @@ from lowrank.hf.ties import rewrite_ties, with_tied_heads
 from lowrank.hf.tokenizer import check_tokenizer as check_tokenizer
 from lowrank.pipeline.compress import compress
 from lowrank.plans.plan import Plan
-from lowrank.surgery.quantization import PARTS
+from lowrank.surgery.quantization_checks import FACTORS
 from lowrank.surgery.replacement import restructure
 
 LARGEST_TO_ALIGN = 2**20
@@ -74,7 +74,7 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         self.remove_quantization_config(model)
         if self.pre_quantized:
             check_complete(model)
-            check_values(model)
+            check_loaded_values(model)
             tensors = (*model.parameters(), *model.buffers())
             align(tensor for tensor in tensors if tensor.nbytes <= LARGEST_TO_ALIGN)
             record(model, self._plan)
@@ -117,7 +117,7 @@ def _localized(plan: Plan, model: PreTrainedModel) -> Plan:
     quantized = []
     for stored in plan.quantized:
         parent, _, part = stored.name.rpartition(".")
-        factor = part in PARTS and parent in plan
+        factor = part in FACTORS and parent in plan
         name = translated(parent if factor else stored.name)
         if name is not None:
             quantized.append(replace(stored, name=f"{name}.{part}" if factor else name))

@@ -1,5 +1,4 @@
-"""Ties of transformers models whose embeddings are factorized or quantized: which stay transformers'
-business.
+"""Keep transformers' lists of tied weights right once an embedding is factorized or quantized.
 
 transformers ties a head to an embedding by giving both one parameter, whenever it saves, loads, or is asked
 to (``tie_weights``). Of an embedding that is factorized or quantized there is no such parameter: its head

@@ -1,1 +1,1 @@
-"""Read a model without changing it: which layers it has, which of them may change, and why others may not."""
+"""Read a model: its layers, which may change and why others may not; run it and leave it as it was."""

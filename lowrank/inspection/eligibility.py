@@ -16,7 +16,7 @@ from lowrank.linalg.svd import FLOATING
 from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedModule, TiedLinear, layer_type_of
 
 
-def find_obstacles(
+def ineligible_layers(
     seen: Inspection, tied_to: Mapping[str, str] | None = None, doubts: Mapping[str, str] | None = None
 ) -> dict[str, str]:
     """Return ``{layer name: reason}`` for every linear layer that cannot be factorized.
@@ -24,7 +24,7 @@ def find_obstacles(
     Args:
         seen: The model.
         tied_to: ``{layer name: name of another}`` of layers that are replaced together with another, whose
-            weight they use; that they share one is then no obstacle.
+            weight they use; that they share one is then allowed.
         doubts: Those that count, of `Inspection.doubts`; by default all.
     """
     doubts = seen.doubts if doubts is None else doubts
@@ -34,12 +34,12 @@ def find_obstacles(
     found = {}
     for name, module in seen.linear.items():
         shared = groups.get((tied_to or {}).get(name, name), ())
-        found[name] = _obstacle(seen, doubts, name, module, frozenset(shared))
+        found[name] = _reason(seen, doubts, name, module, frozenset(shared))
     return {name: reason for name, reason in found.items() if reason}
 
 
-def find_embedding_obstacles(seen: Inspection, doubts: Mapping[str, str]) -> dict[str, str]:
-    """Return ``{embedding name: reason}`` for every embedding that must stay as it is, as `find_obstacles`.
+def ineligible_embeddings(seen: Inspection, doubts: Mapping[str, str]) -> dict[str, str]:
+    """Return ``{embedding name: reason}`` for every embedding that must stay as it is.
 
     Heads that are tied to an embedding stand in its way only where they themselves could not be replaced.
     """
@@ -47,39 +47,39 @@ def find_embedding_obstacles(seen: Inspection, doubts: Mapping[str, str]) -> dic
     for name, embedding in seen.embeddings.items():
         group = [head for head, owner in seen.tied_heads.items() if owner == name]
         shared = frozenset(f"{one}.weight" for one in (name, *group))
-        reason = _obstacle(seen, doubts, name, embedding, shared, corrects_bias=False)
+        reason = _reason(seen, doubts, name, embedding, shared, corrects_bias=False)
         for head in group:
-            why = _obstacle(seen, doubts, head, seen.modules[head], shared, corrects_bias=False)
+            why = _reason(seen, doubts, head, seen.modules[head], shared, corrects_bias=False)
             reason = reason or (f"is tied to {head}, which {why}" if why else None)
         if reason:
             found[name] = reason
     return found
 
 
-def find_all_obstacles(
+def ineligible_modules(
     seen: Inspection, tied_to: Mapping[str, str], doubts: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return what `find_obstacles` and `find_embedding_obstacles` find."""
-    return find_obstacles(seen, tied_to, doubts) | find_embedding_obstacles(seen, doubts)
+    """Return what `ineligible_layers` and `ineligible_embeddings` find."""
+    return ineligible_layers(seen, tied_to, doubts) | ineligible_embeddings(seen, doubts)
 
 
 def find_equals(seen: Inspection, wanted: Collection[str], doubts: Mapping[str, str]) -> dict[str, str]:
     """Return ``{layer name: name of the first}`` for linear layers whose weight is another's, or equal.
 
     Only layers of ``wanted`` are compared, in its order, and only those returned that can be replaced
-    together; for ``doubts`` see `find_obstacles`.
+    together; for ``doubts`` see `ineligible_layers`.
     """
     found: dict[str, str] = {}
     for group in seen.equal_layers(wanted):
         members: list[str] = []
         while members != group:  # one that must stay holds those back that are tied to it
             members, shared = group, frozenset(f"{name}.weight" for name in group)
-            group = [n for n in group if not _obstacle(seen, doubts, n, seen.modules[n], shared)]
+            group = [n for n in group if not _reason(seen, doubts, n, seen.modules[n], shared)]
         found |= dict.fromkeys(members[1:], members[0]) if members else {}
     return found
 
 
-def _obstacle(
+def _reason(
     seen: Inspection,
     doubts: Mapping[str, str],
     name: str,
@@ -113,20 +113,20 @@ def _obstacle(
         return doubts[name]
     if layer_type_of(module) is None and type(module) is not nn.Embedding:
         return f"is a {type(module).__name__}, which may do something else than nn.Embedding"
-    return _obstacle_of_layer(seen, name, module, shared, corrects_bias)
+    return _reason_of_layer(seen, name, module, shared, corrects_bias)
 
 
-def _obstacle_of_layer(
+def _reason_of_layer(
     seen: Inspection, name: str, module: nn.Module, shared: frozenset[str], corrects_bias: bool
 ) -> str | None:
-    """Return what `_obstacle` does, doubts aside; each layer is looked at once."""
+    """Return what `_reason` does, doubts aside; each layer is looked at once."""
     asked = name, shared, corrects_bias
-    if asked not in seen.obstacles:
-        seen.obstacles[asked] = _obstacle_of_parameters(seen, name, module, shared, corrects_bias)
-    return seen.obstacles[asked]
+    if asked not in seen.reasons:
+        seen.reasons[asked] = _reason_of_parameters(seen, name, module, shared, corrects_bias)
+    return seen.reasons[asked]
 
 
-def _obstacle_of_parameters(
+def _reason_of_parameters(
     seen: Inspection, name: str, module: nn.Module, shared: frozenset[str], corrects_bias: bool
 ) -> str | None:
     """Return what of a layer's weight and bias stands in its way, or ``None``."""

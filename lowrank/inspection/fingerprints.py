@@ -1,9 +1,11 @@
-"""Numbers that tell weights and tokenizers apart, from a sample of their content."""
+"""Digests that tell weights, tokenizers and data apart: what statistics were made from."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,3 +33,18 @@ def fingerprint_of_tokenizer(tokenizer: Any) -> str:
     vocabulary = tokenizer.get_vocab() if callable(getattr(tokenizer, "get_vocab", None)) else {}
     text = json.dumps([type(tokenizer).__name__, vocabulary], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What statistics were made from: digests that differ when the thing differs.
+
+    Args:
+        layers: By layer name, of its weight. Layers that have been factorized since do not matter.
+        tokenizer: Of its class and vocabulary; empty without one.
+        data: Of the batches, in whatever order.
+    """
+
+    layers: Mapping[str, str]
+    tokenizer: str
+    data: str

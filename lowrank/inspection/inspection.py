@@ -35,7 +35,7 @@ class Inspection:
     Attributes:
         separately_saved: Names of the modules within it that are saved on their own: of two equal weights
             one is kept only where both are in the same of them.
-        obstacles: What `lowrank.inspection.eligibility` has found, so that it looks once.
+        reasons: What `lowrank.inspection.eligibility` has found, so that it looks once.
         known_heads: ``{layer name: head}`` of layers that belong to a head, beside those that names tell.
 
     Raises:
@@ -48,7 +48,7 @@ class Inspection:
         self.separately_saved: Sequence[str] = ()
         self.known_heads: Mapping[str, str] = {}
         self._fingerprints: dict[str, str] = {}
-        self.obstacles: dict[tuple[object, ...], str | None] = {}
+        self.reasons: dict[tuple[object, ...], str | None] = {}
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:

@@ -17,7 +17,7 @@ from torch import nn
 
 from lowrank.arguments import patterns
 from lowrank.errors import TargetError
-from lowrank.inspection.eligibility import find_embedding_obstacles, find_equals, find_obstacles
+from lowrank.inspection.eligibility import find_equals, ineligible_embeddings, ineligible_layers
 from lowrank.inspection.heads import heads_of
 from lowrank.inspection.inspection import Inspection
 from lowrank.inspection.layers import linear_layers
@@ -86,7 +86,7 @@ def draft(
         wanted = [name for name in layers if not_wanted(name, targets, ignore or (), in_heads) is None]
         owners_of_equal = find_equals(seen, [name for name in wanted if name not in users], counting)
     users |= owners_of_equal
-    blocked = find_obstacles(seen, owners_of_equal, counting)
+    blocked = ineligible_layers(seen, owners_of_equal, counting)
     owners = _owners_of_down(layers)
     for name, module in layers.items():
         plan = _describe(name, module, owners)
@@ -144,7 +144,7 @@ def _embeddings(
 
     With ``every`` all embeddings are as if spelled.
     """
-    blocked = find_embedding_obstacles(seen, doubts)
+    blocked = ineligible_embeddings(seen, doubts)
     heads = seen.tied_heads
     for name, embedding in seen.embeddings.items():
         plan = _describe_embedding(name, embedding)

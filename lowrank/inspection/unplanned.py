@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from lowrank.inspection.eligibility import find_embedding_obstacles
+from lowrank.inspection.eligibility import ineligible_embeddings
 from lowrank.inspection.inspection import Inspection
 from lowrank.inspection.layers import dense_elements, other_parameters
 from lowrank.inspection.tied_weights import place_of
@@ -53,7 +53,7 @@ def _matrices(seen: Inspection) -> Iterator[tuple[str, nn.Module]]:
 def _embeddings(
     seen: Inspection, plan: Plan, others: list[tuple[str, nn.Module]]
 ) -> Iterator[UnplannedWeight]:
-    blocked = find_embedding_obstacles(seen, seen.doubts_but(plan.overruled))
+    blocked = ineligible_embeddings(seen, seen.doubts_but(plan.overruled))
     for name, module in others:
         why = blocked.get(name)
         reason = "embedding that no target spells" if why is None else f"embedding that {why}"

@@ -15,10 +15,10 @@ from lowrank.linalg.quantization import (
 )
 from lowrank.linalg.quantization_error import (
     factors_quantization_error,
-    rotated,
     rounding_error_of,
     weight_quantization_error,
 )
+from lowrank.linalg.rotation import rotated
 from lowrank.linalg.schemes import Scheme, StorageScheme, register_storage_scheme
 from lowrank.linalg.shared_basis import SharedFactors, shared_basis, shared_basis_error_curves
 from lowrank.linalg.svd import Factors, choose_solver, truncated_svd

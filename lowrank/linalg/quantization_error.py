@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from lowrank.linalg.matmul import product
-from lowrank.linalg.metric import Metric, powers_of_two
+from lowrank.linalg.metric import Metric
 from lowrank.linalg.quantization import (
     dequantize_scaled,
     dequantize_weight,
@@ -20,8 +19,9 @@ from lowrank.linalg.quantization import (
     quantize_weight,
     smooth_scale_of,
 )
+from lowrank.linalg.rotation import rotated
 from lowrank.linalg.schemes import Scheme
-from lowrank.linalg.svd import balanced, truncated_svd
+from lowrank.linalg.svd import truncated_svd
 
 
 def rounding_error_of(weight: Tensor, scheme: Scheme, moments: Tensor | None = None) -> Tensor:
@@ -90,32 +90,6 @@ def embedding_quantization_error(
 def input_quantization_error(features: int, scheme: Scheme) -> float:
     """Return the share that rounding the inputs loses, of those schemes that multiply integers."""
     return 2 * math.log(features + 1) / (12 * 127**2) if scheme.storage.rounds_inputs else 0.0
-
-
-def rotated(left: Tensor, right: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Bring ``left (out, rank)`` to orthonormal columns, and rotate the inner dimensions at random.
-
-    The product stays, and every row of ``right (rank, in)`` becomes a mixture of all: rows of one size,
-    without outliers, which integers hold best. In float16, which could not hold all of the product's size in
-    one factor, the columns are as long as they must be. With more columns than rows, and where a factor would
-    leave the range of its dtype all the same, the factors stay as they are.
-    """
-    rank = left.shape[1]
-    if rank > left.shape[0]:
-        return left, right
-    basis, triangle = torch.linalg.qr(left.double())
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(rank, rank, generator=generator, dtype=torch.float64).to(left.device)
-    turn: Tensor = torch.linalg.qr(noise).Q
-    columns, rows = basis @ turn, turn.T @ triangle @ right.double()
-    largest = min(torch.finfo(left.dtype).max, torch.finfo(torch.float32).max)  # scales are float32
-    if left.dtype == torch.float16:
-        columns, rows = balanced(columns, rows, together=True)
-    elif bool(rows.abs().amax() > largest):
-        shift = powers_of_two((rows.abs().amax() / columns.abs().amax()).sqrt())
-        columns, rows = columns * shift, rows / shift
-    fit = bool(torch.stack([columns.abs().amax(), rows.abs().amax()]).amax() <= largest)
-    return (columns.to(left.dtype), rows.to(right.dtype)) if fit else (left, right)
 
 
 def _share(lost: Tensor, whole: Tensor, metric: Metric) -> float:

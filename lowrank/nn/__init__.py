@@ -12,7 +12,7 @@ from lowrank.nn.linear import LowRankLinear
 from lowrank.nn.quantized import QuantizedEmbedding, QuantizedModule
 from lowrank.nn.quantized_linear import QuantizedLinear
 from lowrank.nn.shared import SharedDown, SharedQuantizedDown
-from lowrank.nn.tied import TiedLinear
+from lowrank.nn.tied_linear import TiedLinear
 
 __all__ = [
     "LayerType",

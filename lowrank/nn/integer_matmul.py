@@ -121,7 +121,7 @@ def fewest_integer_rows(rows: int, columns: int, device: torch.device) -> int | 
     return 1 if device.type == "cpu" and _INTEGERS else None
 
 
-def int4_obstacle(rows: int, columns: int, group_size: int, device: torch.device) -> str | None:
+def why_no_int4_kernel(rows: int, columns: int, group_size: int, device: torch.device) -> str | None:
     """Say why no kernel multiplies by an int4 weight ``(rows, columns)``; ``None`` if one does."""
     if device.type not in MOST_ROWS:
         return f"PyTorch has no int4 kernel for {device.type!r} devices that lowrank knows"

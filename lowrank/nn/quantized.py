@@ -1,19 +1,9 @@
-"""`QuantizedLinear` and `QuantizedEmbedding`: layers whose weight is integers, in memory and in the file.
-
-``int8`` linear layers multiply integers by integers (``torch._int_mm``): the input is quantized anew at each
-call, with one scale per row. ``int4`` layers have a kernel for few rows (`lowrank.nn.integer_matmul`).
-Everything else (gradients, export, processors without the instructions) multiplies by ``scale · codes``.
-`QuantizedLinear.runs_on` tells.
-
-Where the inputs' statistics are known, a layer quantizes ``W diag(s)⁻¹`` and reads ``s·x − c``: features of
-unlike size no longer share one scale, and their mean, which the bias has, takes no room. Source: SmoothQuant
-(Xiao et al. 2022, arXiv:2211.10438); the shift as in Outlier Suppression+ (Wei et al. 2023,
-arXiv:2304.09145). Both are stored as float16, and what they are rounded to is what the weight makes up for.
-"""
+"""`QuantizedModule`, what all modules with a weight of integers have in common, and `QuantizedEmbedding`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +11,7 @@ from torch import Tensor, nn
 
 from lowrank import arguments
 from lowrank.arguments import accepts, instance, optional, whole
-from lowrank.errors import SchemeError, WeightError
+from lowrank.errors import CheckpointError, SchemeError, WeightError
 from lowrank.linalg import Scheme, dequantize_weight, quantize_weight
 from lowrank.linalg.matmul import is_compiled, is_transformed
 from lowrank.nn import integer_matmul
@@ -41,10 +31,10 @@ class QuantizedModule(nn.Module):
         scheme: How it is quantized.
         trainable: Whether the weight had gradients before it was quantized, as it will have when it is
             dequantized.
-        PARTS: The names of the buffers that a quantized weight may have.
+        BUFFER_NAMES: The names of the buffers that a quantized weight may have.
     """
 
-    PARTS: ClassVar[tuple[str, ...]] = ("codes", "scale", "smooth_scale", "input_shift")
+    BUFFER_NAMES: ClassVar[tuple[str, ...]] = ("codes", "scale", "smooth_scale", "input_shift")
     trainable: bool = True
     codes: Tensor
     scale: Tensor
@@ -66,11 +56,15 @@ class QuantizedModule(nn.Module):
             self.register_buffer(name, torch.zeros(shape, device=device, dtype=stored_as))
         self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
 
-    @staticmethod
-    def check_values(scheme: Scheme, parts: Mapping[str, Tensor]) -> str | None:
-        """Name the first of ``parts``, as they are stored, that has values which quantizing never gives.
+    @classmethod
+    def check_stored(cls, file: str | Path, name: str, scheme: Scheme, tensors: Mapping[str, Tensor]) -> None:
+        """Refuse values among ``tensors``, by their names in ``file``, which quantizing never gives.
 
-        Such values show that the parts are not of one weight, or not of this ``scheme``.
+        Such values show that the tensors of the module called ``name`` are not of one weight, or not of this
+        ``scheme``.
+
+        Raises:
+            CheckpointError: If there are such values.
         """
         possible: dict[str, Callable[[Tensor], bool]] = {
             "codes": scheme.storage.are_possible_codes,
@@ -78,7 +72,13 @@ class QuantizedModule(nn.Module):
             "smooth_scale": lambda smooth_scale: bool((smooth_scale > 0).all()),
             "input_shift": _all_finite,
         }
-        return next((name for name, part in parts.items() if not possible[name](part)), None)
+        for buffer in cls.BUFFER_NAMES:
+            stored = tensors.get(f"{name}.{buffer}")
+            if stored is not None and not possible[buffer](stored):
+                raise CheckpointError(
+                    f"{file}: the tensor {name}.{buffer} has values that no quantized weight has. "
+                    "The file is damaged: copy it again."
+                )
 
     @property
     def stored_bytes(self) -> int:

@@ -1,4 +1,15 @@
-"""`QuantizedLinear`: ``y = Wx + b`` with a weight of integers, by the kernels that there are for them."""
+"""`QuantizedLinear`: ``y = Wx + b`` with a weight of integers, by the kernels that there are for them.
+
+``int8`` layers multiply integers by integers (``torch._int_mm``): the input is quantized anew at each call,
+with one scale per row. ``int4`` layers have a kernel for few rows (`lowrank.nn.integer_matmul`). Everything
+else (gradients, export, processors without the instructions) multiplies by ``scale · codes``.
+`QuantizedLinear.runs_on` tells.
+
+Where the inputs' statistics are known, a layer quantizes ``W diag(s)⁻¹`` and reads ``s·x − c``: features of
+unlike size no longer share one scale, and their mean, which the bias has, takes no room. Source: SmoothQuant
+(Xiao et al. 2022, arXiv:2211.10438); the shift as in Outlier Suppression+ (Wei et al. 2023,
+arXiv:2304.09145). Both are stored as float16, and what they are rounded to is what the weight makes up for.
+"""
 
 from __future__ import annotations
 
@@ -147,7 +158,7 @@ class QuantizedLinear(QuantizedModule):
             return "dequantized"
         if kernel == "int4":
             assert size is not None  # of that scheme
-            none = integer_matmul.int4_obstacle(*self.shape, size, device) is not None
+            none = integer_matmul.why_no_int4_kernel(*self.shape, size, device) is not None
             return "dequantized" if none else f"int4 (up to {integer_matmul.MOST_ROWS[device.type]} tokens)"
         fewest = integer_matmul.fewest_integer_rows(*self.shape, device)
         if fewest is None:
@@ -234,7 +245,7 @@ class QuantizedLinear(QuantizedModule):
         if is_transformed():
             known = is_compiled() and not _as_stored(self.codes)
         else:
-            known = integer_matmul.int4_obstacle(*self.shape, size, device) is None
+            known = integer_matmul.why_no_int4_kernel(*self.shape, size, device) is None
         rows = input.reshape(-1, self.in_features)
         if not known or len(rows) > integer_matmul.MOST_ROWS[device.type]:
             return None

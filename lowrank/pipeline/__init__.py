@@ -1,1 +1,1 @@
-"""The verbs of the library, a file each or for two; the stages that they go through stand in `stages`."""
+"""The verbs: compress and plan, apply and decompress, calibrate, quantize; common `stages`."""

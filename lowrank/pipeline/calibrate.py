@@ -25,7 +25,7 @@ from lowrank.pipeline.stages import (
     STATS,
     calibrated,
 )
-from lowrank.surgery.factorization import pooled
+from lowrank.surgery.factorization import merged
 
 if TYPE_CHECKING:
     pass
@@ -115,4 +115,4 @@ def error_curves(
     """
     config = CompressionConfig(metric=metric, add_bias=add_bias, targets=targets, ignore=ignore)
     layers = drafted(inspect(model), config, stats)
-    return error_curves_of(model, layers, pooled(stats, layers), progress)
+    return error_curves_of(model, layers, merged(stats, layers), progress)

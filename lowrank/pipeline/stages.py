@@ -28,7 +28,7 @@ from lowrank.nn import TiedLinear
 from lowrank.plans.plan import Plan
 from lowrank.plans.storage_formats import INT8
 from lowrank.surgery.overruled import check_reads, check_subclasses
-from lowrank.surgery.quantization import without_shared_input_shifts
+from lowrank.surgery.quantization_checks import without_shared_input_shifts
 from lowrank.surgery.replacement import apply_plan, quantize_weights
 from lowrank.surgery.sequential import apply_sequentially
 

@@ -104,7 +104,7 @@ class LayerPlan:
         return factors + (self.dense_parameters if self.correction else 0)
 
     @property
-    def largest_rank_that_saves(self) -> int:
+    def break_even_rank(self) -> int:
         """The largest rank with fewer parameters than the dense weight; 0 if there is none."""
         return (self.dense_parameters - 1) // (self.in_features + self.out_features)
 

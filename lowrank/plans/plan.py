@@ -1,7 +1,7 @@
-"""Budgets and plans: what to do with each layer, as plain data.
+"""A plan: what to do with each layer of a model, as plain data. Nothing here touches a model.
 
-This file uses the standard library only. A `Plan` is frozen; it prints as an embedding, survives JSON,
-can be edited (`Plan.with_rank`) and compared (`Plan.diff`). Nothing here touches a model.
+A `Plan` is frozen; it prints as a table, survives JSON, can be edited (`Plan.with_rank`) and compared
+(`Plan.diff`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lowrank.plans.reach import UnplannedWeight, describe_reach, describe_small_
 
 @dataclass(frozen=True)
 class Plan:
-    """What happens to every linear layer of a model.
+    """What happens to every linear layer of a model, and to its embeddings and quantized weights.
 
     Args:
         model: Class name of the model that the plan was made for.

@@ -1,7 +1,4 @@
-"""How much of a model a plan can change, as plain data: what its layers have, and what nothing in it has.
-
-This file uses the standard library only.
-"""
+"""How many of a model's parameters a plan can change, and why the rest stays as it is."""
 
 from __future__ import annotations
 

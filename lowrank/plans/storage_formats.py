@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from lowrank.linalg import Scheme
 from lowrank.plans.layer_plan import LayerPlan, QuantizedWeight
-from lowrank.plans.parts import ModulePart, modules_of
+from lowrank.plans.stored_tensors import ModulePart, modules_of
 
 INT8 = Scheme("int8")
 

@@ -59,10 +59,10 @@ def embed(
             part = pooled(outputs["last_hidden_state"].float(), batch.mask)
             _check_finite_outputs(model, part, batch.index)
             parts.append(part)
-    embedding_layers = torch.cat(parts)
-    if len(embedding_layers) != len(texts):
+    embeddings = torch.cat(parts)
+    if len(embeddings) != len(texts):
         raise DataError("Some texts have no tokens. Take the empty ones out.")
-    return embedding_layers[torch.tensor(order, device=embedding_layers.device).argsort()]
+    return embeddings[torch.tensor(order, device=embeddings.device).argsort()]
 
 
 @accepts(model=_MODEL, dense=_MODEL, texts=_TEXTS, tokenizer=function, batch_size=whole(1))
@@ -112,8 +112,8 @@ def sts_spearman(
             f"{len(pairs)} pairs and {len(scores)} scores: give a score for each pair of two texts."
         )
     texts = [text for pair in pairs for text in pair]
-    embedding_layers = embed(model, texts, tokenizer, batch_size=batch_size)
-    cosines = (embedding_layers[0::2] * embedding_layers[1::2]).sum(-1)
+    embeddings = embed(model, texts, tokenizer, batch_size=batch_size)
+    cosines = (embeddings[0::2] * embeddings[1::2]).sum(-1)
     return _rank_correlation(cosines=cosines.cpu(), scores=torch.tensor(scores, dtype=torch.float64))
 
 

@@ -92,7 +92,7 @@ class QuantizedReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What a model costs now, and what it cost before; prints as an embedding.
+    """What a model costs now, and what it cost before; prints as a table.
 
     Attributes:
         model: Class name.
@@ -143,7 +143,7 @@ class Report:
         data |= {"kept_fraction": self.kept_fraction, "reachable_fraction": self.reachable_fraction}
         return to_json(data)
 
-    def _macs(self) -> str:
+    def _macs_in_words(self) -> str:
         if all(layer.macs == layer.parameters for layer in self.layers):
             return "as many MACs per token"
         now, before = (sum(getattr(x, key) for x in self.layers) for key in ("macs", "macs_before"))
@@ -165,7 +165,7 @@ class Report:
             if embeddings
             else f"{self.model}: {len(self.factorized)} of {len(self.layers)} linear layers factorized.",
             f"  linear weights  {linear:,} of {linear_before:,} parameters remain "
-            f"({linear / max(1, linear_before):.1%}); {self._macs()}",
+            f"({linear / max(1, linear_before):.1%}); {self._macs_in_words()}",
             f"  whole model     {self.parameters:,} of {self.parameters_before:,} parameters remain "
             f"({self.kept_fraction:.1%})",
             f"  checkpoint      {format_bytes(self.checkpoint_bytes)}, "
@@ -300,11 +300,11 @@ def _describe(model: nn.Module, layer: LayerPlan) -> LayerReport:
         scheme=" + ".join(schemes) if any(isinstance(part, QuantizedModule) for part in parts) else None,
         layer_type=layer.layer_type,
         tied_to=layer.tied_to,
-        macs=_macs(layer, module),
+        macs=_count_macs(layer, module),
     )
 
 
-def _macs(layer: LayerPlan, module: nn.Module) -> int:
+def _count_macs(layer: LayerPlan, module: nn.Module) -> int:
     if isinstance(module, (LowRankLinear, TiedLinear)):
         return module.macs
     if layer.is_embedding:

@@ -35,8 +35,8 @@ from lowrank.linalg.metric import Side, wide
 from lowrank.linalg.svd import small_side_gram
 from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedLinear, TiedLinear, layer_type_of
 from lowrank.plans.layer_plan import LayerPlan, QuantizedWeight
-from lowrank.plans.parts import scheme_of
 from lowrank.plans.plan import Plan
+from lowrank.plans.stored_tensors import scheme_of
 
 
 def check_stats(seen: Inspection, plan: Plan, stats: Stats | None) -> None:
@@ -109,7 +109,7 @@ def check_same_weight(seen: Inspection, name: str, stats: Stats) -> None:
         )
 
 
-def pooled(stats: Stats | None, plan: Plan, centred: bool = True) -> Stats | None:
+def merged(stats: Stats | None, plan: Plan, centred: bool = True) -> Stats | None:
     """Return ``stats`` in which a layer whose weight others use stands for all of them.
 
     Where one of them is not in the statistics, the owner stands for itself. Without ``centred``, moments are
@@ -118,7 +118,7 @@ def pooled(stats: Stats | None, plan: Plan, centred: bool = True) -> Stats | Non
     for owner, users in plan.equal.items():
         layers = plan[owner], *users
         if stats is not None and all(layer.name in stats for layer in layers):
-            stats = stats.pooled(owner, {layer.name: centred and layer.has_bias for layer in layers})
+            stats = stats.merged(owner, {layer.name: centred and layer.has_bias for layer in layers})
     return stats
 
 

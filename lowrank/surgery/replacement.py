@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from lowrank.calibration.statistics import Stats
 from lowrank.errors import LowRankError, WeightError
-from lowrank.inspection.contexts import uninterrupted
 from lowrank.inspection.inspection import Inspection
+from lowrank.inspection.interrupts import uninterrupted
 from lowrank.inspection.layers import check_holder
 from lowrank.inspection.tied_weights import followers
 from lowrank.linalg.matmul import without_autocast
@@ -36,18 +36,19 @@ from lowrank.nn import (
     register_layer_type,
 )
 from lowrank.plans.layer_plan import LayerPlan, QuantizedWeight
-from lowrank.plans.parts import scheme_of
 from lowrank.plans.plan import Plan
+from lowrank.plans.stored_tensors import scheme_of
 from lowrank.surgery.factorization import (
     corrected,
     factorized,
     follower,
     jointly_factorized,
-    pooled,
+    merged,
     weight_of,
 )
 from lowrank.surgery.inheritance import adopt, check_no_hooks
-from lowrank.surgery.quantization import base_of, quantized_module, readers_of, rotate
+from lowrank.surgery.quantization import quantized_module, readers_of, rotate
+from lowrank.surgery.quantization_checks import base_of
 from lowrank.surgery.validation import check_request, check_structure, layers_to_factorize
 
 _Factorized = LowRankLinear, LowRankEmbedding
@@ -80,7 +81,7 @@ def factorize(
     progress: bool = False,
 ) -> None:
     """Replace the layers of ``todo``, which `check_request` has accepted, by their factors."""
-    joint = pooled(stats, plan)
+    joint = merged(stats, plan)
     bar = tqdm(total=len(todo), desc="factorizing", unit="layer", disable=None if progress else True)
     with bar, _all_or_none(model, plan, todo):
         for layers in _together(plan, todo):
@@ -122,7 +123,7 @@ def quantize_weights(
     model: nn.Module, plan: Plan, stats: Stats | None = None, *, seed: int = 0, progress: bool = False
 ) -> None:
     """Put integers in place of the weights that ``plan`` quantizes, which `check_request` has accepted."""
-    stats = pooled(stats, plan, centred=False)
+    stats = merged(stats, plan, centred=False)
     todo = [
         stored
         for stored in plan.quantized

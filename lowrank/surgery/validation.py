@@ -10,7 +10,7 @@ from torch import nn
 from lowrank.calibration.statistics import Stats
 from lowrank.errors import PlanError, WeightError
 from lowrank.inspection.contexts import check_can_train
-from lowrank.inspection.eligibility import find_all_obstacles
+from lowrank.inspection.eligibility import ineligible_modules
 from lowrank.inspection.inspection import Inspection
 from lowrank.linalg.svd import check_options, checked_weight
 from lowrank.nn import (
@@ -26,9 +26,7 @@ from lowrank.surgery.factorization import (
     check_stats,
     weight_of,
 )
-from lowrank.surgery.quantization import (
-    check_quantized_weights,
-)
+from lowrank.surgery.quantization_checks import check_quantized_weights
 
 _Factorized = LowRankLinear, LowRankEmbedding
 
@@ -59,7 +57,7 @@ def check_structure(model: nn.Module, plan: Plan) -> list[LayerPlan]:
 
 def _blocked(seen: Inspection, plan: Plan) -> dict[str, str]:
     """Return why layers and embeddings must stay as they are, whatever ``plan`` says."""
-    return find_all_obstacles(seen, plan.owners, seen.doubts_but(plan.overruled))
+    return ineligible_modules(seen, plan.owners, seen.doubts_but(plan.overruled))
 
 
 def _validate(
@@ -240,12 +238,12 @@ def _check_layer(module: nn.Module, layer: LayerPlan, shared: bool) -> None:
 
 def _check_pays(layer: LayerPlan) -> None:
     rank = layer.rank or 0
-    if rank > layer.largest_rank_that_saves:
+    if rank > layer.break_even_rank:
         raise PlanError(
             f"{layer.name}: rank {rank} does not save parameters.\n"
             f"  The weight (out={layer.out_features}, in={layer.in_features}) has "
             f"{layer.dense_parameters:,} parameters; rank {rank} needs {layer.parameters_at(rank):,}.\n"
-            f"  Use a rank of at most {layer.largest_rank_that_saves}, or keep this layer dense."
+            f"  Use a rank of at most {layer.break_even_rank}, or keep this layer dense."
         )
 
 

@@ -137,7 +137,7 @@ def test_keep_is_never_exceeded(allocation, shapes, keep, round_to):
     assert chosen.kept_fraction <= keep
     for layer in chosen.factorized:
         assert layer.rank % round_to == 0
-        assert layer.rank <= layer.largest_rank_that_saves
+        assert layer.rank <= layer.break_even_rank
 
 
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
@@ -210,7 +210,7 @@ def test_error_takes_the_smallest_rank_that_meets_it_or_says_why_not(bound, deca
     values = torch.linalg.svdvals(weight(rows, columns, decay).double())
     errors = [float(values[k:].norm() / values.norm()) for k in range(len(values) + 1)]
     needed = next(k for k in range(1, len(errors)) if errors[k] <= bound)
-    if needed > draft["a"].largest_rank_that_saves:
+    if needed > draft["a"].break_even_rank:
         with pytest.raises(BudgetError, match=f"needs rank {needed}, which would not save parameters"):
             select(draft, {"error": bound}, error_curves, round_to=1)
     else:

@@ -11,7 +11,7 @@ from torch.nn import functional
 from lowrank import LowRankLinear, compress, plan
 from lowrank.errors import LowRankError, TargetError
 from lowrank.inspection import inspection
-from lowrank.inspection.eligibility import find_obstacles
+from lowrank.inspection.eligibility import ineligible_layers
 from lowrank.inspection.inspection import Inspection
 from lowrank.inspection.targets import draft
 
@@ -359,9 +359,9 @@ def test_drafting_reads_names_only_and_works_on_the_meta_device():
     assert targeted(model) == {"first", "last"}
 
 
-def test_a_plain_model_has_no_obstacles(mlp, tiny_bert):
-    assert find_obstacles(Inspection(mlp)) == {}
-    assert find_obstacles(Inspection(tiny_bert)) == {}
+def test_all_layers_of_a_plain_model_are_eligible(mlp, tiny_bert):
+    assert ineligible_layers(Inspection(mlp)) == {}
+    assert ineligible_layers(Inspection(tiny_bert)) == {}
 
 
 @pytest.fixture

@@ -273,7 +273,7 @@ def test_the_factors_are_the_optimum_for_what_both_layers_read(tie):
 def test_the_loss_metric_sees_both_layers():
     dense = net("tied")
     stats = lowrank.calibrate(dense, batches())
-    joint = stats.pooled("a", {"a": True, "c": True})
+    joint = stats.merged("a", {"a": True, "c": True})
     assert joint.gradients["a"].tokens == stats.gradients["a"].tokens + stats.gradients["c"].tokens
     assert torch.equal(
         joint.gradients["a"].products, stats.gradients["a"].products + stats.gradients["c"].products

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from lowrank import compress
 from lowrank.errors import TargetError
-from lowrank.inspection.eligibility import find_obstacles
+from lowrank.inspection.eligibility import ineligible_layers
 from lowrank.inspection.inspection import Inspection
 from lowrank.inspection.targets import draft
 
@@ -242,7 +242,7 @@ READ = {
 @pytest.mark.parametrize(("cls", "layers"), READ.items(), ids=lambda value: getattr(value, "__name__", ""))
 def test_a_layer_that_a_method_reads_by_value_stays_dense_however_it_is_reached(cls, layers):
     reason = f"has its weight read by value in {cls.__name__}"
-    assert find_obstacles(Inspection(cls())) == dict.fromkeys(layers, reason)
+    assert ineligible_layers(Inspection(cls())) == dict.fromkeys(layers, reason)
 
 
 class Assigned(Model):
@@ -296,7 +296,7 @@ class AskedForItsType(Model):
     ids=lambda cls: cls.__name__,
 )
 def test_a_layer_that_is_called_set_initialised_or_asked_for_its_type_may_shrink(cls):
-    assert find_obstacles(Inspection(cls())) == {}
+    assert ineligible_layers(Inspection(cls())) == {}
 
 
 class Compared(Model):
@@ -311,11 +311,11 @@ class AskedForAParameter(Model):
 
 
 def test_the_identity_and_the_shape_of_a_weight_count_as_its_value():
-    assert set(find_obstacles(Inspection(Compared()))) == {"proj", "called", "block.lin"}
+    assert set(ineligible_layers(Inspection(Compared()))) == {"proj", "called", "block.lin"}
 
 
 def test_whether_a_weight_is_a_parameter_counts_since_that_of_a_factorized_layer_is_none():
-    assert set(find_obstacles(Inspection(AskedForAParameter()))) == {"proj"}
+    assert set(ineligible_layers(Inspection(AskedForAParameter()))) == {"proj"}
 
 
 class Config:
@@ -356,8 +356,8 @@ class Otherwise(Branches):
 
 @pytest.mark.parametrize("cls", [OwnNumbers, OfTheConfig, Otherwise], ids=lambda cls: cls.__name__)
 def test_a_read_in_a_branch_that_constants_close_does_not_count_and_in_an_open_one_it_does(cls):
-    assert set(find_obstacles(Inspection(cls(slices=1, exact=True)))) == set()
-    assert set(find_obstacles(Inspection(cls(slices=2, exact=True)))) == {"proj"}
+    assert set(ineligible_layers(Inspection(cls(slices=1, exact=True)))) == set()
+    assert set(ineligible_layers(Inspection(cls(slices=2, exact=True)))) == {"proj"}
 
 
 class OfTheMode(Branches):
@@ -415,8 +415,8 @@ class NotComparable(Branches):
     ids=lambda cls: cls.__name__,
 )
 def test_a_condition_that_is_not_certain_leaves_its_branch_open(cls):
-    assert set(find_obstacles(Inspection(cls().train()))) == {"proj"}
-    assert set(find_obstacles(Inspection(cls().eval()))) == {"proj"}
+    assert set(ineligible_layers(Inspection(cls().train()))) == {"proj"}
+    assert set(ineligible_layers(Inspection(cls().eval()))) == {"proj"}
 
 
 def test_a_number_that_another_module_of_the_model_sets_is_no_constant():
@@ -428,11 +428,11 @@ def test_a_number_that_another_module_of_the_model_sets_is_no_constant():
         def slice(self, count):
             self.part.slices = count
 
-    assert set(find_obstacles(Inspection(nn.Sequential(OwnNumbers())))) == set()
-    assert set(find_obstacles(Inspection(Owner()))) == set()  # ``exact`` alone closes it
+    assert set(ineligible_layers(Inspection(nn.Sequential(OwnNumbers())))) == set()
+    assert set(ineligible_layers(Inspection(Owner()))) == set()  # ``exact`` alone closes it
     owner = Owner()
     owner.part.exact = True
-    assert set(find_obstacles(Inspection(owner))) == {"part.proj"}
+    assert set(ineligible_layers(Inspection(owner))) == {"part.proj"}
 
 
 def test_naming_a_grandchild_that_the_model_reads_by_value_is_an_error_and_the_plan_has_the_reason():
@@ -451,7 +451,9 @@ def test_the_reason_names_the_nearest_reader():
         def forward(self, x):
             return x @ self.inner.proj.weight
 
-    assert find_obstacles(Inspection(Outer())) == {"inner.proj": "has its weight read by value in LocalName"}
+    assert ineligible_layers(Inspection(Outer())) == {
+        "inner.proj": "has its weight read by value in LocalName"
+    }
 
 
 def test_a_model_that_reads_through_a_container_still_runs_when_the_rest_is_compressed():
@@ -475,7 +477,7 @@ def test_without_its_source_whatever_a_reading_method_names_is_suspected_and_wha
     )
     names = {"Model": Model, "__name__": __name__}
     exec("\n".join(lines), names)
-    assert set(find_obstacles(Inspection(names["Hidden"]()))) == {
+    assert set(ineligible_layers(Inspection(names["Hidden"]()))) == {
         "called",
         "layers.0",
         "layers.1",
@@ -487,7 +489,7 @@ def test_without_its_source_whatever_a_reading_method_names_is_suspected_and_wha
 def test_without_its_source_a_method_that_reads_no_weight_suspects_nothing():
     names = {"Model": Model, "__name__": __name__}
     exec("class Hidden(Model):\n    def forward(self, x):\n        return self.proj(x)", names)
-    assert find_obstacles(Inspection(names["Hidden"]())) == {}
+    assert ineligible_layers(Inspection(names["Hidden"]())) == {}
 
 
 def test_a_source_edited_since_its_import_is_not_believed(tmp_path, monkeypatch):
@@ -501,7 +503,7 @@ def test_a_source_edited_since_its_import_is_not_believed(tmp_path, monkeypatch)
     model = edited_by_test.Edited()
     model.proj = nn.Linear(32, 32)
     del sys.modules["edited_by_test"]
-    assert set(find_obstacles(Inspection(model))) == {"proj"}
+    assert set(ineligible_layers(Inspection(model))) == {"proj"}
 
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 128}
@@ -539,7 +541,7 @@ def read_in(family: str, sizes: dict) -> set[str]:
 
     with torch.device("meta"):
         model = getattr(transformers, f"{family}Model")(getattr(transformers, f"{family}Config")(**sizes))
-    found = find_obstacles(Inspection(model)).items()
+    found = ineligible_layers(Inspection(model)).items()
     return {name.rpartition(".")[2] for name, reason in found if "read by value" in reason}
 
 
@@ -572,4 +574,4 @@ class Initialised(nn.Module):
 
 
 def test_only_methods_whose_names_begin_so_are_taken_to_initialise():
-    assert set(find_obstacles(Inspection(Initialised()))) == {"second", "third"}
+    assert set(ineligible_layers(Inspection(Initialised()))) == {"second", "third"}

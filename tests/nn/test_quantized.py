@@ -16,7 +16,7 @@ from lowrank.nn import LowRankLinear, QuantizedEmbedding, QuantizedLinear, TiedL
 from lowrank.nn import integer_matmul as module
 
 SCHEMES = [Scheme("int8"), Scheme("int4")]
-INT4 = module.int4_obstacle(64, 64, 32, torch.device("cpu")) is None
+INT4 = module.why_no_int4_kernel(64, 64, 32, torch.device("cpu")) is None
 weight_only = pytest.mark.skipif(not INT4, reason="this processor has no int4 kernel")
 integers = pytest.mark.skipif(not module._INTEGERS, reason="this processor has no int8 kernel")
 
@@ -375,7 +375,8 @@ def test_processors_whose_order_of_codes_is_unknown_decode(capability):
         "import torch; from lowrank.nn.integer_matmul import *\n"
         "from lowrank.linalg.quantization import unpack_int4\n"
         "codes = torch.randint(256, (112, 64), dtype=torch.uint8)\n"
-        "print(torch.backends.cpu.get_cpu_capability(), int4_obstacle(112, 128, 32, codes.device) is None,"
+        "print(torch.backends.cpu.get_cpu_capability(),"
+        " why_no_int4_kernel(112, 128, 32, codes.device) is None,"
         " torch.equal(unpacked(packed(codes), 112, 128), unpack_int4(codes)))"
     )
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}

@@ -20,7 +20,7 @@ from lowrank import (
     quantize,
     report,
 )
-from lowrank.allocation.quantization_error import quantization_errors_of
+from lowrank.allocation.quantization_losses import quantization_losses_of
 from lowrank.calibration.embeddings import EmbeddingStatistics, nearest_product
 from lowrank.errors import BudgetError, PlanError, TargetError
 from lowrank.inspection.inspection import Inspection
@@ -541,7 +541,7 @@ def test_the_predicted_loss_of_a_coded_table_is_that_of_its_codes():
     model, table = built(llama), "model.embed_tokens"
     dense = model.model.embed_tokens.weight.detach().clone()
     drafted = draft(Inspection(model), [table])
-    found = quantization_errors_of(model, drafted, storage_formats_of("auto"), None, progress=False)
+    found = quantization_losses_of(model, drafted, storage_formats_of("auto"), None, progress=False)
     assert found.pop(FLOAT) == {}
     for form, quantization_errors in found.items():
         coded = quantize(copy.deepcopy(model), form.scheme.name, targets=[table]).model.embed_tokens

@@ -21,7 +21,7 @@ from lowrank.errors import (
     WeightError,
 )
 from lowrank.nn import QuantizedModule
-from lowrank.nn.integer_matmul import int4_obstacle
+from lowrank.nn.integer_matmul import why_no_int4_kernel
 
 IDS = torch.arange(96).reshape(4, 24) % 99
 
@@ -479,7 +479,7 @@ def test_int4_without_a_kernel_warns_once_or_refuses_as_was_chosen():
     with pytest.warns(SlowKernelWarning) as caught:
         small = quantize(narrow(), "int4", targets=["*"])
     (told,) = [w for w in caught if w.category is SlowKernelWarning]
-    kernel = int4_obstacle(64, 64, 32, torch.device("cpu")) is None
+    kernel = why_no_int4_kernel(64, 64, 32, torch.device("cpu")) is None
     assert f"{1 if kernel else 2} int4 weights of linear layers have to be dequantized" in str(told.message)
     assert "since the kernel wants outputs in multiples of 16 (the first: 1)" in str(told.message)
     assert small[1].runs_on() == "dequantized"

@@ -279,7 +279,7 @@ def test_the_table_says_every_rank_reason_and_the_total():
 
 @given(layer_plans)
 def test_the_largest_paying_rank_pays_and_the_next_does_not(layer):
-    largest = layer.largest_rank_that_saves
+    largest = layer.break_even_rank
     assert layer.parameters_at(largest) < layer.dense_parameters <= layer.parameters_at(largest + 1)
 
 

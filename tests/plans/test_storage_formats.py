@@ -11,8 +11,8 @@ from lowrank.allocation.candidates import merged
 from lowrank.linalg import Scheme
 from lowrank.nn import LowRankLinear, QuantizedModule
 from lowrank.plans.layer_plan import LayerPlan
-from lowrank.plans.parts import layer_bytes, quantized_bytes
 from lowrank.plans.storage_formats import FLOAT, INT8, StorageFormat, storage_formats_of
+from lowrank.plans.stored_tensors import layer_bytes, quantized_bytes
 from lowrank.reports.evaluation import loss_increase
 
 INT4 = Scheme("int4", 32)
@@ -136,7 +136,7 @@ def test_unknown_forms_are_refused():
 
 def test_a_merged_menu_has_no_point_that_another_beats(tiny_bert, stats):
     from lowrank import CompressionConfig
-    from lowrank.allocation.candidates import QuantizationError, candidates_of
+    from lowrank.allocation.candidates import QuantizationLoss, candidates_of
     from lowrank.allocation.planner import drafted
     from lowrank.inspection.inspection import Inspection
     from lowrank.linalg import ErrorCurve
@@ -145,7 +145,7 @@ def test_a_merged_menu_has_no_point_that_another_beats(tiny_bert, stats):
     error_curve = ErrorCurve(torch.linspace(1, 0, 65, dtype=torch.float64) ** 2)
     candidates = [
         candidates_of(
-            [layer], [error_curve], [1.0], 8, form, [QuantizationError(0.01 * number, 0.001 * number)]
+            [layer], [error_curve], [1.0], 8, form, [QuantizationLoss(0.01 * number, 0.001 * number)]
         )
         for number, form in enumerate(SOME[:3])
     ]

@@ -1,4 +1,4 @@
-"""Predict what each storage format of storing does to each layer, from the weights and the statistics.
+"""Predict what each storage format does to each layer, from the weights and the statistics.
 
 The solver compares these with what factorizing loses (`lowrank.allocation.candidates`); a plan that
 corrects codes gets its errors from here. Nothing here changes a model.
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowrank.allocation.candidates import QuantizationError
+from lowrank.allocation.candidates import QuantizationLoss
 from lowrank.calibration.statistics import Stats
 from lowrank.errors import WeightError
 from lowrank.linalg import (
@@ -28,19 +28,19 @@ from lowrank.plans.layer_plan import LayerPlan
 from lowrank.plans.plan import Plan
 from lowrank.plans.storage_formats import FLOAT, INT8, StorageFormat
 from lowrank.surgery.factorization import error_metric_of, input_moments, matrix_of, metric_of, weight_of
-from lowrank.surgery.quantization import check_holds
+from lowrank.surgery.quantization_checks import check_holds
 
 
 @without_autocast()
-def quantization_errors_of(
+def quantization_losses_of(
     model: nn.Module, drafted: Plan, formats: Sequence[StorageFormat], stats: Stats | None, progress: bool
-) -> dict[StorageFormat, dict[str, QuantizationError]]:
-    """Return by form what it does to the targeted layers; layers that do not fit are left out.
+) -> dict[StorageFormat, dict[str, QuantizationLoss]]:
+    """Return by storage format what it does to each targeted layer; layers that it does not fit are left out.
 
     Raises:
         WeightError: If a weight cannot be quantized, with the layer's name.
     """
-    found: dict[StorageFormat, dict[str, QuantizationError]] = {
+    found: dict[StorageFormat, dict[str, QuantizationLoss]] = {
         storage_format: {} for storage_format in formats
     }
     bar = tqdm(drafted.targeted, desc="quantization errors", unit="layer", disable=None if progress else True)
@@ -85,7 +85,7 @@ def _fits(storage_format: StorageFormat, layer: LayerPlan, weight: Tensor) -> bo
 
 def _errors_of(
     model: nn.Module, layer: LayerPlan, formats: Sequence[StorageFormat], metric: str, stats: Stats | None
-) -> dict[StorageFormat, QuantizationError]:
+) -> dict[StorageFormat, QuantizationLoss]:
     """Return what each of ``formats`` does to one layer; each scheme quantizes its weight once."""
     if layer.is_embedding:
         return _errors_of_embedding(model.get_submodule(layer.name), layer, formats, metric, stats)
@@ -101,19 +101,19 @@ def _errors_of(
         assert storage_format.scheme is not None
         whole = weight_quantization_error(weight, lost[storage_format.scheme], storage_format.scheme, how)
         if storage_format.correction:
-            found[storage_format] = QuantizationError(
+            found[storage_format] = QuantizationLoss(
                 whole, 0.0, correction_error_curve(weight, lost[storage_format.scheme], how)
             )
             continue
-        rank = layer.largest_rank_that_saves // 2 // storage_format.rank_step * storage_format.rank_step
+        rank = layer.break_even_rank // 2 // storage_format.rank_step * storage_format.rank_step
         noise = factors_quantization_error(weight, rank, storage_format.scheme, how, moments) if rank else 0.0
-        found[storage_format] = QuantizationError(whole, noise)
+        found[storage_format] = QuantizationLoss(whole, noise)
     return found
 
 
 def _errors_of_embedding(
     embedding: nn.Module, layer: LayerPlan, formats: Sequence[StorageFormat], metric: str, stats: Stats | None
-) -> dict[StorageFormat, QuantizationError]:
+) -> dict[StorageFormat, QuantizationLoss]:
     """Return what each of ``formats`` does to an embedding, whose factors never correct it."""
     how = metric_of(layer, metric, stats)
     matrix, weight = matrix_of(embedding, layer, how), weight_of(embedding).detach()
@@ -122,9 +122,9 @@ def _errors_of_embedding(
         assert storage_format.scheme is not None
         factors = INT8 if storage_format.correction else storage_format.scheme
         step = factors.group_size or 1
-        rank = layer.largest_rank_that_saves // 2 // step * step
+        rank = layer.break_even_rank // 2 // step * step
         noise = embedding_quantization_error(matrix, rank, factors, how) if rank else 0.0
-        found[storage_format] = QuantizationError(
+        found[storage_format] = QuantizationLoss(
             rows_quantization_error(matrix, rounding_error_of(weight, storage_format.scheme), how), noise
         )
     return found

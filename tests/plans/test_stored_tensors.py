@@ -13,7 +13,7 @@ from lowrank.files.integrity import digest_of, sealed
 from lowrank.linalg import schemes
 from lowrank.linalg.schemes import StorageScheme, register_storage_scheme
 from lowrank.plans.layer_plan import LayerPlan
-from lowrank.plans.parts import modules_of, tensors_of
+from lowrank.plans.stored_tensors import modules_of, tensors_of
 
 
 class Ternary(StorageScheme):
