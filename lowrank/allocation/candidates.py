@@ -77,6 +77,11 @@ class Candidates(Curve):
             )
         ]
 
+    def without_whole(self) -> Candidates:
+        """Return the factors only: of a format that the whole weight cannot have."""
+        costs, losses, ranks = (values[:-1] for values in (self.costs, self.losses, self.ranks))
+        return replace(self, costs=costs, losses=losses, ranks=ranks, formats=self.formats[:-1])
+
     def priced(self, costs: np.ndarray[Any, Any]) -> Candidates:
         """Return the list of candidates with other costs, less what another point beats."""
         return merged([replace(self, costs=costs)])
@@ -145,6 +150,8 @@ def candidates_of(
     """
     step = math.lcm(round_to, storage_format.rank_step)
     ranks = np.arange(step, largest_shared_rank(layers) + 1, step)
+    if storage_format.only_rank is not None:
+        ranks = np.array([storage_format.only_rank])
     losses = np.zeros(len(ranks) + 1)
     for each, scale, quantization_loss in zip(
         error_curves, scales, quantization_losses or [QuantizationLoss()] * len(layers), strict=True
@@ -155,13 +162,14 @@ def candidates_of(
         losses[:-1] += (tail + quantization_loss.factors * captured) * errors.scale**2 * scale
         losses[-1] += quantization_loss.whole * each.squared_norm * scale
     dense = sum(layer.dense_parameters for layer in layers)
-    return Candidates(
+    found = Candidates(
         costs=np.append(ranks * parameters_per_shared_rank(layers), dense),
         losses=losses,
         layers=tuple(layers),
         ranks=np.append(ranks, 0),
         formats=(storage_format,) * len(losses),
     )
+    return found if storage_format.only_rank is None else found.without_whole()
 
 
 def partitions(

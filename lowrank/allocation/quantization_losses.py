@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowrank.allocation.candidates import QuantizationLoss
+from lowrank.allocation.row_widths import row_width_losses
 from lowrank.calibration.statistics import Stats
 from lowrank.errors import WeightError
 from lowrank.linalg import (
@@ -28,6 +29,7 @@ from lowrank.plans.layer_plan import LayerPlan
 from lowrank.plans.plan import Plan
 from lowrank.plans.storage_formats import FLOAT, INT8, StorageFormat
 from lowrank.surgery.factorization import error_metric_of, input_moments, matrix_of, metric_of, weight_of
+from lowrank.surgery.quantization import row_moments
 from lowrank.surgery.quantization_checks import check_holds
 
 
@@ -61,7 +63,17 @@ def quantization_losses_of(
                 found[storage_format][layer.name] = quantization_error
         except WeightError as error:
             raise type(error)(f"{layer.name}: {error}") from error
+        if len(formats) > 1 and _only_looked_up(layer, drafted):
+            how = metric_of(layer, drafted.metric, stats)
+            offered = row_width_losses(model.get_submodule(layer.name), layer, how)
+            for storage_format, quantization_loss in offered.items():
+                found.setdefault(storage_format, {})[layer.name] = quantization_loss
     return found
+
+
+def _only_looked_up(layer: LayerPlan, drafted: Plan) -> bool:
+    """Tell whether nothing multiplies by an embedding: there are no kernels for unlike widths."""
+    return layer.is_embedding and all(other.tied_to != layer.name for other in drafted)
 
 
 def correction_error_curve_of(
@@ -115,7 +127,7 @@ def _errors_of_embedding(
     embedding: nn.Module, layer: LayerPlan, formats: Sequence[StorageFormat], metric: str, stats: Stats | None
 ) -> dict[StorageFormat, QuantizationLoss]:
     """Return what each of ``formats`` does to an embedding, whose factors never correct it."""
-    how = metric_of(layer, metric, stats)
+    how, moments = metric_of(layer, metric, stats), row_moments(stats, layer.name)
     matrix, weight = matrix_of(embedding, layer, how), weight_of(embedding).detach()
     found = {}
     for storage_format in formats:
@@ -125,6 +137,6 @@ def _errors_of_embedding(
         rank = layer.break_even_rank // 2 // step * step
         noise = embedding_quantization_error(matrix, rank, factors, how) if rank else 0.0
         found[storage_format] = QuantizationLoss(
-            rows_quantization_error(matrix, rounding_error_of(weight, storage_format.scheme), how), noise
+            rows_quantization_error(weight, matrix, storage_format.scheme, how, moments), noise
         )
     return found

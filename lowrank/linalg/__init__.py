@@ -5,6 +5,7 @@ from lowrank.linalg.error_curve import ErrorCurve, error_curve
 from lowrank.linalg.joint_error_curve import joint_error_curves
 from lowrank.linalg.matmul import linear, product
 from lowrank.linalg.metric import Diagonal, Gram, Identity, Metric, PulledBack, Stacked
+from lowrank.linalg.mixed_widths import MixedWidths
 from lowrank.linalg.quantization import (
     dequantize_scaled,
     dequantize_weight,
@@ -31,6 +32,7 @@ __all__ = [
     "Gram",
     "Identity",
     "Metric",
+    "MixedWidths",
     "PulledBack",
     "Scheme",
     "SharedFactors",

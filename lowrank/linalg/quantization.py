@@ -183,7 +183,7 @@ def dequantize_weight(
     codes: Tensor, scale: Tensor, scheme: Scheme, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Return ``scale · codes`` for any leading dimensions: ``(…, columns)``."""
-    return scaled(scheme.storage.integers(codes), scale, dtype)
+    return scaled(scheme.storage.integers(codes), scheme.storage.scales(scale), dtype)
 
 
 def scaled(integers: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -67,9 +67,20 @@ def factors_quantization_error(
     )
 
 
-def rows_quantization_error(embedding: Tensor, lost: Tensor, metric: Metric = Metric()) -> float:
-    """Return the share of the norm of ``embedding`` that is lost; its rows are looked up, not multiplied."""
-    return _share(lost, embedding, metric)
+def rows_quantization_error(
+    embedding: Tensor,
+    centred: Tensor,
+    scheme: Scheme,
+    metric: Metric = Metric(),
+    moments: Tensor | None = None,
+) -> float:
+    """Return the share of the norm of ``centred``, an embedding less its mean row, that quantizing loses.
+
+    Rows are looked up, not multiplied. ``moments`` are those by which they are rounded.
+    """
+    used = None if scheme.storage.rounds_inputs else moments
+    stored = dequantize_weight(*quantize_weight(embedding, scheme, used), scheme)
+    return _share(embedding.detach().float() - stored, centred, metric)
 
 
 def embedding_quantization_error(

@@ -7,7 +7,9 @@ dequantized weight.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -39,7 +41,7 @@ class StorageScheme:
         smallest, largest: Between these the largest element of a weight must be, for the scales to hold it.
     """
 
-    name: ClassVar[str]
+    name: str
     grouped: ClassVar[bool] = False
     rounds_inputs: ClassVar[bool] = False
     kernel: ClassVar[str | None] = None
@@ -63,9 +65,26 @@ class StorageScheme:
         """Return the codes nearest to ``weight`` for given scales, as they are stored."""
         raise NotImplementedError
 
+    @property
+    def columns(self) -> int | None:
+        """The only number of columns that a weight can have; ``None`` for any."""
+        return None
+
+    def codes_per_row(self, columns: int) -> int:
+        """Return how many elements the codes of a row of ``columns`` have."""
+        return columns // self.per_element
+
+    def scales_per_row(self, columns: int, group_size: int | None) -> int:
+        """Return how many scales a row of ``columns`` has."""
+        return 1 if group_size is None else columns // group_size
+
     def integers(self, codes: Tensor) -> Tensor:
         """Return stored codes as one element to a number, ``(…, columns)``."""
         return codes
+
+    def scales(self, scale: Tensor) -> Tensor:
+        """Return stored scales as numbers."""
+        return scale
 
     def are_possible_codes(self, codes: Tensor) -> bool:
         """Tell whether `quantize` can have given such codes."""
@@ -77,11 +96,26 @@ class StorageScheme:
 
 
 _SCHEMES: dict[str, StorageScheme] = {}
+_FAMILIES: list[Callable[[str], StorageScheme | None]] = []
 
 
 def register_storage_scheme(scheme: StorageScheme) -> None:
     """Let ``quantize=`` and checkpoints name ``scheme``; call it before loading a checkpoint that has it."""
     _SCHEMES[scheme.name] = scheme
+
+
+def register_scheme_family(named: Callable[[str], StorageScheme | None]) -> None:
+    """Let plans name schemes with parameters in the name; ``named`` returns ``None`` for other names."""
+    _FAMILIES.append(named)
+
+
+@functools.lru_cache
+def _of_a_family(name: str) -> StorageScheme | None:
+    return next((scheme for named in _FAMILIES if (scheme := named(name)) is not None), None)
+
+
+def _known(name: str) -> StorageScheme | None:
+    return _SCHEMES.get(name) or _of_a_family(name)
 
 
 @dataclass(frozen=True)
@@ -100,7 +134,7 @@ class Scheme:
     group_size: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or self.name not in _SCHEMES:
+        if not isinstance(self.name, str) or _known(self.name) is None:
             known = " and ".join(map(repr, _SCHEMES))
             raise SchemeError(f"quantize={self.name!r}: known schemes are {known}.")
         if not self.storage.grouped:
@@ -117,10 +151,14 @@ class Scheme:
     @property
     def storage(self) -> StorageScheme:
         """How the scheme stores and rounds."""
-        return _SCHEMES[self.name]
+        found = _known(self.name)
+        assert found is not None  # checked
+        return found
 
     def check(self, rows: int, columns: int) -> None:
         """Raise `SchemeError` if a weight ``(rows, columns)`` cannot be divided into groups."""
+        if self.storage.columns not in (None, columns):
+            raise SchemeError(f"{self.name} is for rows of {self.storage.columns} elements, not {columns}.")
         if self.group_size is not None and columns % self.group_size:
             raise SchemeError(
                 f"rows of {columns} elements are not whole groups of {self.group_size}. Use a group_size "
@@ -129,9 +167,8 @@ class Scheme:
 
     def tensors(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
         """Return shape and dtype of what is stored of a weight ``(rows, columns)``, by name."""
-        groups = 1 if self.group_size is None else columns // self.group_size
         storage = self.storage
         return {
-            "codes": ((rows, columns // storage.per_element), storage.codes_dtype),
-            "scale": ((rows, groups), storage.scale_dtype),
+            "codes": ((rows, storage.codes_per_row(columns)), storage.codes_dtype),
+            "scale": ((rows, storage.scales_per_row(columns, self.group_size)), storage.scale_dtype),
         }

@@ -164,8 +164,16 @@ class QuantizedEmbedding(QuantizedModule):
 
     @classmethod
     @accepts(embedding=instance(nn.Embedding, "a torch.nn.Embedding", WeightError), scheme=SCHEME)
-    def from_embedding(cls, embedding: nn.Embedding, scheme: Scheme) -> QuantizedEmbedding:
-        """Quantize the embedding of ``embedding``, which must have no ``max_norm``.
+    def from_embedding(
+        cls, embedding: nn.Embedding, scheme: Scheme, moments: Tensor | None = None
+    ) -> QuantizedEmbedding:
+        """Quantize the rows of ``embedding``, which must have no ``max_norm``.
+
+        Args:
+            embedding: The embedding.
+            scheme: How to store it.
+            moments: ``G (embedding_dim, embedding_dim)``, how much an error ``δ`` in a row counts,
+                ``δᵀ G δ``; without it every element is rounded on its own.
 
         Example:
             >>> embedding = QuantizedEmbedding.from_embedding(nn.Embedding(10, 4), Scheme("int8"))
@@ -176,7 +184,7 @@ class QuantizedEmbedding(QuantizedModule):
             raise WeightError("an embedding with max_norm changes its weight as it is read.")
         sizes = embedding.num_embeddings, embedding.embedding_dim
         new = cls(*sizes, scheme, padding_idx=embedding.padding_idx, device="meta")
-        new._take(quantize_weight(embedding.weight, scheme), embedding.weight.dtype)
+        new._take(quantize_weight(embedding.weight, scheme, moments), embedding.weight.dtype)
         return new
 
     def forward(self, input: Tensor) -> Tensor:

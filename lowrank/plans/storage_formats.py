@@ -3,7 +3,8 @@
 A format turns a layer's entry in the plan into `QuantizedWeight`s. Weights are quantized after factorizing
 and never before: factors of a quantized weight would carry its rounding along. The exception is the
 correction, where factors correct what a quantized weight has lost; they are int8 then, whatever the weight
-is.
+is. The factor of an embedding may have a width for each group of components (`lowrank.linalg.mixed_widths`);
+the other factor is int8 then, too.
 """
 
 from __future__ import annotations
@@ -32,8 +33,12 @@ class StorageFormat:
     @property
     def rank_step(self) -> int:
         """What ranks must be multiples of, so that factors are whole groups."""
-        grouped = self.scheme is not None and not self.correction
-        return (self.scheme.group_size or 1) if grouped and self.scheme is not None else 1
+        return (self.scheme.group_size or 1) if self.scheme is not None and not self.correction else 1
+
+    @property
+    def only_rank(self) -> int | None:
+        """The only rank that a factorized embedding can have in this format; ``None`` for any."""
+        return self.scheme.storage.columns if self.scheme is not None else None
 
     def quantized(
         self, layer: LayerPlan, *, shared: bool = False, calibrated: bool = False
@@ -47,12 +52,13 @@ class StorageFormat:
         """
         if self.scheme is None:
             return []
-        factors = INT8 if self.correction else self.scheme
+        others = {"up": INT8, "down": self.scheme if self.only_rank else INT8}
+        by_part = others if self.correction or self.only_rank else {}
         takes_mean = {"": layer.bias, "base": False, "down": layer.has_bias and not shared, "up": False}
         return [
             _quantized(
                 module,
-                self.scheme if part in ("", "base") else factors,
+                by_part.get(part, self.scheme),
                 calibrated and part != "up" and not layer.is_embedding,
                 takes_mean[part],
             )

@@ -1,4 +1,4 @@
-"""Make modules with integer weights from floating-point ones. Only `rotate` changes a model: its factors.
+"""Make modules with integer weights from floating-point ones. Only factors change in place.
 
 Inner dimensions are free to be rotated (``LR = (LO)(OᵀR)``), so before they are quantized, factors are
 brought to orthonormal columns of ``L`` and then rotated at random. That spreads every outlier over all
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from lowrank.calibration.moments import Moments
 from lowrank.calibration.statistics import Stats
-from lowrank.linalg import rotated, smooth_scale_of
+from lowrank.linalg import Gram, Metric, rotated, smooth_scale_of
+from lowrank.linalg.mixed_widths import even_components
 from lowrank.nn import (
     LowRankEmbedding,
     LowRankLinear,
@@ -47,7 +48,8 @@ def quantized_module(
     """
     scheme, module = scheme_of(stored), model.get_submodule(stored.name)
     if isinstance(module, nn.Embedding):
-        return QuantizedEmbedding.from_embedding(module, scheme), None
+        moments = row_moments(stats, stored.name) if not scheme.storage.rounds_inputs else None
+        return QuantizedEmbedding.from_embedding(module, scheme, moments), None
     layer_type = layer_type_named("linear") if isinstance(module, SharedDown) else layer_type_of(module)
     assert layer_type is not None  # checked
     weight = layer_type.weight(module)
@@ -122,6 +124,22 @@ def rotate(layers: Sequence[LowRankLinear | LowRankEmbedding], seed: int) -> Non
     for up, part in zip(ups, torch.split(left, [len(up) for up in ups]), strict=True):
         up.copy_(part)
     right.copy_(mixed)
+
+
+def row_moments(stats: Stats | None, embedding: str) -> Tensor | None:
+    """Return how much errors in the rows of an embedding count, ``(columns, columns)``, if that is known."""
+    if stats is None or embedding not in stats.embeddings:
+        return None
+    inputs = stats.metric(embedding, stats.best_metric(), False).inputs
+    return inputs.matrix if isinstance(inputs, Gram) else None
+
+
+@torch.no_grad()
+def even_out(layer: LowRankEmbedding, metric: Metric) -> None:
+    """Scale the components so that an error in each counts the same under ``metric``; the product stays."""
+    left, right = even_components(layer.down.weight, layer.up.weight.T, metric)
+    layer.down.weight.copy_(left)
+    layer.up.weight.copy_(right.T)
 
 
 def readers_of(model: nn.Module, layer: LowRankLinear) -> dict[str, LowRankLinear]:

@@ -44,10 +44,11 @@ from lowrank.surgery.factorization import (
     follower,
     jointly_factorized,
     merged,
+    metric_of,
     weight_of,
 )
 from lowrank.surgery.inheritance import adopt, check_no_hooks
-from lowrank.surgery.quantization import quantized_module, readers_of, rotate
+from lowrank.surgery.quantization import even_out, quantized_module, readers_of, rotate
 from lowrank.surgery.quantization_checks import base_of
 from lowrank.surgery.validation import check_request, check_structure, layers_to_factorize
 
@@ -130,13 +131,17 @@ def quantize_weights(
         if not isinstance(model.get_submodule(stored.name), QuantizedModule)
     ]
     todo.sort(key=lambda stored: stored.name.endswith(".up"))  # a down needs its up in floating point
-    names = {stored.name for stored in todo}
+    names = {stored.name: scheme_of(stored) for stored in todo}
     for name, module in model.named_modules():
-        if isinstance(module, _Factorized) and {f"{name}.down", f"{name}.up"} <= names:
+        if isinstance(module, _Factorized) and {f"{name}.down", f"{name}.up"} <= names.keys():
             readers = readers_of(model, module) if isinstance(module, LowRankLinear) else {name: module}
-            if {f"{reader}.up" for reader in readers} <= names:
+            if {f"{reader}.up" for reader in readers} <= names.keys():
                 with uninterrupted():
-                    rotate(list(readers.values()), seed)
+                    mixed = names[f"{name}.down"].storage.columns is not None
+                    if mixed and isinstance(module, LowRankEmbedding):
+                        even_out(module, metric_of(plan[name], plan.metric, stats))
+                    else:
+                        rotate(list(readers.values()), seed)
     for stored in tqdm(todo, desc="quantizing", unit="weight", disable=None if progress else True):
         with uninterrupted():
             _quantize_weight(model, stored, plan, stats)

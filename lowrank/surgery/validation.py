@@ -67,6 +67,7 @@ def _validate(
     equal = plan.owners
     modules = dict(seen.model.named_modules())
     shared = plan.shared
+    rows = {stored.name for stored in plan.quantized if stored.is_embedding}
     todo = []
     if not loading:
         _check_heads(seen, plan)
@@ -90,7 +91,8 @@ def _validate(
             raise PlanError(f"{layer.name}: this layer must stay dense: it {blocked[layer.name]}.")
         _check_layer(module, layer, shared=layer.shares_down_with is not None or layer.name in shared)
         if not loading:  # a checkpoint's ranks and weights are as they are
-            if layer.shares_down_with is None and layer.name not in shared:
+            alone = layer.shares_down_with is None and layer.name not in shared
+            if alone and f"{layer.name}.down" not in rows:  # few bits make up for a high rank
                 _check_pays(layer)
             _check_weight(module, layer)
         todo.append(layer)
