@@ -189,6 +189,20 @@ def patterns(error: type[LowRankError] = LowRankError, *, may_be_empty: bool = T
     return check
 
 
+def some_of(words: Sequence[str], error: type[LowRankError] = LowRankError) -> Check:
+    """Accept ``None``, and lists of some of ``words``; returns a tuple."""
+
+    def check(name: str, value: Any) -> Any:
+        if value is None:
+            return None
+        listed = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+        if not listed or not value or not all(word in words for word in value):
+            raise error(f"{name}={value!r}: give a list with one or more of {', '.join(map(repr, words))}.")
+        return tuple(value)
+
+    return check
+
+
 def device(name: str, value: Any) -> Any:
     """Accept a `torch.device`, or a string that names one which is here."""
     import torch  # only here: plans need no tensors

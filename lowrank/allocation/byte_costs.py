@@ -58,7 +58,10 @@ def byte_costs(
 
         costs = np.array([0 if rank else cost(point) for point, rank in enumerate(candidate_list.ranks)])
         factors = np.flatnonzero(candidate_list.ranks)
-        if len(factors):  # whose bytes grow linearly with the rank
+        pivoted = any(candidate_list.formats[point].pivoted for point in factors)
+        if pivoted:
+            costs[factors] = [cost(int(point)) for point in factors]
+        elif len(factors):  # whose bytes grow linearly with the rank
             ends = factors[[0, -1]]
             known = [cost(int(point)) for point in ends]
             costs[factors] = np.interp(candidate_list.ranks[factors], candidate_list.ranks[ends], known)

@@ -60,7 +60,8 @@ class Candidates(Curve):
         rank, storage_format = int(self.ranks[point]), self.formats[point]
         if rank:
             layers = sharing(self.layers, rank, "chosen by the solver")
-            return [replace(x, correction=storage_format.correction and not x.is_embedding) for x in layers]
+            corrects, pivoted = storage_format.correction, storage_format.pivoted
+            return [replace(x, correction=corrects and not x.is_embedding, pivoted=pivoted) for x in layers]
         reason = "worth its parameters" if len(self.ranks) > 1 else "too small: no rank saves parameters"
         if storage_format.scheme is not None:
             reason = "chosen whole by the solver"
@@ -108,9 +109,15 @@ def merged(candidates: Sequence[Candidates]) -> Candidates:
 
 def sharing(layers: Sequence[LayerPlan], rank: int, reason: str) -> list[LayerPlan]:
     """Give ``layers`` a rank and, if they are several, one ``down``, which the first of them owns."""
-    owner = layers[0].name
+    owner, alone = layers[0].name, len(layers) == 1
     return [
-        replace(layer, rank=rank, reason=reason, shares_down_with=owner if number else None)
+        replace(
+            *(layer,),
+            rank=rank,
+            reason=reason,
+            shares_down_with=owner if number else None,
+            pivoted=layer.pivoted and alone,
+        )
         for number, layer in enumerate(layers)
     ]
 
@@ -150,6 +157,9 @@ def candidates_of(
     """
     step = math.lcm(round_to, storage_format.rank_step)
     ranks = np.arange(step, largest_shared_rank(layers) + 1, step)
+    if storage_format.pivoted:
+        (layer,) = layers
+        ranks = np.arange(step, min(layer.in_features, layer.out_features), step)
     if storage_format.only_rank is not None:
         ranks = np.array([storage_format.only_rank])
     losses = np.zeros(len(ranks) + 1)
@@ -163,13 +173,19 @@ def candidates_of(
         losses[-1] += quantization_loss.whole * each.squared_norm * scale
     dense = sum(layer.dense_parameters for layer in layers)
     found = Candidates(
-        costs=np.append(ranks * parameters_per_shared_rank(layers), dense),
+        costs=np.append([_parameters_at(layers, rank, storage_format) for rank in ranks.tolist()], dense),
         losses=losses,
         layers=tuple(layers),
         ranks=np.append(ranks, 0),
         formats=(storage_format,) * len(losses),
     )
     return found if storage_format.only_rank is None else found.without_whole()
+
+
+def _parameters_at(layers: Sequence[LayerPlan], rank: int, storage_format: StorageFormat) -> int:
+    if storage_format.pivoted:
+        return replace(layers[0], pivoted=True).parameters_at(rank)
+    return rank * parameters_per_shared_rank(layers)
 
 
 def partitions(

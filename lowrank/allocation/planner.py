@@ -31,6 +31,7 @@ from lowrank.inspection.timing import seconds_of
 from lowrank.inspection.unplanned import with_reach
 from lowrank.linalg import ErrorCurve, error_curve
 from lowrank.linalg.matmul import without_autocast
+from lowrank.linalg.pivots import RESOLVING
 from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedEmbedding, QuantizedModule, TiedLinear
 from lowrank.plans.layer_plan import QuantizedWeight
 from lowrank.plans.plan import Plan
@@ -182,6 +183,7 @@ def decide(
         loss_per_square=loss_per_square,
         held_out_ratio=held_out_ratio,
         groups=groups,
+        pivotable=_pivotable(model, drafted),
     )
     if config.budget.name == "max_bytes":
         calibrated = stats.sources if stats is not None else ()
@@ -197,6 +199,16 @@ def decide(
     if config.share == "layers":
         decided = _with_own_inputs(decided)
     return _say_what_is_coarse(decided, stats)
+
+
+def _pivotable(model: nn.Module, drafted: Plan) -> set[str]:
+    """Return the layers that may have pivoted factors: in half precision pivots blow up rounding errors."""
+    return {
+        layer.name
+        for layer in drafted.targeted
+        if not (layer.is_embedding or layer.correction)
+        and model.get_submodule(layer.name).weight.dtype in RESOLVING  # type: ignore[union-attr]
+    }
 
 
 def _check_can_decide(

@@ -21,7 +21,7 @@ from lowrank.inspection.inspection import Inspection
 from lowrank.inspection.targets import check_patterns, left_alone, not_wanted, spells
 from lowrank.inspection.tied_weights import is_copy
 from lowrank.linalg import Scheme
-from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedModule, SharedDown
+from lowrank.nn import LowRankEmbedding, LowRankLinear, PivotedUp, QuantizedModule, SharedDown
 from lowrank.nn.integer_matmul import why_no_int4_kernel
 from lowrank.plans.layer_plan import LayerPlan, QuantizedWeight
 from lowrank.plans.patterns import matches, no_match
@@ -69,6 +69,9 @@ def with_quantized_weights(
             check_range(modules, stored)
         except (SchemeError, WeightError) as error:
             raise type(error)(f"{stored.name}: {error}") from error
+    changed = {stored.name.rpartition(".")[0] for stored in chosen}
+    pivoted = [layer for layer in plan if layer.pivoted and layer.name in changed]
+    plan = plan.with_layers({layer.name: replace(layer, pivoted=False) for layer in pivoted})
     return with_heads(seen, without_shared_input_shifts(replace(plan, quantized=(*plan.quantized, *chosen))))
 
 
@@ -183,7 +186,7 @@ def _chosen(
             parts = (module.down, module.up) if own else (module.up,)
             plain = all(type(part) in _PLAIN and not part.weight.is_meta for part in parts)
             if layer is not None and plain and uses[id(module)] == 1:
-                yield from _linear(layer, plan, scheme, known, done)
+                yield from _linear(replace(layer, pivoted=False), plan, scheme, known, done)
         elif name not in blocked and layer is not None:
             yield from _linear(layer, plan, scheme, known, done)
         elif name not in blocked and isinstance(module, nn.Embedding):
@@ -195,7 +198,7 @@ def _chosen(
             )
 
 
-_PLAIN = (nn.Linear, SharedDown, nn.Embedding)
+_PLAIN = (nn.Linear, SharedDown, nn.Embedding, PivotedUp)
 
 
 def _linear(

@@ -32,7 +32,7 @@ from lowrank.linalg import ErrorCurve
 from lowrank.plans.layer_plan import LayerPlan, QuantizedWeight
 from lowrank.plans.patterns import is_wildcard, matches, no_match
 from lowrank.plans.plan import Plan
-from lowrank.plans.storage_formats import FLOAT, StorageFormat, storage_formats_of
+from lowrank.plans.storage_formats import FLOAT, PIVOTED, StorageFormat, storage_formats_of
 from lowrank.surgery.factorization import importance
 
 Errors = Mapping[StorageFormat, Mapping[str, QuantizationLoss]]
@@ -62,6 +62,7 @@ def select(
     quantization_losses: Errors = MappingProxyType({FLOAT: {}}),
     calibrated: Container[str] = (),
     rest: Sequence[QuantizedWeight] = (),
+    pivotable: Container[str] = (),
 ) -> Plan:
     """Give every targeted layer of ``draft`` a rank, or the reason why it stays dense.
 
@@ -82,6 +83,7 @@ def select(
             ``max_bytes``.
         calibrated: The layers with statistics of their inputs, by which quantized layers scale these.
         rest: What the plan quantizes beside the targeted layers.
+        pivotable: The layers that may have pivoted factors, if ``config`` wants such.
 
     Raises:
         BudgetError: If no layer would change, or ``keep`` is below what the smallest ranks need.
@@ -89,12 +91,16 @@ def select(
         TargetError: If a pattern of a rank mapping matches no targeted layer.
     """
     budget, round_to, tolerance = config.budget, rank_step(config), config.tolerance
+    if config.pivots:
+        lossless = {layer.name: QuantizationLoss() for layer in draft.targeted if layer.name in pivotable}
+        quantization_losses = {FLOAT: {}, PIVOTED: lossless}
     quantized: list[QuantizedWeight] = []
     lost: dict[str, QuantizationLoss] = {}
     if budget.name == "rank":
-        layers = _sharing_at_rank(_by_rank(draft, config), groups)
+        layers = _sharing_at_rank(_by_rank(_pivoted(draft, config, pivotable), config), groups)
     elif budget.bounds_errors:
-        layers = _by_error(draft, budget, error_curves, round_to, tolerance)
+        free = _pivoted(draft, config, pivotable)
+        layers = _by_error(free, budget, error_curves, round_to, tolerance)
         layers = _sharing_within_error(draft, layers, budget, groups, round_to, tolerance)
     else:
         candidates = _candidates(
@@ -155,6 +161,18 @@ def _with_error(
         held_out_error=None if held is None else error * math.sqrt(held),
         loss_increase=loss_per_square[layer.name] * lost if loss_per_square else None,
     )
+
+
+def _pivoted(draft: Plan, config: CompressionConfig, pivotable: Container[str]) -> Plan:
+    """Return the layers with pivoted factors where they may have such, and a rank or an error is given.
+
+    At one rank, and so at one error, pivoted factors always have the fewest parameters. An explicit rank
+    means plain factors unless only pivoted ones are asked for.
+    """
+    if not (config.only_pivots if config.budget.name == "rank" else config.pivots):
+        return draft
+    layers = [layer for layer in draft.targeted if layer.name in pivotable]
+    return draft.with_layers({layer.name: replace(layer, pivoted=True) for layer in layers})
 
 
 def _by_rank(draft: Plan, config: CompressionConfig) -> list[LayerPlan]:
@@ -288,8 +306,8 @@ def _candidates(
         layers, sizes = [draft[name] for name in names], [scales[name] for name in names]
         offers = []
         for storage_format, quantization_loss in quantization_losses.items():
-            if storage_format.correction and len(names) > 1:
-                continue  # factors that correct codes are each layer's own
+            if (storage_format.correction or storage_format.pivoted) and len(names) > 1:
+                continue  # such factors are each layer's own
             if storage_format is not FLOAT and not all(name in quantization_loss for name in names):
                 continue  # its rows are not whole groups
             each = [quantization_loss.get(name, QuantizationLoss()) for name in names]

@@ -39,7 +39,7 @@ from lowrank.files.state_dict import check_disjoint, check_finite_state, state_o
 from lowrank.inspection.inspection import Inspection
 from lowrank.inspection.layers import check_model, check_not_compiled
 from lowrank.inspection.targets import draft
-from lowrank.nn import QuantizedModule
+from lowrank.nn import PivotedUp, QuantizedModule
 from lowrank.plans.plan import Plan
 from lowrank.plans.stored_tensors import TensorPart, scheme_of, tensors_of
 from lowrank.reports.model_card import module_card
@@ -178,6 +178,9 @@ def _read(folder: Path, model: nn.Module) -> nn.Module:
     buffers = dict(model.named_buffers(remove_duplicate=False))
     for name, tensor in tensors.items():
         check_finite(file, name, tensor, buffer=name in buffers)
+    for layer in plan.factorized:
+        if layer.pivoted:
+            PivotedUp.check_stored(file, f"{layer.name}.up", tensors[f"{layer.name}.up.order"])
     for weight in plan.quantized:
         QuantizedModule.check_stored(file, weight.name, scheme_of(weight), tensors)
     restructure(model, plan)

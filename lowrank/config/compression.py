@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-from lowrank.arguments import SEED, flag, number, optional, path, patterns, text, whole
+from lowrank.arguments import SEED, flag, number, optional, path, patterns, some_of, text, whole
 from lowrank.config.budget import Budget
 from lowrank.config.options import check_options, option
 from lowrank.errors import BudgetError, DataError, SchemeError, TargetError
@@ -38,6 +38,7 @@ class PlanOptions(TypedDict, total=False):
     targets: Sequence[str] | None
     ignore: Sequence[str] | None
     overrule: Sequence[str] | None
+    forms: Sequence[str] | None
     allocation: str
     round_to: int
     share: str | None
@@ -55,6 +56,10 @@ class CompressionOptions(PlanOptions, total=False):
     offload_folder: str | Path | None
     on_missing_kernel: str
     seed: int
+
+
+FORMS = ("factors", "pivoted")
+"""What a factorized linear layer can be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +129,15 @@ class CompressionConfig:
         "seems to be read by value, or they are of a subclass of nn.Linear. They are tried first, the former "
         "on inputs or on the first batch of the data.",
         check=patterns(TargetError),
+    )
+    forms: Sequence[str] | None = option(
+        None,
+        "What linear layers may become: factors, two thin matrices; pivoted, the same product in fewer "
+        "numbers, r·(m + n − r) in place of r·(m + n), at any rank below the dense one. The solver chooses "
+        "among those given; by default factors only. Pivoted factors stay in floating point, in float32 or "
+        "float64.",
+        choices=FORMS,
+        check=some_of(FORMS, BudgetError),
     )
     allocation: str = option(
         "global",
@@ -205,6 +219,7 @@ class CompressionConfig:
             object.__setattr__(self, self.budget.name, self.budget.value)
         self._check_quantization()
         self._check_sharing()
+        self._check_forms()
 
     def _check_quantization(self) -> None:
         """Refuse combinations of quantization and budgets that have no meaning."""
@@ -236,6 +251,28 @@ class CompressionConfig:
             raise BudgetError(
                 "sequential=True fits factors that replace weights, not corrections: leave one out."
             )
+
+    def _check_forms(self) -> None:
+        """Refuse pivoted factors where no layer could have them."""
+        if not self.pivots:
+            return
+        if self.quantize is not None:
+            raise BudgetError('forms: pivoted factors are not quantized: leave out quantize=, or "pivoted".')
+        if self._budgets().keys() & {"speedup"}:
+            raise BudgetError(
+                "forms: pivoted factors of one rank are smaller, not faster, than plain ones: leave out "
+                '"pivoted" with speedup=.'
+            )
+
+    @property
+    def pivots(self) -> bool:
+        """Whether layers may have pivoted factors."""
+        return "pivoted" in (self.forms or ())
+
+    @property
+    def only_pivots(self) -> bool:
+        """Whether layers that are factorized must have pivoted factors."""
+        return self.pivots and "factors" not in (self.forms or ())
 
     def _check_sharing(self) -> None:
         if self.share_size is not None and self.share != "layers":

@@ -30,7 +30,7 @@ from lowrank.files.integrity import SEAL, check_is_text_table, check_seal, read_
 from lowrank.files.json_file import read_json
 from lowrank.files.safetensors_header import DTYPE_NAMES, Stored, read_header
 from lowrank.files.state_dict import check_finite_state
-from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedModule, TiedLinear
+from lowrank.nn import LowRankEmbedding, LowRankLinear, PivotedUp, QuantizedModule, TiedLinear
 from lowrank.plans.plan import Plan
 
 CONFIG, SECTION = "config.json", "quantization_config"
@@ -116,6 +116,8 @@ def check_loaded_values(model: PreTrainedModel) -> None:
     path, state = model.config.name_or_path, model.state_dict()
     check_finite_state(model, path, advice)
     for name, module in model.named_modules():
+        if isinstance(module, PivotedUp) and not module.order.is_meta:
+            module.check_stored(path, name, module.order)
         if isinstance(module, QuantizedModule) and not module.scale.is_meta:
             module.check_stored(path, name, module.scheme, state)
 

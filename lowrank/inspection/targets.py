@@ -25,6 +25,7 @@ from lowrank.inspection.tied_weights import embedding_layers, followers, is_copy
 from lowrank.nn import (
     LowRankEmbedding,
     LowRankLinear,
+    PivotedUp,
     QuantizedLinear,
     QuantizedModule,
     TiedLinear,
@@ -213,6 +214,7 @@ def _describe(name: str, module: nn.Module, owners: Mapping[int, str]) -> LayerP
             shares_down_with=None if module.owns_down else owners.get(id(module.down)),
             correction=module.base is not None,
             same_input=module.same_input,
+            pivoted=isinstance(module.up, PivotedUp),
         )
     if isinstance(module, (QuantizedLinear, TiedLinear)):
         sizes = module.in_features, module.out_features

@@ -9,6 +9,7 @@ from lowrank.nn.layer_types import (
     register_layer_type,
 )
 from lowrank.nn.linear import LowRankLinear
+from lowrank.nn.pivoted_up import PivotedUp
 from lowrank.nn.quantized import QuantizedEmbedding, QuantizedModule
 from lowrank.nn.quantized_linear import QuantizedLinear
 from lowrank.nn.shared import SharedDown, SharedQuantizedDown
@@ -18,6 +19,7 @@ __all__ = [
     "LayerType",
     "LowRankEmbedding",
     "LowRankLinear",
+    "PivotedUp",
     "QuantizedEmbedding",
     "QuantizedLinear",
     "QuantizedModule",

@@ -29,7 +29,7 @@ from lowrank.plans.plan import Plan
 from lowrank.plans.storage_formats import INT8
 from lowrank.surgery.overruled import check_reads, check_subclasses
 from lowrank.surgery.quantization_checks import without_shared_input_shifts
-from lowrank.surgery.replacement import apply_plan, quantize_weights
+from lowrank.surgery.replacement import apply_plan, pivot_layers, quantize_weights
 from lowrank.surgery.sequential import apply_sequentially
 
 STATS = optional(nonempty_stats)
@@ -184,6 +184,7 @@ def carried_out(
     except BaseException:  # an interrupt: what is done is done, and can be saved
         adapter().record(model, plan)
         raise
+    pivot_layers(model, plan)
     adapter().record(model, plan)
     return model
 

@@ -39,6 +39,7 @@ class LayerPlan:
             model); ``None`` unless the metric is ``"loss"``.
         correction: Whether the weight stays, as integers, and the factors correct what these lost:
             ``W ≈ Q + LR``. The plan then has a `QuantizedWeight` called ``"….base"``.
+        pivoted: Whether the factors are pivoted (`lowrank.linalg.pivots`): ``down`` has rows of the product.
         overruled: Whether the layer may change although reading the model's code leaves a doubt, which the
             user has overruled.
     """
@@ -61,6 +62,7 @@ class LayerPlan:
     same_input: bool = True
     was_copy: bool = False
     overruled: bool = False
+    pivoted: bool = False
 
     def __post_init__(self) -> None:
         check_fields(type(self), {"name": self.name}, "A layer of a plan")
@@ -98,14 +100,19 @@ class LayerPlan:
     def parameters_at(self, rank: int) -> int:
         """Parameters at ``rank``: ``rank · (in + out)``, or ``rank · out`` with the ``down`` of another.
 
-        Those of a correction are in addition to the weight's.
+        Pivoted factors have ``rank · (in + out − rank)``. Those of a correction are in addition to the
+        weight's.
         """
+        if self.pivoted:
+            return rank * (self.out_features + self.in_features - rank)
         factors = rank * (self.out_features + (self.in_features if self.shares_down_with is None else 0))
         return factors + (self.dense_parameters if self.correction else 0)
 
     @property
     def break_even_rank(self) -> int:
         """The largest rank with fewer parameters than the dense weight; 0 if there is none."""
+        if self.pivoted:
+            return min(self.in_features, self.out_features) - 1
         return (self.dense_parameters - 1) // (self.in_features + self.out_features)
 
     @property
@@ -133,6 +140,7 @@ class LayerPlan:
             held_out_error=None,
             shares_down_with=None,
             correction=False,
+            pivoted=self.pivoted and rank is not None,
             same_input=True,
         )
 

@@ -19,7 +19,7 @@ def layers_table(layers: Sequence[LayerPlan], schemes: Mapping[str, str]) -> str
         (
             layer.name,
             f"{layer.out_features}×{layer.in_features}",
-            "dense" if layer.rank is None else str(layer.rank),
+            "dense" if layer.rank is None else f"{layer.rank}{' pivoted' if layer.pivoted else ''}",
             *([schemes.get(layer.tied_to or layer.name, "float")] if schemes else []),
             f"{layer.kept_fraction:.0%}",
             "" if layer.relative_error is None else f"{layer.relative_error:.4f}",

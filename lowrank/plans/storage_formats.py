@@ -25,10 +25,12 @@ class StorageFormat:
     Args:
         scheme: How they are quantized; ``None`` for floating point.
         correction: Whether factors correct a quantized weight, in place of replacing it.
+        pivoted: Whether factors are pivoted.
     """
 
     scheme: Scheme | None = None
     correction: bool = False
+    pivoted: bool = False
 
     @property
     def rank_step(self) -> int:
@@ -68,6 +70,9 @@ class StorageFormat:
 
 FLOAT = StorageFormat()
 """Weights and factors stay floating point."""
+
+PIVOTED = StorageFormat(pivoted=True)
+"""So do they, and factors are pivoted."""
 
 
 def _quantized(module: ModulePart, scheme: Scheme, smooth_scale: bool, takes_mean: bool) -> QuantizedWeight:

@@ -7,7 +7,7 @@ is an entry in `lowrank.linalg.schemes`; what it stores is listed from there.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,10 @@ from lowrank.plans.plan import Plan
 INPUT_DTYPE = torch.float16
 """The dtype of the scale by which a quantized layer multiplies its inputs,
 and of the shift that it subtracts."""
+
+
+ORDER_DTYPE = torch.int32
+"""The dtype of the order of the outputs of pivoted factors."""
 
 
 class ModulePart(NamedTuple):
@@ -77,8 +81,11 @@ def modules_of(layer: LayerPlan) -> dict[str, ModulePart]:
             "down": ("linear", rank, columns, False),
             "up": ("linear", rows, rank, layer.has_bias),
         }
+        if layer.pivoted:
+            sizes["up.rest"] = ("linear", rows - rank, rank, False)
+            del sizes["up"]
         absent = {"base": not layer.correction, "down": layer.shares_down_with is not None, "up": False}
-        sizes = {part: size for part, size in sizes.items() if not absent[part]}
+        sizes = {part: size for part, size in sizes.items() if not absent.get(part)}
     return {part: ModulePart(f"{layer.name}.{part}", *size) for part, size in sizes.items()}
 
 
@@ -114,6 +121,8 @@ def tensors_of(plan: Plan) -> dict[str, TensorPart]:
         found[f"{layer.name}.weight"] = TensorPart(_marker(layer.is_embedding, layer.in_features))
         for part in modules_of(layer).values():
             found[f"{part.name}.weight"] = TensorPart((part.rows, part.columns))
+        if layer.pivoted:
+            found[f"{layer.name}.up.order"] = TensorPart((layer.out_features,), ORDER_DTYPE)
     for layer in plan.tied:
         found[f"{layer.name}.weight"] = TensorPart((layer.out_features, 0))
     for weight in plan.quantized:
@@ -148,12 +157,10 @@ def layer_bytes(layer: LayerPlan, quantized: Iterable[QuantizedWeight], width: i
     """
     stored = {weight.name: weight for weight in quantized}
     added = width * layer.bias_features if layer.added_bias and layer.rank is not None else 0
-    return added + sum(_module_bytes(part, stored.get(part.name), width) for part in _held(layer))
-
-
-def _held(layer: LayerPlan) -> Iterator[ModulePart]:
-    """Yield the modules that count as the layer's: a weight that is to be corrected counts once."""
-    yield from modules_of(layer).values()
+    if layer.pivoted:
+        added += ORDER_DTYPE.itemsize * layer.out_features
+    modules = modules_of(layer).values()
+    return added + sum(_module_bytes(part, stored.get(part.name), width) for part in modules)
 
 
 def _module_bytes(part: ModulePart, weight: QuantizedWeight | None, width: int) -> int:

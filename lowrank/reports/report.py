@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +15,14 @@ from lowrank.errors import LowRankError, PlanError
 from lowrank.files.safetensors_header import safetensors_bytes
 from lowrank.inspection.targets import draft
 from lowrank.inspection.unplanned import with_reach
-from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedLinear, QuantizedModule, TiedLinear
+from lowrank.nn import (
+    LowRankEmbedding,
+    LowRankLinear,
+    PivotedUp,
+    QuantizedLinear,
+    QuantizedModule,
+    TiedLinear,
+)
 from lowrank.plans.formatting import format_bytes, format_table, to_json
 from lowrank.plans.layer_plan import EMBEDDING, LayerPlan
 from lowrank.plans.plan import Plan
@@ -283,9 +290,6 @@ def _describe(model: nn.Module, layer: LayerPlan) -> LayerReport:
     elif isinstance(module, LowRankLinear):
         own = (module.base, module.up, module.down if module.owns_down else None)
         parts = [part for part in own if part is not None]
-    schemes = dict.fromkeys(
-        part.scheme.name if isinstance(part, QuantizedModule) else "float" for part in parts
-    )
     before = layer.dense_parameters if layer.tied_to is None or layer.was_copy else 0
     return LayerReport(
         name=layer.name,
@@ -297,7 +301,7 @@ def _describe(model: nn.Module, layer: LayerPlan) -> LayerReport:
         bytes_before=before * width,
         bytes=sum(_stored_bytes(part) for part in parts),
         added_parameters=layer.bias_features if layer.added_bias else 0,
-        scheme=" + ".join(schemes) if any(isinstance(part, QuantizedModule) for part in parts) else None,
+        scheme=_in_words(parts),
         layer_type=layer.layer_type,
         tied_to=layer.tied_to,
         macs=_count_macs(layer, module),
@@ -312,8 +316,19 @@ def _count_macs(layer: LayerPlan, module: nn.Module) -> int:
     return layer.dense_parameters
 
 
+def _in_words(parts: Sequence[nn.Module]) -> str | None:
+    """Say how the parts of a layer are stored; nothing where all are plain floating point."""
+    if any(isinstance(part, PivotedUp) for part in parts):
+        return "pivoted"
+    if not any(isinstance(part, QuantizedModule) for part in parts):
+        return None
+    return " + ".join(
+        dict.fromkeys(part.scheme.name if isinstance(part, QuantizedModule) else "float" for part in parts)
+    )
+
+
 def _stored_bytes(module: nn.Module) -> int:
-    if isinstance(module, QuantizedModule):
+    if isinstance(module, (QuantizedModule, PivotedUp)):
         return module.stored_bytes
     weight: Tensor = module.weight  # type: ignore[assignment]
     return weight.numel() * weight.element_size()

@@ -49,8 +49,8 @@ def check_no_hooks(name: str, module: nn.Module) -> None:
     Raises:
         LowRankError: If ``module``, a factorized layer or embedding called ``name``, has some.
     """
-    for part, factor in module.named_children():
-        if any(vars(factor)[hooks] for hooks in HOOKS):
+    for part, factor in module.named_modules():
+        if factor is not module and any(vars(factor)[hooks] for hooks in HOOKS):
             raise LowRankError(
                 f"{name}.{part}: has hooks, and decompress makes one dense layer of both factors. "
                 f"Remove them first, or register them on {name}, which keeps its hooks."

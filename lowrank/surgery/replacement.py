@@ -22,9 +22,11 @@ from lowrank.inspection.interrupts import uninterrupted
 from lowrank.inspection.layers import check_holder
 from lowrank.inspection.tied_weights import followers
 from lowrank.linalg.matmul import without_autocast
+from lowrank.linalg.pivots import pivots
 from lowrank.nn import (
     LowRankEmbedding,
     LowRankLinear,
+    PivotedUp,
     QuantizedEmbedding,
     QuantizedLinear,
     QuantizedModule,
@@ -119,6 +121,27 @@ def _all_or_none(model: nn.Module, plan: Plan, todo: Sequence[LayerPlan]) -> Ite
         raise
 
 
+def plain_up(up: PivotedUp) -> nn.Linear:
+    """Return the layer that computes what ``up`` does by one product, with the same bias."""
+    new = nn.Linear(up.in_features, up.out_features, bias=False, device="meta")
+    new.weight = nn.Parameter(up.weight.detach())
+    new.register_parameter("bias", up.bias)
+    return new
+
+
+@without_autocast()
+@torch.no_grad()
+def pivot_layers(model: nn.Module, plan: Plan) -> None:
+    """Store the factors of those layers in pivoted form that ``plan`` wants so; their products stay."""
+    for layer in plan.factorized:
+        small = model.get_submodule(layer.name)
+        if layer.pivoted and isinstance(small, LowRankLinear) and not isinstance(small.up, PivotedUp):
+            found = pivots(small.up.weight, small.down.weight)
+            with uninterrupted():
+                small.down.weight.copy_(found.rows)
+                small.up = adopt(PivotedUp.from_pivots(found, small.bias), small.up)  # type: ignore[assignment]
+
+
 @without_autocast()
 def quantize_weights(
     model: nn.Module, plan: Plan, stats: Stats | None = None, *, seed: int = 0, progress: bool = False
@@ -132,6 +155,9 @@ def quantize_weights(
     ]
     todo.sort(key=lambda stored: stored.name.endswith(".up"))  # a down needs its up in floating point
     names = {stored.name: scheme_of(stored) for stored in todo}
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankLinear) and isinstance(module.up, PivotedUp) and f"{name}.up" in names:
+            module.up = adopt(plain_up(module.up), module.up)
     for name, module in model.named_modules():
         if isinstance(module, _Factorized) and {f"{name}.down", f"{name}.up"} <= names.keys():
             readers = readers_of(model, module) if isinstance(module, LowRankLinear) else {name: module}
@@ -270,6 +296,10 @@ def restructure(model: nn.Module, plan: Plan) -> nn.Module:
             added_bias=layer.added_bias,
             base=_empty_linear(base_of(plan, layer), weight.dtype) if layer.correction else None,
         )
+        if layer.pivoted:
+            new.up = PivotedUp(  # type: ignore[assignment]
+                new.rank, new.out_features, bias, device="meta", dtype=weight.dtype
+            )
         if layer.shares_down_with is not None:
             new.share_down_with(model.get_submodule(layer.shares_down_with), layer.same_input)  # type: ignore[arg-type]
         replace_module(model, layer.name, adopt(new, dense))

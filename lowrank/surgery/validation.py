@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from lowrank.calibration.statistics import Stats
@@ -12,10 +13,12 @@ from lowrank.errors import PlanError, WeightError
 from lowrank.inspection.contexts import check_can_train
 from lowrank.inspection.eligibility import ineligible_modules
 from lowrank.inspection.inspection import Inspection
+from lowrank.linalg.pivots import RESOLVING
 from lowrank.linalg.svd import check_options, checked_weight
 from lowrank.nn import (
     LowRankEmbedding,
     LowRankLinear,
+    PivotedUp,
     QuantizedModule,
     TiedLinear,
     layer_type_of,
@@ -67,7 +70,7 @@ def _validate(
     equal = plan.owners
     modules = dict(seen.model.named_modules())
     shared = plan.shared
-    rows = {stored.name for stored in plan.quantized if stored.is_embedding}
+    quantized = {stored.name: stored for stored in plan.quantized}
     todo = []
     if not loading:
         _check_heads(seen, plan)
@@ -85,15 +88,17 @@ def _validate(
                 f"{layer.name}: {type(seen.model).__name__} has no such layer. The plan is for {plan.model}."
             )
         if isinstance(module, _Factorized):
-            _check_as_planned(module, layer)
+            _check_as_planned(module, layer, quantizes=f"{layer.name}.up" in quantized)
             continue
         if layer.name in blocked:
             raise PlanError(f"{layer.name}: this layer must stay dense: it {blocked[layer.name]}.")
         _check_layer(module, layer, shared=layer.shares_down_with is not None or layer.name in shared)
+        alone = layer.shares_down_with is None and layer.name not in shared
+        if layer.pivoted:
+            _check_pivoted(layer, alone, None if loading else weight_of(module).dtype)
         if not loading:  # a checkpoint's ranks and weights are as they are
-            alone = layer.shares_down_with is None and layer.name not in shared
-            if alone and f"{layer.name}.down" not in rows:  # few bits make up for a high rank
-                _check_pays(layer)
+            if alone and not (layer.is_embedding and f"{layer.name}.down" in quantized):
+                _check_pays(layer)  # few bits per row make up for a high rank
             _check_weight(module, layer)
         todo.append(layer)
     for name, layers in shared.items():
@@ -101,14 +106,37 @@ def _validate(
     return todo
 
 
-def _check_as_planned(module: LowRankLinear | LowRankEmbedding, layer: LayerPlan) -> None:
-    """Refuse a layer that is factorized already, and otherwise than planned."""
+def _check_pivoted(layer: LayerPlan, alone: bool, dtype: torch.dtype | None) -> None:
+    """Refuse pivoted factors for what cannot have them; ``dtype`` of the weight, unless it is loaded."""
+    why = None
+    if layer.is_embedding or layer.correction:
+        why = "only the factors that replace a linear layer's weight can be"
+    elif not alone:
+        why = "factors that share down with other layers cannot be"
+    elif dtype not in (None, *RESOLVING):
+        why = f"in {str(dtype).removeprefix('torch.')} pivots would blow up rounding errors"
+    elif (layer.rank or 0) >= min(layer.in_features, layer.out_features):
+        why = f"rank {layer.rank} leaves no row to compute from them"
+    if why is not None:
+        raise PlanError(f"{layer.name}: the plan says pivoted factors, but {why}. Set pivoted to false.")
+
+
+def _check_as_planned(
+    module: LowRankLinear | LowRankEmbedding, layer: LayerPlan, quantizes: bool = False
+) -> None:
+    """Refuse a layer that is factorized already, and otherwise than planned.
+
+    Pivoted factors become plain ones where they are going to be quantized (``quantizes``).
+    """
     corrects = isinstance(module, LowRankLinear) and module.base is not None
-    if (module.rank, corrects) != (layer.rank, layer.correction):
-        found = f"{'as a correction, ' if corrects else ''}at rank {module.rank}"
+    pivoted = isinstance(module, LowRankLinear) and isinstance(module.up, PivotedUp) and not quantizes
+    if (module.rank, corrects, pivoted) != (layer.rank, layer.correction, layer.pivoted):
+        form = f"{'as a correction, ' if corrects else ''}{'pivoted, ' if pivoted else ''}"
+        found = f"{form}at rank {module.rank}"
         raise PlanError(
             f"{layer.name}: factorized already, {found}; the plan says "
-            f"{'correction, ' if layer.correction else ''}{layer.rank or 'dense'}. "
+            f"{'correction, ' if layer.correction else ''}{'pivoted, ' if layer.pivoted else ''}"
+            f"{layer.rank or 'dense'}. "
             "Call decompress(model) first, or start from the dense checkpoint."
         )
 
