@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import lowrank
 from lowrank import LowRankLinear
-
-transformers = pytest.importorskip("transformers")
 
 
 def classifier(dropout: float = 0.1) -> nn.Module:
