@@ -2,36 +2,20 @@
 
 import pytest
 import torch
+from corrections import INT4, INT8, gram_of, some
 
 from lowrank.errors import RankError, WeightError
 from lowrank.linalg import (
     Gram,
     Metric,
-    Scheme,
     correction_error_curve,
     dequantize_weight,
-    factors_quantization_error,
     quantize_weight,
     quantize_with_correction,
-    rotated,
     rounding_error_of,
     smooth_scale_of,
     weight_quantization_error,
 )
-
-INT4, INT8 = Scheme("int4", 16), Scheme("int8")
-
-
-def some(rows, columns, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, columns, generator=generator, dtype=torch.float64)
-
-
-def gram_of(features, seed=1):
-    factor = (
-        some(features, 2 * features, seed) * torch.linspace(0.1, 3, features, dtype=torch.float64)[:, None]
-    )
-    return factor @ factor.T
 
 
 @pytest.mark.parametrize("shape", [(32, 48), (48, 32)], ids=["wide", "tall"])
@@ -80,28 +64,6 @@ def test_the_spectrum_predicts_one_round_at_every_rank():
         )
         assert found.relative_error == pytest.approx(predicted.relative_error(rank), rel=1e-3)
     assert predicted.squared_norm == pytest.approx(metric.squared_norm(weight), rel=1e-6)
-
-
-@pytest.mark.parametrize("scheme", [INT4, INT8], ids=["int4", "int8"])
-def test_the_noise_of_factors_is_what_coding_them_does(scheme):
-    weight, gram = some(64, 48).float(), gram_of(48)
-    metric = Metric(Gram(gram))
-    predicted = factors_quantization_error(weight, 16, scheme, metric, gram)
-    # An oracle from the definition: code the rotated factors, measure on sampled inputs.
-    from lowrank.linalg import truncated_svd
-
-    left, right, *_ = truncated_svd(weight, 16, metric)
-    low = left @ right
-    left, right = rotated(left, right, seed=0)
-    coded = dequantize_weight(*quantize_weight(left, scheme), scheme) @ dequantize_weight(
-        *quantize_weight(right, scheme), scheme
-    )
-    inputs = torch.linalg.cholesky(gram).float()
-    measured = float(((low - coded) @ inputs).square().sum() / (low @ inputs).square().sum())
-    assert (
-        0.2 * measured < predicted < 5 * measured
-    )  # error feedback on one side, integer inputs on the other
-    assert torch.allclose(left @ right, low, atol=1e-4)
 
 
 def test_int8_loses_less_than_int4():

@@ -9,14 +9,14 @@ from torch.nn import functional as F  # noqa: N812
 
 from lowrank.linalg import linear, matmul, product
 
-onednn = pytest.mark.skipif(not matmul._AVAILABLE, reason="oneDNN is not the faster library here")
+onednn = pytest.mark.skipif(not matmul.AVAILABLE, reason="oneDNN is not the faster library here")
 
 
 @pytest.fixture
 def calls(monkeypatch):
     """Count how often oneDNN is called."""
-    counted, real = [], matmul._by_onednn
-    monkeypatch.setattr(matmul, "_by_onednn", lambda *a: counted.append(1) or real(*a))
+    counted, real = [], torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *a: counted.append(1) or real(*a))
     return counted
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from random_tensors import gaussian64
 
 from lowrank.linalg import (
     Diagonal,
@@ -25,15 +26,13 @@ SHAPES = {
 }
 
 
-def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def problem(shapes, tokens=200):
     """Weights, what they read `(in, tokens)`, what their outputs count, and their metrics."""
-    weights = [random(*shape, seed=i) for i, shape in enumerate(shapes)]
-    inputs = [random(n, n, seed=10 + i) @ random(n, tokens, seed=20 + i) for i, (_, n) in enumerate(shapes)]
-    outputs = [random(m, m, seed=30 + i) for i, (m, _) in enumerate(shapes)]
+    weights = [gaussian64(*shape, seed=i) for i, shape in enumerate(shapes)]
+    inputs = [
+        gaussian64(n, n, seed=10 + i) @ gaussian64(n, tokens, seed=20 + i) for i, (_, n) in enumerate(shapes)
+    ]
+    outputs = [gaussian64(m, m, seed=30 + i) for i, (m, _) in enumerate(shapes)]
     metrics = [Metric(Gram(x @ x.T / tokens), Gram(h @ h.T)) for x, h in zip(inputs, outputs, strict=True)]
     return weights, inputs, outputs, metrics
 
@@ -90,10 +89,10 @@ def test_alternating_gains_and_the_estimate_is_exact_where_it_was_measured():
 
 @pytest.mark.parametrize("kind", ["gram", "diagonal", "identity"])
 def test_layers_that_read_alike_get_the_joint_optimum(kind):
-    weights = [random(10, 16), random(14, 16, seed=1)]
-    x = random(16, 16, seed=2)
+    weights = [gaussian64(10, 16), gaussian64(14, 16, seed=1)]
+    x = gaussian64(16, 16, seed=2)
     side = {"gram": Gram(x @ x.T), "diagonal": Diagonal(x[0].square()), "identity": Identity()}[kind]
-    outputs = [Gram(random(m, m, seed=m) @ random(m, m, seed=m).T) for m in (10, 14)]
+    outputs = [Gram(gaussian64(m, m, seed=m) @ gaussian64(m, m, seed=m).T) for m in (10, 14)]
     scales = (2.0, 0.5)
     stacked = Stacked(tuple(outputs), (10, 14), scales)
     metrics = [Metric(side, each) for each in outputs]

@@ -11,6 +11,7 @@ from contextlib import redirect_stdout
 
 import pytest
 import torch
+import transformers
 from closeness import agreement
 from torch import nn
 
@@ -18,8 +19,6 @@ import lowrank
 from lowrank.linalg import matmul
 from lowrank.nn import QuantizedModule, integer_matmul
 from lowrank.nn.shared import SharedDown
-
-transformers = pytest.importorskip("transformers")
 
 SHAPES = [(3, 10), (1, 7), (5, 33)]
 """Batch and sequence that exported models are run with; the first is what they are traced with."""
@@ -32,7 +31,7 @@ SETTINGS = {
 }
 """Factors, some of them shared; the same and embeddings as integers; integers that factors correct."""
 
-LINEAR = torch.ops.lowrank.linear, torch.ops.lowrank.linear.default, matmul._unseen
+LINEAR = torch.ops.lowrank.linear, torch.ops.lowrank.linear.default, matmul.linear_unseen
 INT4 = (
     torch.ops.lowrank.int4_product,
     torch.ops.lowrank.int4_product.default,
@@ -261,7 +260,7 @@ def test_a_compiled_graph_with_gradients_has_no_kernels(dense, setting):
 
 
 @only_bert
-@pytest.mark.skipif(not matmul._AVAILABLE, reason="PyTorch's own product is as fast here")
+@pytest.mark.skipif(not matmul.AVAILABLE, reason="PyTorch's own product is as fast here")
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_factors_have_the_faster_product(dense):
     model, given = made(dense, "shared"), inputs(4, 7)
