@@ -1,6 +1,7 @@
 """How a request becomes a plan."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -51,12 +52,11 @@ def test_plans_with_loss_survive_json(mlp, mlp_stats):
 
 @pytest.mark.parametrize("budget", ["error", "energy", "rank"])
 def test_a_budget_that_nothing_meets_names_the_nearest_that_works(mlp, mlp_stats, budget):
-    import re
-
     hopeless = {"error": 1e-6, "energy": 1 - 1e-9, "rank": 60}[budget]
-    with pytest.raises(BudgetError) as caught:
+    nearest = r"(?:error=|energy=|parameters is )([\d.]+\d)"
+    with pytest.raises(BudgetError, match=nearest) as caught:
         plan(mlp, stats=mlp_stats, **{budget: hopeless})
-    found = re.search(r"(?:error=|energy=|parameters is )([\d.]+\d)", str(caught.value).split("\n")[-1])
+    found = re.search(nearest, str(caught.value).split("\n")[-1])
     nearest = float(found[1]) if budget != "rank" else int(found[1])
     assert plan(mlp, stats=mlp_stats, **{budget: nearest}).factorized
 

@@ -49,7 +49,7 @@ def narrow():
 
 def test_int4_without_a_kernel_warns_once_or_refuses_as_was_chosen():
     x = torch.randn(3, 64)
-    with pytest.warns(SlowKernelWarning) as caught:
+    with pytest.warns(SlowKernelWarning, match="have to be dequantized") as caught:
         small = quantize(narrow(), "int4", targets=["*"])
     (told,) = [w for w in caught if w.category is SlowKernelWarning]
     kernel = why_no_int4_kernel(64, 64, 32, torch.device("cpu")) is None

@@ -7,7 +7,6 @@ import torch
 from drafts import drafted, select, weight
 
 from lowrank import compress, plan, quantize
-from lowrank.config import CompressionConfig
 from lowrank.errors import BudgetError
 
 
@@ -85,7 +84,6 @@ def test_the_keep_that_an_error_proposes_is_feasible_and_nearly_the_least(shapes
 
 def test_keep_on_layers_too_small_to_shrink_does_not_propose_a_keep_that_is_refused():
     draft, error_curves = drafted(layer=weight(10, 10))
-    with pytest.raises(BudgetError) as caught:
+    # Rank 8 has 160 parameters, so the least is the dense weight: no keep below 1 is enough.
+    with pytest.raises(BudgetError, match=r"multiples of 8\) need 100\. Use a smaller round_to\.$"):
         select(draft, {"keep": 0.5}, error_curves, round_to=8)
-    for proposed in re.findall(r"Use keep=([\d.]+)", str(caught.value)):
-        CompressionConfig(keep=float(proposed)).budget  # noqa: B018

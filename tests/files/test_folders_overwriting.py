@@ -84,10 +84,10 @@ def test_an_interrupt_while_tensors_are_written_leaves_the_old_folder_whole(mlp_
 
     def interrupted(tensors, file, metadata):
         Path(file).write_bytes(b"half a file")
-        raise failure
+        raise failure("stopped here")
 
     monkeypatch.setattr("lowrank.checkpoint.checkpoint.save_file", interrupted)
-    with pytest.raises(failure):
+    with pytest.raises(failure, match="stopped here"):
         lowrank.save(compressed(Mixed), mlp_folder, overwrite=True)
     assert contents(mlp_folder) == before
     assert list(mlp_folder.parent.iterdir()) == [mlp_folder]

@@ -48,10 +48,10 @@ def test_an_interrupt_leaves_the_model_as_it_was(mlp, data, error):
     def loss(outputs, batch):
         calls.append(batch)
         if len(calls) == 2:
-            raise error
+            raise error("stopped here")
         return outputs.mean()
 
-    with pytest.raises(error):
+    with pytest.raises(error, match="stopped here"):
         calibrate(mlp, data, loss=loss)
     assert state(mlp) == before
 

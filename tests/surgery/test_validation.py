@@ -124,31 +124,31 @@ def test_a_model_on_the_meta_device_is_refused_before_anything_changes(budget):
 
 
 @pytest.mark.parametrize(
-    ("request_", "error"),
+    ("request_", "error", "message"),
     [
-        ({}, BudgetError),
-        ({"rank": 8, "keep": 0.5}, BudgetError),
-        ({"keep": 1.0}, BudgetError),
-        ({"rank": 0}, RankError),
-        ({"rank": 1000}, BudgetError),
-        ({"rank": 65, "targets": [FIRST]}, RankError),
-        ({"rank": 8, "targets": ["*.nothing"]}, TargetError),
-        ({"keep": 0.01}, BudgetError),
-        ({"rank": 8, "tolerance": 0}, LowRankError),
-        ({"rank": 8, "seed": "one"}, Exception),
+        ({}, BudgetError, "exactly one budget"),
+        ({"rank": 8, "keep": 0.5}, BudgetError, r"got rank=8 and keep=0\.5"),
+        ({"keep": 1.0}, BudgetError, r"^keep=1\.0: "),
+        ({"rank": 0}, RankError, "^rank: 0 is not positive"),
+        ({"rank": 1000}, BudgetError, "rank=1000, no layer of BertModel would change"),
+        ({"rank": 65, "targets": [FIRST]}, RankError, rf"^{re.escape(FIRST)}: rank 65 is above .* = 64 "),
+        ({"rank": 8, "targets": ["*.nothing"]}, TargetError, r'^"\*\.nothing" matches none'),
+        ({"keep": 0.01}, BudgetError, r"^keep=0\.01 leaves .* Use keep="),
+        ({"rank": 8, "tolerance": 0}, LowRankError, "^tolerance=0: "),
+        ({"rank": 8, "seed": "one"}, LowRankError, "^seed='one': "),
     ],
     ids=[
         "no-budget", "two-budgets", "keep-1", "rank-0", "rank-1000", "rank-above-named", "no-target",
         "keep-tiny", "tolerance-0", "seed-text",
     ],
 )  # fmt: skip
-def test_a_bad_request_leaves_the_model_untouched(tiny_bert, request_, error):
+def test_a_bad_request_leaves_the_model_untouched(tiny_bert, request_, error, message):
     # One layer is large enough for the randomized solver, and comes last: only there the seed is read.
     model = busy(tiny_bert)
     model.add_module("late", nn.Linear(520, 520))
     assert choose_solver(520, 520, 8) == "randomized"
     before = snapshot(model)
-    with pytest.raises(error):
+    with pytest.raises(error, match=message):
         compress(model, **request_)
     assert_untouched(model, before)
 
