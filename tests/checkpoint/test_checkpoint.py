@@ -23,8 +23,6 @@ from torch import nn
 import lowrank
 from lowrank import CheckpointError, LowRankError, LowRankLinear
 
-# --- what is saved comes back
-
 
 @every_model
 def test_loading_gives_bit_identical_outputs_and_tensors(build, tmp_path):
@@ -122,9 +120,6 @@ def test_saving_twice_writes_the_same_bytes(tmp_path):
     assert contents(lowrank.save(again, tmp_path / "b")) == first
 
 
-# --- what is damaged is refused by name
-
-
 def test_a_missing_tensor_file_is_refused(mlp_folder):
     (mlp_folder / "model.safetensors").unlink()
     assert_refused(mlp_folder, str(mlp_folder / "model.safetensors"))
@@ -190,9 +185,6 @@ def test_loading_without_an_architecture_asks_for_it(mlp_folder):
 def test_the_model_must_be_a_module(mlp_folder):
     with pytest.raises(LowRankError, match="not str"):
         lowrank.load(mlp_folder, "bert")  # type: ignore[arg-type]
-
-
-# --- writing is safe
 
 
 def test_nothing_in_the_library_unpickles():

@@ -11,8 +11,6 @@ import lowrank
 from lowrank import Plan
 from lowrank.cli import commands
 
-# --- plan
-
 
 def test_plan_prints_the_table_of_the_library(run, dense, tiny_bert):
     result = run("plan", dense, "--keep", 0.5)
@@ -35,9 +33,6 @@ def test_plan_draws_a_picture(run, dense, tmp_path):
     pytest.importorskip("matplotlib", reason="plots need matplotlib")
     assert run("plan", dense, "--rank", 8, "-q", "--plot", tmp_path / "ranks.png").code == 0
     assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
-
-
-# --- compress
 
 
 def test_compress_writes_a_folder_for_from_pretrained(run, dense, tiny_bert, tmp_path):
@@ -83,9 +78,6 @@ def test_overwrite_replaces_a_folder(run, dense, tmp_path):
     assert transformers.AutoModel.from_pretrained(tmp_path / "out").encoder.layer[0].output.dense.rank == 4
 
 
-# --- inspect, bench, demo
-
-
 def test_inspect_prints_the_report(run, small):
     result = run("inspect", small)
     assert result.code == 0
@@ -114,9 +106,6 @@ def test_bench_of_two_dense_folders_fails_clearly(run, dense):
     result = run("bench", dense, dense, "--batch", 2, "--tokens", 8)
     assert result.code == 1
     assert "no factorized layer" in one_line(result)
-
-
-# --- failures
 
 
 def test_an_output_folder_with_files_is_refused_before_any_work(run, dense, tmp_path, monkeypatch):
@@ -171,9 +160,6 @@ def test_compressing_a_compressed_folder_at_a_budget_is_refused_clearly(run, sma
     result = run("compress", small, tmp_path / "out", "--rank", 4)
     assert result.code in (1, 2)
     assert "factorized already" in one_line(result)
-
-
-# --- the program itself
 
 
 def test_compress_codes_the_weights(run, dense, tmp_path):

@@ -46,9 +46,6 @@ def stopped(monkeypatch):
     return stop
 
 
-# --- stopped half way
-
-
 @pytest.mark.parametrize("finish", ["settle", "save"])
 @pytest.mark.parametrize("number", range(1, 9))
 def test_a_call_that_was_stopped_is_finished_or_undone_by_the_next(tmp_path, stopped, number, finish):
@@ -157,9 +154,6 @@ def test_a_stranger_cannot_have_files_moved_from_or_to_elsewhere(tmp_path):
     assert contents(secret) == {"key": b"key"}
 
 
-# --- neighbours
-
-
 def test_neighbours_are_neither_copied_nor_changed(tmp_path):
     folder = write(tmp_path / "model", config="old", tensors="old", tokenizer="old")
     (folder / "runs").mkdir()
@@ -218,9 +212,6 @@ def test_files_in_sub_folders_are_moved_as_well(tmp_path):
     assert contents(tmp_path / "model") == {"templates/chat": b"new"}
 
 
-# --- which folders
-
-
 @pytest.mark.parametrize("folder", ["", ".", "..", "/", "../..", "model/.."])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_without_a_name_of_its_own_is_refused_by_name(tmp_path, monkeypatch, folder, overwrite):
@@ -266,12 +257,3 @@ def test_a_folder_that_holds_only_the_rest_of_a_killed_save_is_empty(tmp_path):
     (tmp_path / "model" / WORK / "new" / "model.safetensors").write_text("half")
     lowrank.save(linear(4, 4), tmp_path / "model")
     assert sorted(contents(tmp_path / "model")) == WRITTEN
-
-
-# --- two at once
-
-
-# --- volumes, folders that cannot be written, full disks
-
-
-# --- single files

@@ -24,8 +24,6 @@ from saved_models import (
 import lowrank
 from lowrank import LowRankLinear
 
-# --- round trips
-
 
 @pytest.mark.parametrize("budget", [{"rank": 8}, {"keep": 0.5}], ids=["rank", "keep"])
 @every_family
@@ -99,9 +97,6 @@ def test_device_maps_load(name, device_map, tmp_path):
     assert_same_outputs(model, again)
 
 
-# --- base models and heads
-
-
 @pytest.mark.parametrize("auto", [False, True], ids=["class", "auto"])
 def test_a_base_checkpoint_loads_into_a_head_model(auto, tmp_path):
     model = small()
@@ -138,15 +133,6 @@ def test_a_head_checkpoint_loads_into_another_head(tmp_path):
     assert torch.equal(other.state_dict()[query], head.state_dict()[query])
 
 
-# --- lowrank.save, lowrank.load, decompress
-
-
-# --- compress while loading
-
-
-# --- damaged folders
-
-
 @pytest.mark.parametrize("cls", ["AutoModel", "BertForSequenceClassification"])
 def test_without_lowrank_loading_fails_loudly(saved, cls):
     code = f"""
@@ -161,9 +147,6 @@ assert "lowrank" not in sys.modules
     assert re.search(r"attention\.self\.query\.weight +\| MISMATCH", done.stderr)
 
 
-# --- transformers' own verbs on compressed models
-
-
 def test_loading_never_makes_a_dense_weight(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # the instrument sees one thread
     config = transformers.BertConfig(**{**BERT, "intermediate_size": 1024})
@@ -176,9 +159,6 @@ def test_loading_never_makes_a_dense_weight(tmp_path, monkeypatch):
     with LargestTensor() as loading:
         transformers.BertModel.from_pretrained(tmp_path / "small")
     assert 0 < loading.elements < 64 * 1024
-
-
-# --- real model
 
 
 @pytest.fixture(scope="module")
@@ -216,24 +196,6 @@ def test_a_model_that_initialises_whatever_is_called_linear_loads(tmp_path):
     ids = torch.arange(8)[None]
     again = FunnelModel.from_pretrained(tmp_path).eval()
     assert torch.equal(model(ids).last_hidden_state, again(ids).last_hidden_state)
-
-
-# --- tensors that are not what was saved
-
-
-# --- a request for a folder that is compressed already
-
-
-# --- digests, which lowrank.save writes and lowrank.load checks
-
-
-# --- numbers that no model has, and files that are none
-
-
-# --- code in a folder never runs
-
-
-# --- outputs to the last bit
 
 
 @pytest.mark.parametrize("load", [lowrank.load, by_transformers], ids=["lowrank", "hf"])

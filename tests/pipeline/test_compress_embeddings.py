@@ -32,8 +32,6 @@ from lowrank.errors import BudgetError, TargetError
 from lowrank.linalg import truncated_svd
 from lowrank.reports.evaluation import loss_increase
 
-# What becomes a target
-
 
 def test_tables_are_listed_only_where_a_target_spells_them(tiny_bert):
     table = "embeddings.word_embeddings"
@@ -72,9 +70,6 @@ def test_a_table_that_must_stay_is_an_error_where_it_is_named():
 def test_a_table_has_no_latency_to_choose_by(tiny_bert):
     with pytest.raises(BudgetError, match=r"word_embeddings: an embedding is looked up, not multiplied"):
         lowrank.plan(tiny_bert, speedup=1.5, inputs=IDS, targets=["*.word_embeddings"])
-
-
-# Round trips
 
 
 @every_way
@@ -131,9 +126,6 @@ def test_any_other_model_is_saved_and_loaded(how, tmp_path):
     assert (folder / "model.safetensors").stat().st_size == stored
 
 
-# What is counted
-
-
 def test_the_report_counts_the_table_once():
     dense = built(llama)
     small = made_small(copy.deepcopy(dense), "model.embed_tokens", "factors")
@@ -173,12 +165,6 @@ def test_other_tables_are_centred():
     assert (weight - better.left @ better.right).norm() * 0.999 <= lost
     assert lost < (weight - plain.left @ plain.right).norm()
     assert lowrank.plan(lowrank.decompress(small), rank=16, targets=["0"])["0"].parameters == 16 * (ROWS + 64)
-
-
-# What statistics know
-
-
-# The rest of the library
 
 
 def test_recovery_trains_the_factors_of_a_table():
