@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from closeness import SUMS64
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -62,7 +63,7 @@ def test_on_convex_curves_the_loss_is_within_one_step_of_the_optimum(curves, sha
 def test_where_every_step_costs_the_same_the_optimum_is_found(curves, share):
     budget = budget_within(curves, share)
     _, loss = totals(curves, allocate(curves, budget))
-    assert loss == pytest.approx(brute_force(curves, budget), rel=1e-9, abs=1e-9)
+    assert loss == pytest.approx(brute_force(curves, budget), rel=SUMS64, abs=SUMS64)
 
 
 @given(

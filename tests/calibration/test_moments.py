@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from closeness import FEW32, LAYERS32, SUMS32
 from nets import batches, net
 from random_tensors import summed
 
@@ -15,13 +16,13 @@ def test_moments_are_those_of_all_tokens_at_once(mlp, data):
     stats = calibrate(mlp, data)
     everything = torch.cat(data).double()
     moments = stats.moments("0")
-    torch.testing.assert_close(moments.mean, everything.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(moments.mean, everything.mean(0), rtol=SUMS32, atol=FEW32)
     torch.testing.assert_close(
-        moments.second(centred=True), torch.cov(everything.T, correction=0), rtol=1e-4, atol=1e-5
+        moments.second(centred=True), torch.cov(everything.T, correction=0), rtol=LAYERS32, atol=SUMS32
     )
     hidden = mlp[1](mlp[0](torch.cat(data))).detach().double()
     torch.testing.assert_close(
-        stats.moments("2").second(centred=False), hidden.T @ hidden / len(hidden), rtol=1e-4, atol=1e-5
+        stats.moments("2").second(centred=False), hidden.T @ hidden / len(hidden), rtol=LAYERS32, atol=SUMS32
     )
 
 

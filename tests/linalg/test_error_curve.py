@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from closeness import ROOTS64, SUMS64
 from hypothesis import given
 from hypothesis import strategies as st
 from random_tensors import gaussian64
@@ -64,7 +65,7 @@ def test_truncated_svd_has_the_error_that_the_spectrum_predicts(rows, columns, s
     rank = data.draw(st.integers(1, min(rows, columns)))
     left, right, *_ = truncated_svd(weight, rank)
     error = float((weight - left @ right).norm() / weight.norm())
-    assert error_curve(weight).relative_error(rank) == pytest.approx(error, rel=1e-6, abs=1e-7)
+    assert error_curve(weight).relative_error(rank) == pytest.approx(error, rel=ROOTS64, abs=1e-7)
 
 
 @pytest.mark.parametrize("tokens", [200, 5], ids=["gram-full-rank", "gram-singular"])
@@ -107,7 +108,7 @@ def test_what_has_no_spectrum_is_refused_with_the_reason(weight, message):
 def test_a_float64_weight_whose_squares_overflow_has_a_spectrum():
     weight = gaussian64(6, 4) * 1e300
     values = torch.linalg.svdvals(weight)
-    torch.testing.assert_close(error_curve(weight).singular_values, values, rtol=1e-9, atol=0)
+    torch.testing.assert_close(error_curve(weight).singular_values, values, rtol=SUMS64, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from closeness import ROOTS64, SUMS64
 from random_tensors import gaussian64
 
 from lowrank import WeightError
@@ -36,7 +37,7 @@ def test_each_weights_error_is_that_of_its_residual(sizes, rank):
     for weight, G, left, each in zip(weights, Gs, outputs.split(joint.left), error_curves, strict=True):
         lost = weight - left @ joint.right
         measured = torch.trace(G @ lost @ C @ lost.T)
-        assert each.squared_error(rank) == pytest.approx(float(measured), rel=1e-6, abs=1e-12)
+        assert each.squared_error(rank) == pytest.approx(float(measured), rel=ROOTS64, abs=1e-12)
 
 
 def test_the_scaled_errors_add_up_to_those_of_the_stack():
@@ -68,7 +69,7 @@ def test_no_joint_factor_is_better_than_own_ones_and_equal_weights_lose_nothing(
     joint, _ = joint_error_curves([weight, other], C, Stacked((Identity(),) * 2, (9, 9), (1.0, 1.0)))
     assert (joint.tail[: len(alone)] >= alone - 1e-9).all()
     twin, _ = joint_error_curves([weight, weight], C, Stacked((Identity(),) * 2, (9, 9), (1.0, 1.0)))
-    torch.testing.assert_close(twin.tail[: len(alone)], alone, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(twin.tail[: len(alone)], alone, rtol=SUMS64, atol=SUMS64)
 
 
 def test_a_weight_that_is_not_finite_is_refused():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from closeness import ROOTS64
 from random_tensors import gaussian64
 
 from lowrank.linalg import Diagonal, Gram, Identity, Metric, PulledBack, Stacked, error_curve, truncated_svd
@@ -42,7 +43,7 @@ def test_the_error_reaches_the_optimum_of_the_whitened_weight(shape, samples, si
     total = squared_error(0, weight, C, G)
     best = optimum(weight, C, G, 4)
     assert squared_error(left @ right, weight, C, G) <= best + 1e-9 * total
-    assert error == pytest.approx((best / total) ** 0.5, abs=1e-6)
+    assert error == pytest.approx((best / total) ** 0.5, abs=ROOTS64)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from closeness import CANCELLED32, ROOTS64, SUMS64
 from random_tensors import gaussian64
 from torch import Tensor
 
@@ -43,7 +44,7 @@ def test_the_error_of_the_smallest_and_largest_weights_is_the_measured_one(size,
     for metric in (Metric(), Metric(Diagonal(torch.ones(shape[1], dtype=torch.float64)))):
         found = truncated_svd(weight, 5, metric)
         eye = torch.eye(shape[1], dtype=torch.float64)
-        assert seen_error(weight, found, eye) == pytest.approx(found.relative_error, rel=1e-3)
+        assert seen_error(weight, found, eye) == pytest.approx(found.relative_error, rel=CANCELLED32)
         rounding = 4 * torch.finfo(dtype).eps
         assert found.relative_error <= least_error(weight, 5, eye) * 1.001 + rounding
 
@@ -68,8 +69,8 @@ def test_large_weights_of_small_features_count_as_much_as_small_ones_of_large_fe
     weight, inputs = gaussian64(*shape) / sizes, gaussian64(40, shape[1], seed=1) * sizes
     metric = Metric(Gram(inputs.T @ inputs / 40))
     found = truncated_svd(weight, 5, metric)
-    assert seen_error(weight, found, inputs) == pytest.approx(least_error(weight, 5, inputs), rel=1e-6)
-    assert found.relative_error == pytest.approx(least_error(weight, 5, inputs), rel=1e-6)
+    assert seen_error(weight, found, inputs) == pytest.approx(least_error(weight, 5, inputs), rel=ROOTS64)
+    assert found.relative_error == pytest.approx(least_error(weight, 5, inputs), rel=ROOTS64)
     assert error_curve(weight, metric).relative_error(5) == pytest.approx(least_error(weight, 5, inputs))
 
 
@@ -83,7 +84,7 @@ def test_huge_weights_of_features_that_are_always_zero_do_not_matter(dtype):
     best = least_error(weight, 5, inputs)
     assert found.left.isfinite().all() and found.right.isfinite().all()
     assert seen_error(weight, found, inputs) == pytest.approx(best, rel=0.02)
-    assert found.relative_error == pytest.approx(seen_error(weight, found, inputs), rel=1e-3)
+    assert found.relative_error == pytest.approx(seen_error(weight, found, inputs), rel=CANCELLED32)
 
 
 def test_a_weight_that_nobody_reads_is_not_what_tells_the_small_ones_apart():
@@ -99,7 +100,7 @@ def test_what_is_pulled_back_through_an_extreme_weight_has_its_units():
     pulled = Metric(outputs=PulledBack(weight.double().T @ gram @ weight.double()))
     one, other = error_curve(weight, pulled), error_curve(weight, Metric(outputs=Gram(gram)))
     for rank in (0, 5):
-        assert one.squared_error(rank) == pytest.approx(other.squared_error(rank), rel=1e-9)
+        assert one.squared_error(rank) == pytest.approx(other.squared_error(rank), rel=SUMS64)
 
 
 def test_squares_beyond_float64_are_infinite_and_no_overflow_error():
@@ -149,7 +150,7 @@ def test_a_basis_of_layers_with_features_that_one_never_sees():
         weights, found.lefts, (inputs, dead), found.relative_errors, strict=True
     ):
         assert left.isfinite().all()
-        assert seen_error(weight, (left, found.right), seen) == pytest.approx(error, rel=1e-6)
+        assert seen_error(weight, (left, found.right), seen) == pytest.approx(error, rel=ROOTS64)
 
 
 def test_factors_beyond_the_range_of_their_dtype_are_refused():
@@ -174,7 +175,7 @@ def test_layers_of_unlike_sizes_and_zeros_share_a_basis_with_true_errors(dtype):
     found = shared_basis(weights, 6, [Metric(Gram(x.T @ x)) for x in seen], [size**-2, 1e12, 0.0])
     for number in (0, 1):
         error = seen_error(weights[number], (found.lefts[number], found.right), seen[number])
-        assert found.relative_errors[number] == pytest.approx(error, rel=1e-3, abs=1e-7)
+        assert found.relative_errors[number] == pytest.approx(error, rel=CANCELLED32, abs=1e-7)
         assert error < (1e-6, 0.9)[number] + 2 * torch.finfo(dtype).eps
     assert found.relative_errors[2] == 0
     assert not found.lefts[2].any()
@@ -187,7 +188,7 @@ def test_subnormal_squares_do_not_stop_the_solver():
         weight = (gaussian64(48, 124, seed=seed) * sizes).float()
         found = truncated_svd(weight, 5)
         error = seen_error(weight, found, torch.eye(124, dtype=torch.float64))
-        assert found.relative_error == pytest.approx(error, rel=1e-3, abs=1e-6)
+        assert found.relative_error == pytest.approx(error, rel=CANCELLED32, abs=ROOTS64)
 
 
 def test_float64_factors_beyond_float32_are_brought_within_it():

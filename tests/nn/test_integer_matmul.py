@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from closeness import LAYERS32, SUMS32
 from random_layers import integers, smoothed
 from random_tensors import gaussian
 from torch import nn
@@ -44,7 +45,7 @@ def test_integers_multiply_every_shape_as_the_decoded_weight_does(rows, kernel, 
             given = codes.double() * step.double() if columns > 1 else x.double()
             exact = given @ layer.codes.double().T * layer.scale.double().T
             with torch.no_grad():
-                torch.testing.assert_close(layer(x).double(), exact, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(layer(x).double(), exact, rtol=SUMS32, atol=SUMS32)
 
 
 def test_no_layer_with_one_input_multiplies_integers(monkeypatch):
@@ -61,7 +62,9 @@ def test_no_layer_with_one_input_multiplies_integers(monkeypatch):
             for called in (small, torch.compile(small, fullgraph=True, backend="aot_eager")):
                 torch.testing.assert_close(called(x), x @ expected.T)
         wide = gaussian(20, 64)
-        torch.testing.assert_close(factors(wide), wide @ factors.dense_weight().T, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            factors(wide), wide @ factors.dense_weight().T, rtol=LAYERS32, atol=LAYERS32
+        )
 
 
 def test_the_smallest_inputs_are_not_lost(monkeypatch):
@@ -163,7 +166,7 @@ def test_a_used_layer_loads_and_lends_itself():
         assert torch.equal(layer(x), mine)
     x.requires_grad_()
     layer(x).sum().backward()
-    torch.testing.assert_close(x.grad[0], layer.dense_weight().sum(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x.grad[0], layer.dense_weight().sum(0), rtol=LAYERS32, atol=LAYERS32)
 
 
 @weight_only

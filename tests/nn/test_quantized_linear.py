@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from closeness import CANCELLED32, LAYERS32
 from random_layers import integers, smoothed
 from random_tensors import gaussian
 from torch import nn
@@ -83,7 +84,7 @@ def test_another_dtype_is_what_the_layer_computes_in(layer, dtype):
 def test_gradients_reach_input_and_bias(layer):
     x = gaussian(20, 64).requires_grad_()
     layer(x).sum().backward()
-    torch.testing.assert_close(x.grad[0], layer.dense_weight().sum(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x.grad[0], layer.dense_weight().sum(0), rtol=LAYERS32, atol=LAYERS32)
     torch.testing.assert_close(layer.bias.grad, torch.full((48,), 20.0))
 
 
@@ -91,7 +92,7 @@ def test_gradients_through_scaled_inputs():
     made, *_ = smoothed()
     x = gaussian(20, 64).requires_grad_()
     made(x).sum().backward()
-    torch.testing.assert_close(x.grad[0], made.dense_weight().sum(0), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(x.grad[0], made.dense_weight().sum(0), rtol=CANCELLED32, atol=CANCELLED32)
 
 
 def test_export_gives_what_the_layer_computes(layer):

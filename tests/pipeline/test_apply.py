@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from bert_states import assert_untouched, dense_weights, frobenius_errors, snapshot
+from closeness import LAYERS32, SUMS32
 from tied_tables import built, every_family, every_way, llama, logits, made_small
 from torch import nn
 
@@ -133,7 +134,7 @@ def test_decompress_gives_conv1d_back_to_gpt2():
         again = model(torch.tensor([[1, 2, 3]])).last_hidden_state
     assert all(type(model.get_submodule(name)) is Conv1D for name in errors)
     assert {name: tensor.shape for name, tensor in model.state_dict().items()} == shapes
-    torch.testing.assert_close(again, small, rtol=0, atol=1e-5 * float(small.abs().max()))
+    torch.testing.assert_close(again, small, rtol=0, atol=SUMS32 * float(small.abs().max()))
 
 
 def test_decompress_leaves_a_dense_model_alone(mlp):
@@ -175,7 +176,7 @@ def test_decompress_and_compress_at_a_lower_rank_is_the_best_of_the_product(mlp)
     values = torch.linalg.svdvals(weight)
     compress(mlp, rank=4, targets=["0"])
     error = frobenius_errors(mlp, {"0": weight})["0"]
-    assert error == pytest.approx(float(values[4:].norm() / values.norm()), rel=1e-4)
+    assert error == pytest.approx(float(values[4:].norm() / values.norm()), rel=LAYERS32)
 
 
 def test_a_hand_edited_plan_is_carried_out_as_edited(tiny_bert):
