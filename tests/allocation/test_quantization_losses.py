@@ -4,6 +4,7 @@ import copy
 
 import pytest
 from bert_outputs import QUERY
+from closeness import SUMS32
 from tied_tables import built, llama
 
 import lowrank
@@ -38,4 +39,4 @@ def test_the_predicted_loss_of_a_coded_table_is_that_of_its_codes():
     for form, quantization_errors in found.items():
         coded = quantize(copy.deepcopy(model), form.scheme.name, targets=[table]).model.embed_tokens
         lost = float((coded.dense_weight() - dense).square().sum() / dense.square().sum())
-        assert quantization_errors[table].whole == pytest.approx(lost, rel=0.01)
+        assert quantization_errors[table].whole == pytest.approx(lost, rel=SUMS32)

@@ -112,7 +112,7 @@ def test_error_takes_the_smallest_rank_that_meets_it_or_says_why_not(bound, deca
     else:
         layer = select(draft, {"error": bound}, error_curves, round_to=1)["a"]
         assert layer.rank == needed
-        assert layer.relative_error == pytest.approx(errors[needed], rel=ROOTS64, abs=1e-7)
+        assert layer.relative_error == pytest.approx(errors[needed], rel=ROOTS64, abs=ROOTS64)
 
 
 def relative_errors(model: nn.Module, dense: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -34,4 +34,5 @@ def test_the_fisher_of_a_classifier_is_that_of_its_own_predictions():
     stats = calibrate(classifier, data)
     p = classifier(data[0][:1])["logits"].softmax(-1)[0].detach().double()
     expected = torch.diag(p) - torch.outer(p, p)
+    # Frequencies of 4,000 draws: standard deviations of at most 0.5/√4000 = 0.008.
     torch.testing.assert_close(stats.gradients["only.0"].products / stats.tokens, expected, rtol=0, atol=0.05)

@@ -37,7 +37,7 @@ def test_minutes_are_kept(mlp, small, data):
 def test_the_schedule_rises_and_falls_to_zero():
     values = [schedule(i / 100) for i in range(101)]
     assert values[0] < 0.1
-    assert max(values) == pytest.approx(1, abs=0.01)
+    assert max(values) == pytest.approx(1, abs=0.01)  # it is looked at a hundred times
     assert values.index(max(values)) == 5
     assert values[-1] == pytest.approx(0, abs=SUMS64)
 

@@ -40,7 +40,7 @@ def test_the_tail_at_rank_zero_is_the_squared_norm(shape, scale):
     weight = (gaussian64(*shape) * scale).float()
     norm = float(torch.linalg.matrix_norm(weight.double()))
     found = error_curve(weight)
-    assert float(found.tail[0].sqrt()) * found.scale == pytest.approx(norm, rel=1e-12, abs=0)
+    assert float(found.tail[0].sqrt()) * found.scale == pytest.approx(norm, rel=SUMS64, abs=0)
 
 
 @given(
@@ -65,7 +65,7 @@ def test_truncated_svd_has_the_error_that_the_spectrum_predicts(rows, columns, s
     rank = data.draw(st.integers(1, min(rows, columns)))
     left, right, *_ = truncated_svd(weight, rank)
     error = float((weight - left @ right).norm() / weight.norm())
-    assert error_curve(weight).relative_error(rank) == pytest.approx(error, rel=ROOTS64, abs=1e-7)
+    assert error_curve(weight).relative_error(rank) == pytest.approx(error, rel=ROOTS64, abs=ROOTS64)
 
 
 @pytest.mark.parametrize("tokens", [200, 5], ids=["gram-full-rank", "gram-singular"])
@@ -117,4 +117,5 @@ def test_the_error_in_half_precision_includes_the_rounding_of_the_factors(matrix
     """At rank 100 of 100 nothing but rounding is left."""
     weight = matrix_with(torch.logspace(1, -3, 100), 200, 300).to(dtype)
     measured = truncated_svd(weight, rank, solver="exact").relative_error
+    # The rounding is estimated as a uniform one; that of the factors at hand is one draw.
     assert error_curve(weight).relative_error(rank) == pytest.approx(measured, rel=0.15)

@@ -37,7 +37,7 @@ def test_each_weights_error_is_that_of_its_residual(sizes, rank):
     for weight, G, left, each in zip(weights, Gs, outputs.split(joint.left), error_curves, strict=True):
         lost = weight - left @ joint.right
         measured = torch.trace(G @ lost @ C @ lost.T)
-        assert each.squared_error(rank) == pytest.approx(float(measured), rel=ROOTS64, abs=1e-12)
+        assert each.squared_error(rank) == pytest.approx(float(measured), rel=ROOTS64)
 
 
 def test_the_scaled_errors_add_up_to_those_of_the_stack():

@@ -72,7 +72,7 @@ def test_zeros_outliers_and_tiny_rows(scheme, moments):
     decoded = dequantize_weight(*quantize_weight(weight, scheme, moments), scheme)
     assert torch.equal(decoded[0], weight[0])
     assert decoded[1].abs().max() <= 2 * weight[1].abs().max()
-    assert decoded[2, 5] == pytest.approx(1000, rel=0.07)
+    assert decoded[2, 5] == pytest.approx(1000, rel=0.07)  # half a step of int4: 1/14
     assert decoded.isfinite().all()
 
 

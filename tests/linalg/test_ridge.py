@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from closeness import SUMS64
 from random_tensors import gaussian64
 from torch import Tensor
 
@@ -54,7 +55,7 @@ def test_the_error_is_that_of_all_tokens():
     z, y, weight = tokens()
     left, bias = gaussian64(OUT, FEATURES, seed=5), gaussian64(OUT, seed=6)
     exact = float((weight * (y - z @ left.T - bias).square()).sum())
-    assert summed(z, y, weight).error(left, bias) == pytest.approx(exact, rel=1e-10)
+    assert summed(z, y, weight).error(left, bias) == pytest.approx(exact, rel=SUMS64)
 
 
 def test_sums_of_parts_are_those_of_the_whole():

@@ -80,7 +80,8 @@ def test_a_subclass_that_turns_out_to_compute_the_same_is_factorized_saved_loade
     assert torch.equal(loaded(X.to(dtype)), small)
     assert lowrank.report(loaded).factorized[0].name == "0"
     assert type(lowrank.decompress(loaded)[0]) is Counting
-    assert torch.allclose(loaded(X.to(dtype)).float(), small.float(), atol=0.05)
+    # The product of two bfloat16 factors is rounded again: 0.4%, and sums of it.
+    assert torch.allclose(loaded(X.to(dtype)).float(), small.float(), atol=0.02 * float(small.abs().max()))
     assert dense[0].calls == 0  # it was tried on a copy
 
 
