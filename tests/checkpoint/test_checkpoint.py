@@ -1,4 +1,4 @@
-"""Folders written by `lowrank.save`: they come back bit for bit, or fail by name and change nothing."""
+"""What `lowrank.save` writes comes back bit for bit, or is refused by name and nothing changes."""
 
 import re
 from pathlib import Path

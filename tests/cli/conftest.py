@@ -1,4 +1,4 @@
-"""Fixtures that several test files share."""
+"""Folders and texts for the command line."""
 
 import copy
 from pathlib import Path

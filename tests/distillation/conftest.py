@@ -1,4 +1,4 @@
-"""Fixtures that several test files share."""
+"""A small model to recover, and data for it."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Builders that several test files share."""
+"""What the small BERT of the conftest returns, and which of its modules hold integers."""
 
 import torch
 

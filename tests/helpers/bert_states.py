@@ -1,4 +1,4 @@
-"""Builders that several test files share."""
+"""All that a refused request must leave as it was; and errors of factors, measured apart from the library."""
 
 import torch
 from torch import Tensor, nn

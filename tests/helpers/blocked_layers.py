@@ -1,4 +1,4 @@
-"""Builders that several test files share."""
+"""Which layers of a model are targets, and why one is none."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Builders that several test files share."""
+"""Models that are saved, folders that are changed by hand, and how both are compared."""
 
 import json
 import re

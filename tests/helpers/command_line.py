@@ -1,4 +1,4 @@
-"""Builders that several test files share."""
+"""The command line in a new process, and the one line that a failure prints."""
 
 import os
 import subprocess

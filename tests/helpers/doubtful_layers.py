@@ -1,4 +1,4 @@
-"""Builders that several test files share."""
+"""Layers that look as if they computed something else, or whose weights seem to be read."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""Builders that several test files share."""
+"""Plans without ranks for random weights, with their error curves; no model is needed."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Builders that several test files share."""
+"""Storage formats to compare, and the bytes of a model."""
 
 from lowrank.linalg import Scheme
 from lowrank.plans.storage_formats import FLOAT, INT8, StorageFormat

@@ -1,4 +1,4 @@
-"""Builders that several test files share."""
+"""The options of compression, and a small model to ask for them."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""Builders that several test files share."""
+"""Save a model, and read the card that is written beside it."""
 
 import lowrank
 

@@ -1,4 +1,4 @@
-"""Builders that several test files share."""
+"""A plan, strategies that make plans, and plans that are damaged by hand."""
 
 from hypothesis import strategies as st
 

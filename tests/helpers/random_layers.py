@@ -1,4 +1,4 @@
-"""Builders that several test files share."""
+"""Quantized layers on fixed seeds."""
 
 import pytest
 from random_tensors import gaussian

@@ -1,4 +1,4 @@
-"""Builders that several test files share."""
+"""A model with layers at every depth; tests derive classes that read some of them by value."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""Builders that several test files share."""
+"""Small models of transformers with three blocks, their inputs, and their hidden states."""
 
 import torch
 from transformers import (

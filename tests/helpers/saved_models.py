@@ -1,4 +1,4 @@
-"""Builders that several test files share."""
+"""Small models of many families of transformers, and what is compared when they come back from a folder."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Builders that several test files share."""
+"""Small models whose head is tied to an embedding."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Fixtures that several test files share."""
+"""Folders with a compressed BERT, with and without digests."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The transformers plug-in: `save_pretrained` and `from_pretrained` carry factorized layers."""
+"""What happens inside `from_pretrained`: compressed folders come back, in any class, dtype and place."""
 
 import importlib.util
 import re

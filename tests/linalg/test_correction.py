@@ -3,7 +3,8 @@
 import pytest
 import torch
 from closeness import CANCELLED32, LAYERS32, ROOTS64
-from corrections import INT4, INT8, gram_of, some
+from corrections import INT4, INT8, gram_of
+from random_tensors import gaussian64
 
 from lowrank.errors import RankError, WeightError
 from lowrank.linalg import (
@@ -22,7 +23,7 @@ from lowrank.linalg import (
 @pytest.mark.parametrize("shape", [(32, 48), (48, 32)], ids=["wide", "tall"])
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_one_round_reaches_the_eckart_young_bound_of_what_the_codes_lost(shape, calibrated):
-    weight, gram = some(*shape).float(), gram_of(shape[1])
+    weight, gram = gaussian64(*shape).float(), gram_of(shape[1])
     metric = Metric(Gram(gram)) if calibrated else Metric()
     found = quantize_with_correction(weight, 8, INT4, metric, gram if calibrated else None, rounds=1)
     lost = weight.double() - dequantize_weight(found.codes, found.scale, INT4).double()
@@ -36,7 +37,7 @@ def test_one_round_reaches_the_eckart_young_bound_of_what_the_codes_lost(shape, 
 
 
 def test_more_rounds_and_more_rank_never_make_it_worse():
-    weight, gram = some(48, 64).float(), gram_of(64)
+    weight, gram = gaussian64(48, 64).float(), gram_of(64)
     metric = Metric(Gram(gram))
     errors = [
         [quantize_with_correction(weight, rank, INT4, metric, gram, rounds=n).relative_error for n in (1, 3)]
@@ -48,7 +49,7 @@ def test_more_rounds_and_more_rank_never_make_it_worse():
 
 
 def test_factors_correct_what_an_outlier_does_to_its_group():
-    weight = some(32, 32).float() / 100
+    weight = gaussian64(32, 32).float() / 100
     weight[:, 3] += 1.0  # every group with column 3 loses its small elements
     plain = dequantize_weight(*quantize_weight(weight, INT4), INT4)
     found = quantize_with_correction(weight, 8, INT4)
@@ -57,7 +58,7 @@ def test_factors_correct_what_an_outlier_does_to_its_group():
 
 
 def test_the_spectrum_predicts_one_round_at_every_rank():
-    weight, gram = some(24, 32).float(), gram_of(32)
+    weight, gram = gaussian64(24, 32).float(), gram_of(32)
     metric = Metric(Gram(gram))
     predicted = correction_error_curve(weight, rounding_error_of(weight, INT4, gram), metric)
     smooth_scale = smooth_scale_of(weight, gram.diagonal())
@@ -70,7 +71,7 @@ def test_the_spectrum_predicts_one_round_at_every_rank():
 
 
 def test_int8_loses_less_than_int4():
-    weight = some(64, 48).float()
+    weight = gaussian64(64, 48).float()
     shares = [weight_quantization_error(weight, rounding_error_of(weight, s), s) for s in (INT8, INT4)]
     assert 0 < shares[0] < 0.1 * shares[1] < 0.01
 

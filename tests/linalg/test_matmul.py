@@ -1,4 +1,4 @@
-"""`products`: the same numbers, derivatives and transforms, whichever library computes them."""
+"""Products: the same numbers, derivatives and transforms, whichever library computes them."""
 
 import pytest
 import torch

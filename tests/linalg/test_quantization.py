@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from gaussians import SCHEMES
 from hypothesis import given
 from hypothesis import strategies as st
 from random_tensors import gaussian
 
 from lowrank.errors import WeightError
 from lowrank.linalg import Scheme, dequantize_weight, quantize_weight
+
+SCHEMES = [Scheme("int8"), Scheme("int4"), Scheme("int4", 8)]
 
 
 def relative(weight, scheme, moments=None):

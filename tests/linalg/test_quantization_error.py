@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from corrections import INT4, INT8, gram_of, some
+from corrections import INT4, INT8, gram_of
+from random_tensors import gaussian64
 
 from lowrank.linalg import (
     Gram,
@@ -16,7 +17,7 @@ from lowrank.linalg import (
 
 @pytest.mark.parametrize("scheme", [INT4, INT8], ids=["int4", "int8"])
 def test_the_noise_of_factors_is_what_coding_them_does(scheme):
-    weight, gram = some(64, 48).float(), gram_of(48)
+    weight, gram = gaussian64(64, 48).float(), gram_of(48)
     metric = Metric(Gram(gram))
     predicted = factors_quantization_error(weight, 16, scheme, metric, gram)
     # An oracle from the definition: code the rotated factors, measure on sampled inputs.

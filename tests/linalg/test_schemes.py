@@ -1,11 +1,12 @@
 """Storage schemes: what they hold, and which are refused."""
 
 import pytest
-from gaussians import SCHEMES
 from random_tensors import gaussian
 
 from lowrank.errors import SchemeError
 from lowrank.linalg import Scheme, quantize_weight
+
+SCHEMES = [Scheme("int8"), Scheme("int4"), Scheme("int4", 8)]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)

@@ -1,4 +1,4 @@
-"""Fixtures that several test files share."""
+"""A quantized layer in each scheme."""
 
 import pytest
 from random_layers import SCHEMES

@@ -1,4 +1,4 @@
-"""Layers with integer weights: outputs, state, copies, dtypes, gradients, compilers."""
+"""Modules with integer weights: their state, copies, threads, and rows that are looked up."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""Budgets and plans are plain data: frozen, printable, editable, and JSON in both directions."""
+"""A plan is plain data: frozen, edited by hand, and refused where it contradicts itself."""
 
 import ast
 import dataclasses

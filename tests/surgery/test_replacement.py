@@ -1,4 +1,4 @@
-"""Replacing layers: everything is validated first, and what the user set on a layer stays."""
+"""Replacing layers: only what is planned changes, and dense weights are freed one by one."""
 
 import gc
 import weakref
