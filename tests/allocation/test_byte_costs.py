@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tied_tables import are_one, batches_of, built, llama, logits
+from saved_models import built
+from tied_tables import are_one, batches_of, llama, logits
 
 import lowrank
 from lowrank import (

@@ -5,7 +5,8 @@ import copy
 import pytest
 from bert_outputs import QUERY
 from closeness import SUMS32
-from tied_tables import built, llama
+from saved_models import built
+from tied_tables import llama
 
 import lowrank
 from lowrank import (

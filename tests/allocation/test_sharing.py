@@ -6,13 +6,11 @@ import json
 import pytest
 import torch
 from closeness import LAYERS32, ROOTS64, SUMS32, agreement
+from sharing_models import bert, changed, hidden, ids, llama
 from transformers import (
     AutoModel,
-    BertConfig,
     BertForSequenceClassification,
     BertModel,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 
 import lowrank
@@ -21,31 +19,9 @@ from lowrank.nn import LowRankLinear
 from lowrank.plans.plan import Plan
 
 
-def bert(cls=BertModel):
-    torch.manual_seed(0)
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
-    return cls(BertConfig(vocab_size=100, max_position_embeddings=32, **size)).eval()
-
-
-def llama():
-    torch.manual_seed(0)
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=100, num_key_value_heads=2, **size)).eval()
-
-
-def ids(count=8, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [{"input_ids": torch.randint(100, (2, 16), generator=generator)} for _ in range(count)]
-
-
 @pytest.fixture(params=[bert, llama], ids=["bert", "llama"])
 def model(request):
     return request.param()
-
-
-def hidden(model):
-    with torch.no_grad():
-        return model(**ids(1, seed=9)[0])[0]
 
 
 def shared_names(decided: Plan) -> list[list[str]]:
@@ -225,14 +201,6 @@ def test_applying_again_changes_nothing(model):
     small = apply(model, decided, stats)
     before = hidden(small)
     assert torch.equal(hidden(apply(small, decided, stats)), before)
-
-
-def changed(decided: Plan, name: str, **fields) -> Plan:
-    data = decided.to_dict()
-    for layer in data["layers"]:
-        if layer["name"] == name:
-            layer.update(fields)
-    return Plan.from_dict(data)
 
 
 @pytest.mark.parametrize(

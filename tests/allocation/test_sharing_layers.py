@@ -1,20 +1,19 @@
 """`share="layers"`: adjacent blocks of one role share a basis, where that is better."""
 
 import copy
+import functools
 import gc
 import json
 import weakref
 
 import pytest
+import sharing_models
 import torch
 from closeness import CANCELLED32, LAYERS32, SUMS32
+from sharing_models import changed, hidden, ids
 from transformers import (
     AutoModel,
-    BertConfig,
     BertForSequenceClassification,
-    BertModel,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 
 import lowrank
@@ -34,42 +33,14 @@ from lowrank.nn import LowRankLinear
 from lowrank.nn.shared import results
 from lowrank.plans.plan import Plan
 
+bert = functools.partial(sharing_models.bert, blocks=4)
+llama = functools.partial(sharing_models.llama, blocks=4)
 QUERY = "encoder.layer.{}.attention.self.query"
-
-
-def bert(cls=BertModel, blocks=4, alike=0.0):
-    """A small BERT; with ``alike`` the weights of its blocks have that much in common."""
-    torch.manual_seed(0)
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": blocks}
-    model = cls(BertConfig(vocab_size=100, max_position_embeddings=32, **size)).eval()
-    base = model if cls is BertModel else model.bert
-    first = dict(base.encoder.layer[0].named_parameters())
-    for block in base.encoder.layer[1:]:
-        for name, parameter in block.named_parameters():
-            if parameter.ndim == 2:
-                parameter.data.lerp_(first[name].data, alike)
-    return model
-
-
-def llama():
-    torch.manual_seed(0)
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 4}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=100, num_key_value_heads=2, **size)).eval()
-
-
-def ids(count=8, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [{"input_ids": torch.randint(100, (2, 16), generator=generator)} for _ in range(count)]
 
 
 @pytest.fixture(params=[bert, llama], ids=["bert", "llama"])
 def model(request):
     return request.param()
-
-
-def hidden(model):
-    with torch.no_grad():
-        return model(**ids(1, seed=9)[0])[0]
 
 
 def blocks_of(decided: Plan) -> set[tuple[int, ...]]:
@@ -276,14 +247,6 @@ def test_a_plan_can_be_edited_by_hand():
     small = apply(copy.deepcopy(model), edited, stats)
     assert report(small).parameters == sum(p.numel() for p in small.parameters())
     assert torch.equal(hidden(apply(small, edited, stats)), hidden(small))
-
-
-def changed(decided: Plan, name: str, **fields) -> Plan:
-    data = decided.to_dict()
-    for layer in data["layers"]:
-        if layer["name"] == name:
-            layer.update(fields)
-    return Plan.from_dict(data)
 
 
 @pytest.mark.parametrize(

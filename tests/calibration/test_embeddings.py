@@ -6,7 +6,8 @@ import json
 import pytest
 import torch
 from closeness import LAYERS32
-from tied_tables import FAMILIES, IDS, ROWS, batches_of, built, llama
+from saved_models import built
+from tied_tables import FAMILIES, IDS, ROWS, batches_of, llama
 
 import lowrank
 from lowrank import (

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from random_tensors import gaussian
-from tied_tables import FAMILIES, built
+from saved_models import built
+from tied_tables import FAMILIES
 from torch import nn
 
 import lowrank

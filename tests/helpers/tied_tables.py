@@ -45,11 +45,6 @@ HOW = ("factors", "int8", "int4", "factors+int8", "factors+int4")
 every_way = pytest.mark.parametrize("how", HOW)
 
 
-def built(build) -> nn.Module:
-    torch.manual_seed(0)
-    return build().eval()
-
-
 def made_small(model: nn.Module, table: str, how: str) -> nn.Module:
     if not how.startswith("factors"):
         return quantize(model, how)

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from tied_tables import IDS, ROWS, are_one, built, every_family, every_way, logits, made_small, masked_lm
+from saved_models import built
+from tied_tables import IDS, ROWS, are_one, every_family, every_way, logits, made_small, masked_lm
 
 import lowrank
 from lowrank import (

@@ -8,7 +8,8 @@ import pytest
 import torch
 from bert_states import assert_untouched, dense_weights, frobenius_errors, snapshot
 from closeness import LAYERS32, SUMS32
-from tied_tables import built, every_family, every_way, llama, logits, made_small
+from saved_models import built
+from tied_tables import every_family, every_way, llama, logits, made_small
 from torch import nn
 
 import lowrank

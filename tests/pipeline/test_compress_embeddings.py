@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 import transformers
+from saved_models import built
 from tied_tables import (
     FAMILIES,
     IDS,
     ROWS,
     are_one,
     batches_of,
-    built,
     every_family,
     every_way,
     llama,
