@@ -46,7 +46,7 @@ def test_falcon_bloom_and_t5_are_compressed_saved_loaded_and_dense_again(family,
             left, _, right = torch.linalg.svd(module.weight.data, full_matrices=False)
             module.weight.data = left[:, :4] @ right[:4]
     exact = model(**batch).logits
-    assert (exact - before).norm() > 0.1 * before.norm()  # rank 4 is another model
+    assert (exact - before).norm() > 0.01 * before.norm()  # a hundred times what may be lost below
     lowrank.compress(model, rank=4)
     small = model(**batch).logits
     assert torch.allclose(small, exact, atol=LAYERS32 * exact.abs().max().item())
