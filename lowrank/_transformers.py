@@ -38,10 +38,10 @@ def load_plugin() -> ModuleType:
 def watch() -> None:
     """Load `lowrank.hf` now, or as soon as ``transformers.modeling_utils`` has been imported."""
     if plugin() is None:
-        sys.meta_path.insert(0, _Finder())
+        sys.meta_path.insert(0, PluginFinder())
 
 
-class _Finder:
+class PluginFinder:
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:

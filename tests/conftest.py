@@ -4,12 +4,21 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import os
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_folders import build_mlp, compressed
+from command_line import Result
 from hypothesis import settings
+from random_tensors import gaussian
 from torch import Tensor, nn
+
+import lowrank
+from lowrank import calibrate, cli
 
 # The same examples in every run: a red test is a change of the code, never of the dice.
 settings.register_profile("lowrank", deadline=None, derandomize=True, max_examples=40)
@@ -52,3 +61,44 @@ def matrix_with() -> Callable[..., Tensor]:
         return orthonormal(rows) * values @ orthonormal(columns).T
 
     return make
+
+
+@pytest.fixture
+def mlp_folder(tmp_path: Path) -> Path:
+    """A folder with a compressed MLP."""
+    return lowrank.save(compressed(build_mlp), tmp_path / "small")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Call the program in this process, as the `lowrank` script does."""
+
+    def call(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["lowrank", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return Result(code, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def bert_stats(tiny_bert):
+    generator = torch.Generator().manual_seed(0)
+    data = [{"input_ids": torch.randint(99, (4, 24), generator=generator)} for _ in range(8)]
+    return lowrank.calibrate(tiny_bert, data)
+
+
+@pytest.fixture
+def mlp_stats(mlp):
+    return calibrate(mlp, [gaussian(60, 64, seed=i) * torch.logspace(0, -2, 64) for i in range(8)])
+
+
+@pytest.fixture
+def data():
+    return [gaussian(50, 64, seed=i) + 0.3 for i in range(4)]

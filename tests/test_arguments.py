@@ -343,9 +343,8 @@ def test_every_public_function_is_tried():
     ids=["large", "bool", "nan", "huge", "zero", "flag", "path", "choice", "function", "element", "device"],
 )
 def test_an_error_says_the_argument_its_value_and_what_to_give(check, value, message):
-    with pytest.raises(LowRankError) as error:
+    with pytest.raises(LowRankError, match=f"^{re.escape(message)}"):
         check("x", value)
-    assert str(error.value).startswith(message)
 
 
 def test_numbers_of_numpy_are_numbers():

@@ -42,7 +42,7 @@ print([type(finder).__name__ for finder in sys.meta_path])
     assert done.returncode == 0, done.stderr
     layer, finders = done.stdout.splitlines()[-2:]
     assert layer == "LowRankLinear"
-    assert "_Finder" not in finders
+    assert "PluginFinder" not in finders
 
 
 def test_a_conv1d_of_transformers_is_known_without_its_models():

@@ -47,7 +47,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return torch.nn.functional.linear(input, weight, bias)
     if _trained(input, weight, bias):
         return _Differentiable.apply(input, weight, bias)  # type: ignore[no-any-return,no-untyped-call]
-    return _unseen(input, weight, bias) if is_compiled() else _by_onednn(input, weight, bias)
+    return linear_unseen(input, weight, bias) if is_compiled() else _by_onednn(input, weight, bias)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def _by_onednn(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @torch.library.custom_op(
     "lowrank::linear", mutates_args=(), schema="(Tensor input, Tensor weight, Tensor? bias) -> Tensor"
 )
-def _unseen(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear_unseen(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Multiply as `_by_onednn` does, in compiled graphs.
 
     The compiler would take oneDNN's operator for one of its own, of packed weights.
@@ -94,14 +94,14 @@ def _unseen(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _by_onednn(input, weight, bias)
 
 
-@_unseen.register_fake
+@linear_unseen.register_fake
 def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return input.new_empty(*input.shape[:-1], weight.shape[0])
 
 
 def _faster_by_onednn(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return bool(
-        _AVAILABLE
+        AVAILABLE
         and input.dtype == weight.dtype == torch.float32
         and input.device.type == weight.device.type == "cpu"
         and type(input) is Tensor
@@ -166,4 +166,5 @@ def _available() -> bool:
     return capable and torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-_AVAILABLE = _available()
+AVAILABLE = _available()
+"""Whether oneDNN's product is there, and faster than PyTorch's own."""

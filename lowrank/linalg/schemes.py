@@ -95,13 +95,13 @@ class StorageScheme:
         return bool(scale.isfinite().all())
 
 
-_SCHEMES: dict[str, StorageScheme] = {}
+STORAGE_SCHEMES: dict[str, StorageScheme] = {}
 _FAMILIES: list[Callable[[str], StorageScheme | None]] = []
 
 
 def register_storage_scheme(scheme: StorageScheme) -> None:
     """Let ``quantize=`` and checkpoints name ``scheme``; call it before loading a checkpoint that has it."""
-    _SCHEMES[scheme.name] = scheme
+    STORAGE_SCHEMES[scheme.name] = scheme
 
 
 def register_scheme_family(named: Callable[[str], StorageScheme | None]) -> None:
@@ -115,7 +115,7 @@ def _of_a_family(name: str) -> StorageScheme | None:
 
 
 def _known(name: str) -> StorageScheme | None:
-    return _SCHEMES.get(name) or _of_a_family(name)
+    return STORAGE_SCHEMES.get(name) or _of_a_family(name)
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Scheme:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or _known(self.name) is None:
-            known = " and ".join(map(repr, _SCHEMES))
+            known = " and ".join(map(repr, STORAGE_SCHEMES))
             raise SchemeError(f"quantize={self.name!r}: known schemes are {known}.")
         if not self.storage.grouped:
             if self.group_size is not None:

@@ -118,7 +118,7 @@ def fewest_integer_rows(rows: int, columns: int, device: torch.device) -> int | 
         return None
     if device.type == "cuda" and rows % 8 == columns % 8 == 0:
         return max(1, -(-FEWEST_ON_CUDA // (rows * columns)))
-    return 1 if device.type == "cpu" and _INTEGERS else None
+    return 1 if device.type == "cpu" and INTEGERS else None
 
 
 def why_no_int4_kernel(rows: int, columns: int, group_size: int, device: torch.device) -> str | None:
@@ -240,6 +240,8 @@ def _has_integers() -> bool:
     return torch._C._has_mkldnn and bool(getattr(torch.cpu, "_is_vnni_supported", lambda: False)())
 
 
-_INTEGERS = _has_integers()
+INTEGERS = _has_integers()
+"""Whether this processor multiplies integers exactly."""
+
 _CAPABILITY = torch.backends.cpu.get_cpu_capability()
 _BLOCK = 64 if _CAPABILITY.startswith("AVX512") else 32  # rows

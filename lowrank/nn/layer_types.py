@@ -65,7 +65,7 @@ class LayerType:
         layer = self.build(weight.shape[1], weight.shape[0], bias is not None)
         stored = weight.T.contiguous() if self.transposed else weight
         layer.weight = nn.Parameter(stored)
-        layer.register_parameter("bias", bias)
+        layer.bias = bias  # type: ignore[assignment]  # also where the class has a plain None there
         return layer
 
 

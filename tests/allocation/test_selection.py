@@ -1,122 +1,19 @@
 """Budgets become ranks: against brute force, and with every promise checked on the factors."""
 
-import itertools
-import re
-
-import numpy as np
 import pytest
 import torch
+from closeness import ROOTS64
+from drafts import drafted, select, weight
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lowrank import compress, plan, quantize
-from lowrank.allocation.selection import select as select_ranks
-from lowrank.allocation.solver import Curve, allocate
+from lowrank import compress, plan
 from lowrank.config import CompressionConfig
 from lowrank.errors import BudgetError, LowRankError, RankError, TargetError
 from lowrank.linalg import error_curve
 from lowrank.plans.layer_plan import LayerPlan
 from lowrank.plans.plan import Plan
-
-
-def weight(rows: int, columns: int, decay: float = 0.5, seed: int = 0) -> torch.Tensor:
-    """A random weight whose singular values fall off, the faster the larger ``decay``."""
-    generator = torch.Generator().manual_seed(seed)
-    gaussian = torch.randn(rows, columns, generator=generator)
-    return gaussian * torch.arange(1.0, columns + 1) ** -decay
-
-
-def select(draft: Plan, budget: dict, error_curves: dict, **options: object) -> Plan:
-    return select_ranks(draft, CompressionConfig(**budget, **options), error_curves)
-
-
-def drafted(**weights: torch.Tensor) -> tuple[Plan, dict]:
-    """A plan without ranks for these weights, and their error curves; no model is needed."""
-    layers = tuple(LayerPlan(name, "linear", w.shape[1], w.shape[0], True) for name, w in weights.items())
-    return Plan("Model", layers), {name: error_curve(w) for name, w in weights.items()}
-
-
-@st.composite
-def convex_curves(draw: st.DrawFn, equal_costs: bool = False) -> list[Curve]:
-    """Up to four curves of up to six choices, each step gaining less per parameter than the last."""
-    curves = []
-    for _ in range(draw(st.integers(1, 4))):
-        steps = draw(st.integers(0, 5))
-        gaps = (
-            [10] * steps
-            if equal_costs
-            else draw(st.lists(st.integers(1, 30), min_size=steps, max_size=steps))
-        )
-        slopes = draw(st.lists(st.floats(0.01, 10), min_size=steps, max_size=steps))
-        gains = np.array(sorted(slopes, reverse=True)) * gaps
-        start = draw(st.integers(1, 20))
-        curves.append(
-            Curve(
-                costs=start + np.concatenate([[0], np.cumsum(gaps)]).astype(int),
-                losses=np.append(np.cumsum(gains[::-1])[::-1], 0.0),
-            )
-        )
-    return curves
-
-
-def totals(curves: list[Curve], choices: tuple[int, ...] | list[int]) -> tuple[float, float]:
-    pairs = list(zip(curves, choices, strict=True))
-    return sum(float(c.costs[i]) for c, i in pairs), sum(float(c.losses[i]) for c, i in pairs)
-
-
-def brute_force(curves: list[Curve], budget: float) -> float:
-    every = itertools.product(*[range(len(curve.costs)) for curve in curves])
-    results = [totals(curves, choices) for choices in every]
-    return min(loss for cost, loss in results if cost <= budget)
-
-
-def budget_within(curves: list[Curve], share: float) -> float:
-    least, most = totals(curves, [0] * len(curves))[0], sum(float(c.costs[-1]) for c in curves)
-    return least + share * (most - least)
-
-
-@given(curves=convex_curves(), share=st.floats(0, 1))
-def test_on_convex_curves_the_loss_is_within_one_step_of_the_optimum(curves, share):
-    budget = budget_within(curves, share)
-    cost, loss = totals(curves, allocate(curves, budget))
-    step = max((float(-np.diff(c.losses).min()) for c in curves if len(c.losses) > 1), default=0.0)
-    assert cost <= budget
-    assert loss <= brute_force(curves, budget) + step + 1e-9
-
-
-@given(curves=convex_curves(equal_costs=True), share=st.floats(0, 1))
-def test_where_every_step_costs_the_same_the_optimum_is_found(curves, share):
-    budget = budget_within(curves, share)
-    _, loss = totals(curves, allocate(curves, budget))
-    assert loss == pytest.approx(brute_force(curves, budget), rel=1e-9, abs=1e-9)
-
-
-@given(
-    data=st.data(),
-    share=st.floats(0, 1),
-    sizes=st.lists(st.integers(1, 6), min_size=1, max_size=4),
-)
-def test_on_any_curves_the_budget_holds_and_no_step_that_fits_is_left(data, share, sizes):
-    curves = []
-    for size in sizes:
-        gaps = data.draw(st.lists(st.integers(1, 30), min_size=size, max_size=size))
-        losses = data.draw(st.lists(st.floats(0.01, 100), min_size=size, max_size=size, unique=True))
-        losses = np.array([*sorted(losses, reverse=True)[:-1], 0.0])
-        curves.append(Curve(np.cumsum(gaps), losses))
-    budget = budget_within(curves, share)
-    choices = allocate(curves, budget)
-    cost, loss = totals(curves, choices)
-    assert cost <= budget
-    for number, choice in enumerate(choices):
-        for better in range(choice + 1, sizes[number]):
-            other = totals(curves, [better if i == number else c for i, c in enumerate(choices)])
-            assert other[0] > budget or other[1] >= loss
-
-
-def test_an_empty_problem_has_an_empty_answer():
-    assert allocate([], 10) == []
-
 
 layer_shapes = st.tuples(st.integers(8, 40), st.integers(8, 40), st.floats(0, 1.5))
 
@@ -209,14 +106,15 @@ def test_error_takes_the_smallest_rank_that_meets_it_or_says_why_not(bound, deca
     draft, error_curves = drafted(a=weight(rows, columns, decay))
     values = torch.linalg.svdvals(weight(rows, columns, decay).double())
     errors = [float(values[k:].norm() / values.norm()) for k in range(len(values) + 1)]
-    needed = next(k for k in range(1, len(errors)) if errors[k] <= bound)
+    room = 1 + CompressionConfig(error=bound).tolerance  # for what the solver may lose beside the optimum
+    needed = next(k for k in range(1, len(errors)) if errors[k] <= bound / room)
     if needed > draft["a"].break_even_rank:
         with pytest.raises(BudgetError, match=f"needs rank {needed}, which would not save parameters"):
             select(draft, {"error": bound}, error_curves, round_to=1)
     else:
         layer = select(draft, {"error": bound}, error_curves, round_to=1)["a"]
         assert layer.rank == needed
-        assert layer.relative_error == pytest.approx(errors[needed], rel=1e-6, abs=1e-7)
+        assert layer.relative_error == pytest.approx(errors[needed], rel=ROOTS64, abs=ROOTS64)
 
 
 def relative_errors(model: nn.Module, dense: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -317,86 +215,6 @@ def test_a_rank_above_a_named_layer_is_an_error_with_its_range(mlp, how):
     message = r"2: rank 65 is above min\(out, in\) = 64 of the weight \(out=64, in=96\).* up to 38"
     with pytest.raises(RankError, match=message):
         plan(mlp, **request)
-
-
-@pytest.mark.parametrize(
-    ("budget", "reason", "advice"),
-    [
-        (
-            {"rank": 60},
-            "rank 60 would not save parameters (the largest that does: 38)",
-            "Use a smaller rank.",
-        ),
-        (
-            {"error": 0.001},
-            "error=0.001 needs rank 64, which would not save parameters",
-            "Allow a larger error.",
-        ),
-        (
-            {"energy": 0.99999},
-            "energy=0.99999 needs rank 64, which would not save parameters",
-            "Retain less energy.",
-        ),
-    ],
-    ids=["rank", "error", "energy"],
-)
-def test_a_budget_that_changes_nothing_names_a_layer_the_reason_and_what_to_do(mlp, budget, reason, advice):
-    with pytest.raises(BudgetError, match=re.escape(reason)) as caught:
-        plan(mlp, **budget)
-    assert "no layer of Sequential would change" in str(caught.value)
-    assert "\n  0: " in str(caught.value)
-    assert advice in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "budget",
-    [
-        {"keep": 0.5},
-        {"keep": 0.5, "allocation": "uniform", "round_to": 1, "quantize": "int8"},
-        {"rank": 4, "quantize": "int8"},
-        {"energy": 0.9},
-        {"max_bytes": 10_000, "allocation": "uniform"},
-        {"speedup": 1.1, "inputs": torch.randn(2, 64)},
-    ],
-    ids=["keep", "uniform", "rank", "energy", "max-bytes", "speedup"],
-)
-@pytest.mark.parametrize("made", [plan, compress], ids=["plan", "compress"])
-def test_where_no_layer_is_left_every_budget_is_refused(mlp, made, budget):
-    quantize(mlp)
-    with pytest.raises(BudgetError, match="no layer of Sequential would change") as caught:
-        made(mlp, **budget)
-    assert "0: is quantized already (int8); decompress(model) undoes that" in str(caught.value)
-    assert "Call decompress(model) first" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("shapes", "round_to"),
-    [
-        ([(64, 96), (96, 64)], 8),
-        ([(16, 100)], 2),  # the fraction needed is 0.145 exactly, and 0.145 · 1600 < 232 in floating point
-        ([(16, 100)], 4),
-        ([(33, 77), (128, 40)], 3),
-        ([(12, 12), (200, 200)], 8),
-    ],
-    ids=["mlp", "exact-thousandth", "exact-hundredth", "odd", "mixed"],
-)
-def test_the_keep_that_an_error_proposes_is_feasible_and_nearly_the_least(shapes, round_to):
-    weights = {f"layer{i}": weight(*shape, seed=i) for i, shape in enumerate(shapes)}
-    draft, error_curves = drafted(**weights)
-    with pytest.raises(BudgetError, match=r"Use keep=[\d.]+ or more, or a smaller round_to") as caught:
-        select(draft, {"keep": 0.001}, error_curves, round_to=round_to)
-    proposed = float(re.search(r"Use keep=([\d.]+) or", str(caught.value))[1])
-    assert select(draft, {"keep": proposed}, error_curves, round_to=round_to).kept_fraction <= proposed
-    with pytest.raises(BudgetError, match="but the smallest ranks"):
-        select(draft, {"keep": proposed - 0.0021}, error_curves, round_to=round_to)
-
-
-def test_keep_on_layers_too_small_to_shrink_does_not_propose_a_keep_that_is_refused():
-    draft, error_curves = drafted(layer=weight(10, 10))
-    with pytest.raises(BudgetError) as caught:
-        select(draft, {"keep": 0.5}, error_curves, round_to=8)
-    for proposed in re.findall(r"Use keep=([\d.]+)", str(caught.value)):
-        CompressionConfig(keep=float(proposed)).budget  # noqa: B018
 
 
 def test_a_layer_of_zeros_costs_the_allocator_nothing():

@@ -5,14 +5,12 @@ import json
 
 import pytest
 import torch
-from closeness import agreement
+from closeness import LAYERS32, ROOTS64, SUMS32, agreement
+from sharing_models import bert, changed, hidden, ids, llama
 from transformers import (
     AutoModel,
-    BertConfig,
     BertForSequenceClassification,
     BertModel,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 
 import lowrank
@@ -21,31 +19,9 @@ from lowrank.nn import LowRankLinear
 from lowrank.plans.plan import Plan
 
 
-def bert(cls=BertModel):
-    torch.manual_seed(0)
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
-    return cls(BertConfig(vocab_size=100, max_position_embeddings=32, **size)).eval()
-
-
-def llama():
-    torch.manual_seed(0)
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=100, num_key_value_heads=2, **size)).eval()
-
-
-def ids(count=8, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [{"input_ids": torch.randint(100, (2, 16), generator=generator)} for _ in range(count)]
-
-
 @pytest.fixture(params=[bert, llama], ids=["bert", "llama"])
 def model(request):
     return request.param()
-
-
-def hidden(model):
-    with torch.no_grad():
-        return model(**ids(1, seed=9)[0])[0]
 
 
 def shared_names(decided: Plan) -> list[list[str]]:
@@ -69,12 +45,12 @@ def test_the_planned_error_is_that_of_the_factors(model, metric):
     assert len(decided.shared) > 1
     for layer in decided.factorized:
         module, dense = small.get_submodule(layer.name), model.get_submodule(layer.name)
-        assert module.relative_error == pytest.approx(layer.relative_error, rel=1e-6)
+        assert module.relative_error == pytest.approx(layer.relative_error, rel=ROOTS64)
         if metric in ("weight", "inputs"):
             lost = (dense.weight - module.dense_weight()).detach().double()
             side = stats.metric(layer.name, metric, layer.has_bias).inputs
             error = side.times_root(lost).norm() / side.times_root(dense.weight.detach().double()).norm()
-            assert float(error) == pytest.approx(layer.relative_error, rel=1e-4)
+            assert float(error) == pytest.approx(layer.relative_error, rel=LAYERS32)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +144,7 @@ def test_training_and_decompressing_go_on(model):
     optimizer.step()
     after = hidden(small)
     assert not torch.equal(after, before)
-    torch.testing.assert_close(hidden(lowrank.decompress(small)), after, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(hidden(lowrank.decompress(small)), after, rtol=LAYERS32, atol=SUMS32)
 
 
 def test_a_plan_can_be_edited_by_hand(model):
@@ -225,14 +201,6 @@ def test_applying_again_changes_nothing(model):
     small = apply(model, decided, stats)
     before = hidden(small)
     assert torch.equal(hidden(apply(small, decided, stats)), before)
-
-
-def changed(decided: Plan, name: str, **fields) -> Plan:
-    data = decided.to_dict()
-    for layer in data["layers"]:
-        if layer["name"] == name:
-            layer.update(fields)
-    return Plan.from_dict(data)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +277,7 @@ def test_lora_on_a_shared_factor_reaches_every_layer_and_merges():
     )
     adapted.eval()
     before = hidden(adapted)
-    torch.testing.assert_close(hidden(adapted.merge_and_unload()), before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(hidden(adapted.merge_and_unload()), before, rtol=LAYERS32, atol=SUMS32)
 
 
 def test_symbolic_tracing_sees_plain_products():

@@ -1,19 +1,19 @@
 """`share="layers"`: adjacent blocks of one role share a basis, where that is better."""
 
 import copy
+import functools
 import gc
 import json
 import weakref
 
 import pytest
+import sharing_models
 import torch
+from closeness import CANCELLED32, LAYERS32, SUMS32
+from sharing_models import changed, hidden, ids
 from transformers import (
     AutoModel,
-    BertConfig,
     BertForSequenceClassification,
-    BertModel,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 
 import lowrank
@@ -33,42 +33,14 @@ from lowrank.nn import LowRankLinear
 from lowrank.nn.shared import results
 from lowrank.plans.plan import Plan
 
+bert = functools.partial(sharing_models.bert, blocks=4)
+llama = functools.partial(sharing_models.llama, blocks=4)
 QUERY = "encoder.layer.{}.attention.self.query"
-
-
-def bert(cls=BertModel, blocks=4, alike=0.0):
-    """A small BERT; with ``alike`` the weights of its blocks have that much in common."""
-    torch.manual_seed(0)
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": blocks}
-    model = cls(BertConfig(vocab_size=100, max_position_embeddings=32, **size)).eval()
-    base = model if cls is BertModel else model.bert
-    first = dict(base.encoder.layer[0].named_parameters())
-    for block in base.encoder.layer[1:]:
-        for name, parameter in block.named_parameters():
-            if parameter.ndim == 2:
-                parameter.data.lerp_(first[name].data, alike)
-    return model
-
-
-def llama():
-    torch.manual_seed(0)
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 4}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=100, num_key_value_heads=2, **size)).eval()
-
-
-def ids(count=8, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [{"input_ids": torch.randint(100, (2, 16), generator=generator)} for _ in range(count)]
 
 
 @pytest.fixture(params=[bert, llama], ids=["bert", "llama"])
 def model(request):
     return request.param()
-
-
-def hidden(model):
-    with torch.no_grad():
-        return model(**ids(1, seed=9)[0])[0]
 
 
 def blocks_of(decided: Plan) -> set[tuple[int, ...]]:
@@ -102,6 +74,7 @@ def test_the_layers_reach_what_is_planned(model, metric):
     )
     for layer in decided.factorized:
         module, dense = small.get_submodule(layer.name), model.get_submodule(layer.name)
+        # As much as alternating was seen to gain: what it gains between two ranks is interpolated.
         assert module.relative_error == pytest.approx(layer.relative_error, rel=0.1)
         own = error_curve(dense.weight, stats.metric(layer.name, metric, layer.has_bias)).relative_error(3)
         assert module.relative_error > own - 1e-6
@@ -109,7 +82,7 @@ def test_the_layers_reach_what_is_planned(model, metric):
             side = stats.metric(layer.name, metric, layer.has_bias).inputs
             lost = side.times_root((dense.weight - module.dense_weight()).detach().double()).norm()
             norm = side.times_root(dense.weight.detach().double()).norm()
-            assert float(lost / norm) == pytest.approx(module.relative_error, rel=1e-3)
+            assert float(lost / norm) == pytest.approx(module.relative_error, rel=CANCELLED32)
 
 
 def test_without_data_the_weights_are_stacked(tmp_path):
@@ -121,7 +94,7 @@ def test_without_data_the_weights_are_stacked(tmp_path):
     best = (u[:, :4] * s[:4] @ v[:4]).split(32)
     for i in (0, 1):
         found = small.get_submodule(QUERY.format(i)).dense_weight()
-        torch.testing.assert_close(found, best[i] * norms[i], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, best[i] * norms[i], rtol=LAYERS32, atol=SUMS32)
     model.save_pretrained(tmp_path)
     asked = LowRankConfig(rank=4, share="layers", share_size=2)
     torch.testing.assert_close(
@@ -229,8 +202,8 @@ def test_training_copying_and_decompressing_go_on(model):
     assert not torch.equal(after, before) and torch.equal(hidden(twin), before)
     with torch.no_grad():
         compiled = torch.compile(small, backend="aot_eager")
-        torch.testing.assert_close(compiled(**ids(1, seed=9)[0])[0], after, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(hidden(lowrank.decompress(small)), after, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(compiled(**ids(1, seed=9)[0])[0], after, rtol=LAYERS32, atol=SUMS32)
+    torch.testing.assert_close(hidden(lowrank.decompress(small)), after, rtol=LAYERS32, atol=SUMS32)
 
 
 def test_gradients_of_a_shared_basis_are_the_sum_over_its_layers():
@@ -274,14 +247,6 @@ def test_a_plan_can_be_edited_by_hand():
     small = apply(copy.deepcopy(model), edited, stats)
     assert report(small).parameters == sum(p.numel() for p in small.parameters())
     assert torch.equal(hidden(apply(small, edited, stats)), hidden(small))
-
-
-def changed(decided: Plan, name: str, **fields) -> Plan:
-    data = decided.to_dict()
-    for layer in data["layers"]:
-        if layer["name"] == name:
-            layer.update(fields)
-    return Plan.from_dict(data)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from closeness import CANCELLED32
+from random_tensors import gaussian
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -11,33 +13,28 @@ from lowrank import Stats, StatsError, apply, calibrate, compress, plan
 from lowrank.errors import BudgetError, CheckpointError, PlanError
 
 
-def made(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture
-def stats(mlp):
-    return calibrate(mlp, [made(60, 64, seed=i) * torch.logspace(0, -2, 64) for i in range(8)])
-
-
-def test_they_survive_saving_and_loading_bit_for_bit(stats, tmp_path):
-    stats.save(tmp_path / "stats")
+def test_they_survive_saving_and_loading_bit_for_bit(mlp_stats, tmp_path):
+    mlp_stats.save(tmp_path / "stats")
     again = Stats.load(tmp_path / "stats")
-    assert again.fingerprint == stats.fingerprint
-    assert (again.sources, again.tokens, again.terms) == (stats.sources, stats.tokens, stats.terms)
-    assert again.held_out == stats.held_out
-    for name in stats.sources:
-        assert torch.equal(again.moments(name).products, stats.moments(name).products)
-        assert torch.equal(again.moments(name).total, stats.moments(name).total)
-        assert torch.equal(again.gradients[name].products, stats.gradients[name].products)
+    assert again.fingerprint == mlp_stats.fingerprint
+    assert (again.sources, again.tokens, again.terms) == (
+        mlp_stats.sources,
+        mlp_stats.tokens,
+        mlp_stats.terms,
+    )
+    assert again.held_out == mlp_stats.held_out
+    for name in mlp_stats.sources:
+        assert torch.equal(again.moments(name).products, mlp_stats.moments(name).products)
+        assert torch.equal(again.moments(name).total, mlp_stats.moments(name).total)
+        assert torch.equal(again.gradients[name].products, mlp_stats.gradients[name].products)
 
 
-def test_a_folder_with_files_is_not_overwritten_unasked(stats, tmp_path):
+def test_a_folder_with_files_is_not_overwritten_unasked(mlp_stats, tmp_path):
     (tmp_path / "mine").write_text("x")
     with pytest.raises(CheckpointError, match="not empty"):
-        stats.save(tmp_path)
-    stats.save(tmp_path, overwrite=True)
-    assert Stats.load(tmp_path).tokens == stats.tokens
+        mlp_stats.save(tmp_path)
+    mlp_stats.save(tmp_path, overwrite=True)
+    assert Stats.load(tmp_path).tokens == mlp_stats.tokens
 
 
 def edit(folder, change):
@@ -83,9 +80,9 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_damaged_files_are_refused_with_the_folder(stats, tmp_path, case):
+def test_damaged_files_are_refused_with_the_folder(mlp_stats, tmp_path, case):
     folder = tmp_path / "stats"
-    stats.save(folder)
+    mlp_stats.save(folder)
     damage, message = DAMAGE[case]
     damage(folder)
     with pytest.raises(StatsError, match=message) as caught:
@@ -93,29 +90,22 @@ def test_damaged_files_are_refused_with_the_folder(stats, tmp_path, case):
     assert str(folder) in str(caught.value)
 
 
-def test_statistics_of_another_model_are_refused(stats):
+def test_statistics_of_another_model_are_refused(mlp_stats):
     other = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64))
     before = other[0].weight.clone()
     with pytest.raises(StatsError, match="another model"):
-        compress(other, keep=0.5, stats=stats)
+        compress(other, keep=0.5, stats=mlp_stats)
     assert torch.equal(other[0].weight, before)
 
 
-def test_statistics_of_different_models_cannot_be_added(stats):
-    other = calibrate(nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64)), [made(4, 64)])
+def test_statistics_of_different_models_cannot_be_added(mlp_stats):
+    other = calibrate(nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64)), [gaussian(4, 64)])
     with pytest.raises(StatsError, match="cannot be added"):
-        stats + other
-
-
-def test_auto_takes_the_most_that_is_there(mlp, stats):
-    bare = calibrate(mlp, [made(60, 64)], loss=None)
-    assert plan(mlp, keep=0.5).metric == "weight"
-    assert plan(mlp, keep=0.5, stats=bare).metric == "inputs"
-    assert plan(mlp, keep=0.5, stats=stats).metric == "loss"
+        mlp_stats + other
 
 
 def test_a_metric_that_the_statistics_lack_is_refused(mlp):
-    bare = calibrate(mlp, [made(60, 64)], loss=None)
+    bare = calibrate(mlp, [gaussian(60, 64)], loss=None)
     with pytest.raises(BudgetError, match="no gradient of the loss reached it"):
         plan(mlp, keep=0.5, stats=bare, metric="loss")
     with pytest.raises(BudgetError, match="needs statistics"):
@@ -125,22 +115,22 @@ def test_a_metric_that_the_statistics_lack_is_refused(mlp):
 
 
 @pytest.mark.parametrize("metric", ["diagonal", "inputs", "loss"])
-def test_outputs_are_closer_than_those_of_the_weights_metric(mlp, stats, metric):
+def test_outputs_are_closer_than_those_of_the_weights_metric(mlp, mlp_stats, metric):
     import copy
 
-    inputs = made(500, 64, seed=77) * torch.logspace(0, -2, 64)
+    inputs = gaussian(500, 64, seed=77) * torch.logspace(0, -2, 64)
     target = mlp(inputs).detach()
 
     def error(model):
         return float((model(inputs) - target).detach().square().sum())
 
     plain = compress(copy.deepcopy(mlp), rank=12)
-    aware = compress(copy.deepcopy(mlp), rank=12, stats=stats, metric=metric)
+    aware = compress(copy.deepcopy(mlp), rank=12, stats=mlp_stats, metric=metric)
     assert error(aware) < 0.8 * error(plain)
 
 
 def test_the_bias_takes_up_the_mean_of_the_error(mlp):
-    data = [made(200, 64, seed=i) + 2 for i in range(8)]
+    data = [gaussian(200, 64, seed=i) + 2 for i in range(8)]
     dense = mlp(torch.cat(data)).detach()
     small = compress(mlp, rank=8, data=data, metric="inputs", targets=["2"])
     difference = (small(torch.cat(data)).detach() - dense).mean(0)
@@ -156,74 +146,32 @@ def test_a_bias_is_added_only_when_allowed_and_survives_saving(tmp_path, add_bia
         return nn.Sequential(nn.Linear(64, 96, bias=False), nn.GELU(), nn.Linear(96, 64))
 
     model = build()
-    data = [made(100, 64, seed=i) + 1 for i in range(4)]
+    data = [gaussian(100, 64, seed=i) + 1 for i in range(4)]
     small = compress(model, rank=8, data=data, add_bias=add_bias)
     assert (small[0].bias is not None) == add_bias
     lowrank.save(small, tmp_path / "small")
     again = lowrank.load(tmp_path / "small", build())
-    inputs = made(3, 64)
+    inputs = gaussian(3, 64)
     assert torch.equal(again(inputs), small(inputs))
 
 
-def test_a_layer_that_was_not_called_stays_dense_with_the_reason(mlp):
-    class Partly(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.used, self.unused = mlp, nn.Linear(64, 64)
-
-        def forward(self, x):
-            return self.used(x)
-
-    made_plan = plan(model := Partly(), keep=0.5, stats=calibrate(model, [made(50, 64)]))
-    assert made_plan["unused"].rank is None
-    assert made_plan["unused"].reason == "was not called during calibration"
-
-
-def test_apply_needs_the_statistics_that_the_plan_was_made_with(mlp, stats):
-    decided = plan(mlp, keep=0.5, stats=stats)
+def test_apply_needs_the_statistics_that_the_plan_was_made_with(mlp, mlp_stats):
+    decided = plan(mlp, keep=0.5, stats=mlp_stats)
     with pytest.raises(PlanError, match="pass stats="):
         apply(mlp, decided)
-    apply(mlp, decided, stats)
+    apply(mlp, decided, mlp_stats)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_predicted_errors_are_those_of_the_factors(mlp, dtype):
     mlp.to(dtype)
-    stats = calibrate(mlp, [made(60, 64, seed=i).to(dtype) for i in range(8)])
+    stats = calibrate(mlp, [gaussian(60, 64, seed=i).to(dtype) for i in range(8)])
     decided = plan(mlp, keep=0.5, stats=stats)
     apply(mlp, decided, stats)
     for layer in decided.factorized:
-        assert mlp.get_submodule(layer.name).relative_error == pytest.approx(layer.relative_error, rel=1e-3)
-
-
-def test_ten_budgets_need_no_further_forward_pass(mlp, stats, monkeypatch):
-    monkeypatch.setattr(nn.Sequential, "forward", lambda *_: pytest.fail("a forward pass"))
-    kept = [plan(mlp, keep=keep / 10, stats=stats).kept_fraction for keep in range(3, 10)]
-    assert kept == sorted(kept)
-
-
-@pytest.mark.parametrize("fraction", [0.6, 0.8])
-def test_max_bytes_is_met_by_the_whole_model(mlp, stats, fraction):
-    def size(model):
-        return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
-
-    limit = int(fraction * size(mlp))
-    compress(mlp, max_bytes=limit, stats=stats)
-    assert 0.8 * limit < size(mlp) <= limit
-
-
-def test_max_bytes_that_cannot_be_met_names_the_least(mlp, stats):
-    with pytest.raises(BudgetError, match=r"still needs [\d,]+ bytes"):
-        plan(mlp, max_bytes=1000, stats=stats)
-
-
-def test_plans_with_loss_survive_json(mlp, stats):
-    from lowrank import Plan
-
-    decided = plan(mlp, keep=0.5, stats=stats)
-    assert Plan.from_json(decided.to_json()) == decided
-    assert decided.loss_increase == pytest.approx(sum(layer.loss_increase for layer in decided.factorized))
-    assert "Predicted increase of the loss" in str(decided)
+        assert mlp.get_submodule(layer.name).relative_error == pytest.approx(
+            layer.relative_error, rel=CANCELLED32
+        )
 
 
 @pytest.mark.parametrize("widest", [80, 40], ids=["inputs-of-one-layer", "everything"])
@@ -231,7 +179,7 @@ def test_very_wide_layers_keep_diagonals_only_and_the_plan_says_so(mlp, monkeypa
     from lowrank.calibration import collector
 
     monkeypatch.setattr(collector, "WIDEST", widest)
-    data = [made(60, 64, seed=i) * torch.logspace(0, -2, 64) for i in range(8)]
+    data = [gaussian(60, 64, seed=i) * torch.logspace(0, -2, 64) for i in range(8)]
     stats = calibrate(mlp, data)
     assert stats.moments("2").products.shape == (96,)
     decided = plan(mlp, keep=0.5, stats=stats)
@@ -240,23 +188,11 @@ def test_very_wide_layers_keep_diagonals_only_and_the_plan_says_so(mlp, monkeypa
     apply(mlp, decided, stats)
 
 
-@pytest.mark.parametrize("budget", ["error", "energy", "rank"])
-def test_a_budget_that_nothing_meets_names_the_nearest_that_works(mlp, stats, budget):
-    import re
-
-    hopeless = {"error": 1e-6, "energy": 1 - 1e-9, "rank": 60}[budget]
-    with pytest.raises(BudgetError) as caught:
-        plan(mlp, stats=stats, **{budget: hopeless})
-    found = re.search(r"(?:error=|energy=|parameters is )([\d.]+\d)", str(caught.value).split("\n")[-1])
-    nearest = float(found[1]) if budget != "rank" else int(found[1])
-    assert plan(mlp, stats=stats, **{budget: nearest}).factorized
-
-
-def test_an_interrupted_apply_can_be_finished_with_the_same_statistics(mlp, stats, monkeypatch):
+def test_an_interrupted_apply_can_be_finished_with_the_same_statistics(mlp, mlp_stats, monkeypatch):
     from lowrank import LowRankLinear
     from lowrank.surgery import factorization
 
-    decided = plan(mlp, keep=0.5, stats=stats)
+    decided = plan(mlp, keep=0.5, stats=mlp_stats)
     real, calls = factorization.truncated_svd, []
 
     def interrupted(*args, **kwargs):
@@ -267,6 +203,6 @@ def test_an_interrupted_apply_can_be_finished_with_the_same_statistics(mlp, stat
 
     monkeypatch.setattr(factorization, "truncated_svd", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        apply(mlp, decided, stats)
-    apply(mlp, decided, stats)
+        apply(mlp, decided, mlp_stats)
+    apply(mlp, decided, mlp_stats)
     assert all(isinstance(mlp.get_submodule(layer.name), LowRankLinear) for layer in decided.factorized)

@@ -69,7 +69,7 @@ def test_the_hook_imports_next_to_nothing_when_python_starts(environment):
     done = environment.run("-c", show + "\nprint([type(f).__name__ for f in sys.meta_path][0])")
     *loaded, finder = done.stdout.split()
     assert done.stderr == ""
-    assert finder == "_Finder"
+    assert finder == "PluginFinder"
     assert set(loaded) - before <= {"importlib", "importlib.machinery", "importlib._bootstrap"} | {
         "importlib._bootstrap_external",
         "warnings",
@@ -86,7 +86,7 @@ def test_python_starts_without_a_word_when_the_library_is_gone(environment, tmp_
     environment.hook.write_text(gone)
     done = environment.run("-W", "error", "-c", "import sys; print(type(sys.meta_path[0]).__name__)")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "_Finder" not in done.stdout
+    assert "PluginFinder" not in done.stdout
 
 
 def test_an_import_of_lowrank_besides_changes_nothing(environment):
@@ -94,7 +94,7 @@ def test_an_import_of_lowrank_besides_changes_nothing(environment):
     code = """
 import sys, lowrank, transformers.modeling_utils as m
 print(type(m.__loader__).__name__, type(m.__spec__.loader).__name__)
-print("_Finder" in [type(finder).__name__ for finder in sys.meta_path], "lowrank.hf" in sys.modules)
+print("PluginFinder" in [type(finder).__name__ for finder in sys.meta_path], "lowrank.hf" in sys.modules)
 """
     done = environment.run("-c", code)
     assert done.stdout.split() == ["SourceFileLoader", "SourceFileLoader", "False", "True"], done.stderr

@@ -4,18 +4,16 @@ import inspect
 import typing
 
 import pytest
-import torch
 from click.testing import CliRunner
-from torch import nn
+from front_doors import OPTIONS, mlp
 from typer.main import get_command
 
 import lowrank
 from lowrank.cli.commands import app
-from lowrank.config import CompressionConfig, CompressionOptions, PlanOptions, RecoveryConfig, RecoveryOptions
-from lowrank.config.options import given_options, markdown_table, options_of, types_of
+from lowrank.config import CompressionConfig, PlanOptions, RecoveryConfig
+from lowrank.config.options import options_of
 from lowrank.errors import BudgetError, LowRankError, RankError, SchemeError, TargetError
 
-OPTIONS = {one.name: one for one in options_of(CompressionConfig)}
 DOORS = {
     "compress": lambda: set(inspect.signature(lowrank.compress).parameters),
     "plan": lambda: set(inspect.signature(lowrank.plan).parameters),
@@ -25,25 +23,12 @@ DOORS = {
 }
 
 
-def mlp() -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64))
-
-
 @pytest.mark.parametrize("door", DOORS)
 def test_every_front_door_has_every_option_or_the_definition_says_why_not(door):
     pytest.importorskip("transformers")
     lacks = {name for name, one in OPTIONS.items() if door.removeprefix("lowrank ") in one.missing}
     assert OPTIONS.keys() - DOORS[door]() == lacks
     assert all(one.missing[door] for one in OPTIONS.values() if door in one.missing)
-
-
-@pytest.mark.parametrize(
-    ("config", "options"), [(CompressionConfig, CompressionOptions), (RecoveryConfig, RecoveryOptions)]
-)
-def test_the_typed_dictionary_for_keywords_keeps_step_with_the_definition(config, options):
-    assert typing.get_type_hints(options) == types_of(config)
 
 
 def test_a_plan_takes_what_decides_something():
@@ -67,21 +52,6 @@ def test_the_help_of_the_command_line_is_that_of_the_definition(command):
     told = {one.name: one.help for one in get_command(app).commands[command].params if one.name in OPTIONS}
     assert told and all(told[name].startswith(OPTIONS[name].help) for name in told)
     assert CliRunner().invoke(get_command(app), [command, "--help"]).exit_code == 0
-
-
-def test_an_object_and_its_options_as_keywords_ask_for_the_same():
-    config = CompressionConfig(keep=0.5, round_to=4)
-    assert lowrank.plan(mlp(), config) == lowrank.plan(mlp(), keep=0.5, round_to=4)
-    by_object, by_options = lowrank.compress(mlp(), config), lowrank.compress(mlp(), keep=0.5, round_to=4)
-    x = torch.randn(3, 64)
-    assert torch.equal(by_object(x), by_options(x))
-
-
-def test_a_config_and_an_option_beside_it_are_refused():
-    with pytest.raises(LowRankError, match=r"either a CompressionConfig or round_to=, not both"):
-        lowrank.plan(mlp(), CompressionConfig(keep=0.5), round_to=4)
-    with pytest.raises(LowRankError, match=r"^config=0\.5: give a CompressionConfig"):
-        lowrank.plan(mlp(), 0.5)
 
 
 def test_an_option_that_a_front_door_lacks_is_refused_with_the_reason():
@@ -120,29 +90,3 @@ def test_a_config_has_one_budget():
         CompressionConfig(rank=8, keep=0.5).budget  # noqa: B018
     with pytest.raises(RankError, match=r"0 is not positive"):
         CompressionConfig(rank=0).budget  # noqa: B018
-
-
-def test_only_what_is_not_at_its_default_counts_as_given():
-    assert given_options(CompressionConfig(keep=0.5, round_to=8)) == {"keep": 0.5}
-
-
-def test_the_table_has_a_row_for_every_option():
-    rows = markdown_table(CompressionConfig).split("\n")[2:]
-    assert [row.split("`")[1] for row in rows] == list(OPTIONS)
-
-
-@pytest.mark.parametrize(
-    ("given", "rank"), [(["64"], 64), (["*.query=8", "*=16"], {"*.query": 8, "*": 16}), ([], None)], ids=str
-)
-def test_the_command_line_takes_a_rank_or_a_rank_for_each_pattern(given, rank):
-    from lowrank.cli.options import config_of
-
-    assert config_of({"rank": given}).rank == rank
-
-
-@pytest.mark.parametrize("given", [["many"], ["*=x"], ["8", "*=16"], ["="]], ids=str)
-def test_a_rank_on_the_command_line_that_is_no_number_is_refused(given):
-    from lowrank.cli.options import config_of
-
-    with pytest.raises(RankError, match=r"--rank .*: give a whole number, or PATTERN=RANK"):
-        config_of({"rank": given})

@@ -13,6 +13,7 @@ import copy
 
 import pytest
 import torch
+from closeness import SUMS32
 from torch import Tensor, nn
 
 from lowrank import RankError
@@ -81,7 +82,7 @@ class LinearConformance:
         optimum = torch.linalg.svdvals(weight)[RANK:].norm() / weight.norm()
         error = (weight - layer.dense_weight().detach().double()).norm() / weight.norm()
         assert float(optimum) * (1 - 1e-6) <= float(error) <= float(optimum) * (1 + 1e-5)
-        assert layer.relative_error == pytest.approx(float(error), rel=1e-5)
+        assert layer.relative_error == pytest.approx(float(error), rel=SUMS32)
 
     def test_the_source_is_not_changed(self):
         dense = self.dense()

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import lowrank
-
-transformers = pytest.importorskip("transformers")
 
 PROMPT = torch.arange(5, 13)[None]
 

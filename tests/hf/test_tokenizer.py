@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import lowrank
@@ -20,8 +21,6 @@ from lowrank.reports.evaluation import (
     perplexity,
     sts_spearman,
 )
-
-transformers = pytest.importorskip("transformers")
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{i}" for i in range(94))]
 TEXTS = [f"word{i} word{i + 1} word{2 * i}" for i in range(40)]

@@ -5,6 +5,7 @@ from functools import cached_property, wraps
 
 import pytest
 import torch
+from readers import Model
 from torch import nn
 from torch.nn import functional
 
@@ -13,29 +14,6 @@ from lowrank.errors import TargetError
 from lowrank.inspection.eligibility import ineligible_layers
 from lowrank.inspection.inspection import Inspection
 from lowrank.inspection.targets import draft
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lin = nn.Linear(32, 32)
-        self.other = nn.Linear(32, 32)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.lin(self.other(x))
-
-
-class Model(nn.Module):
-    """Layers at every depth; the tests' classes read some of them by value."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.proj = nn.Linear(32, 32)
-        self.called = nn.Linear(32, 32)
-        self.block = Block()
-        self.blocks = nn.ModuleList([Block(), Block()])
-        self.layers = nn.ModuleList([nn.Linear(32, 32), nn.Linear(32, 32)])
-        self.named = nn.ModuleDict({"a": nn.Linear(32, 32), "b": nn.Linear(32, 32)})
 
 
 def logged(function):
@@ -318,123 +296,6 @@ def test_whether_a_weight_is_a_parameter_counts_since_that_of_a_factorized_layer
     assert set(ineligible_layers(Inspection(AskedForAParameter()))) == {"proj"}
 
 
-class Config:
-    def __init__(self, slices: object) -> None:
-        self.slices = slices
-
-
-class Branches(Model):
-    """Its classes read ``proj`` by value in a branch that constants may close."""
-
-    def __init__(self, slices: object = 1, exact: object = False) -> None:
-        super().__init__()
-        self.slices, self.exact = slices, exact
-        self.config = Config(slices)
-
-
-class OwnNumbers(Branches):
-    def forward(self, x):
-        if self.slices > 1 and self.exact:
-            return x @ self.proj.weight
-        return self.proj(x)
-
-
-class OfTheConfig(Branches):
-    def forward(self, x):
-        return x @ self.proj.weight if self.config.slices != 1 else self.proj(x)
-
-
-class Otherwise(Branches):
-    def forward(self, x):
-        if x.ndim == 2 or not self.slices > 1:
-            x = self.proj(x)
-        elif self.exact is True:
-            for _ in range(self.slices):
-                x = x @ self.proj.weight
-        return x
-
-
-@pytest.mark.parametrize("cls", [OwnNumbers, OfTheConfig, Otherwise], ids=lambda cls: cls.__name__)
-def test_a_read_in_a_branch_that_constants_close_does_not_count_and_in_an_open_one_it_does(cls):
-    assert set(ineligible_layers(Inspection(cls(slices=1, exact=True)))) == set()
-    assert set(ineligible_layers(Inspection(cls(slices=2, exact=True)))) == {"proj"}
-
-
-class OfTheMode(Branches):
-    def forward(self, x):
-        return x if self.training else x @ self.proj.weight
-
-
-class OfTheInput(Branches):
-    def forward(self, x):
-        return x @ self.proj.weight if x.ndim > 2 and self.slices == 1 else x
-
-
-class SetByAMethod(Branches):
-    def be_exact(self):
-        self.exact = True
-
-    def forward(self, x):
-        return x @ self.proj.weight if self.exact else x
-
-
-class AProperty(Branches):
-    @property
-    def large(self):
-        return False
-
-    def forward(self, x):
-        return x @ self.proj.weight if self.large else x
-
-
-class AnotherSelf(Branches):
-    def forward(self, x, other=None):
-        layer = self.proj
-        self = other
-        return x @ layer.weight if self.exact else x
-
-
-class NoNumber(Branches):
-    def forward(self, x):
-        return x @ self.proj.weight if self.block else x
-
-
-class Chained(Branches):
-    def forward(self, x):
-        return x @ self.proj.weight if 1 < self.slices < 4 else x
-
-
-class NotComparable(Branches):
-    def forward(self, x):
-        return x @ self.proj.weight if self.slices > "1" else x
-
-
-@pytest.mark.parametrize(
-    "cls",
-    [OfTheMode, OfTheInput, SetByAMethod, AProperty, AnotherSelf, NoNumber, Chained, NotComparable],
-    ids=lambda cls: cls.__name__,
-)
-def test_a_condition_that_is_not_certain_leaves_its_branch_open(cls):
-    assert set(ineligible_layers(Inspection(cls().train()))) == {"proj"}
-    assert set(ineligible_layers(Inspection(cls().eval()))) == {"proj"}
-
-
-def test_a_number_that_another_module_of_the_model_sets_is_no_constant():
-    class Owner(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.part = OwnNumbers()
-
-        def slice(self, count):
-            self.part.slices = count
-
-    assert set(ineligible_layers(Inspection(nn.Sequential(OwnNumbers())))) == set()
-    assert set(ineligible_layers(Inspection(Owner()))) == set()  # ``exact`` alone closes it
-    owner = Owner()
-    owner.part.exact = True
-    assert set(ineligible_layers(Inspection(owner))) == {"part.proj"}
-
-
 def test_naming_a_grandchild_that_the_model_reads_by_value_is_an_error_and_the_plan_has_the_reason():
     model = nn.Sequential(Grandchild())
     with pytest.raises(TargetError, match=r"^0\.block\.lin: .*has its weight read by value in Grandchild"):
@@ -504,56 +365,6 @@ def test_a_source_edited_since_its_import_is_not_believed(tmp_path, monkeypatch)
     model.proj = nn.Linear(32, 32)
     del sys.modules["edited_by_test"]
     assert set(ineligible_layers(Inspection(model))) == {"proj"}
-
-
-SIZES = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 128}
-IMAGE = {**SIZES, "image_size": 32, "patch_size": 16}
-PLAIN = {
-    "Bert": SIZES,
-    "GPT2": {"n_embd": 64, "n_layer": 1, "n_head": 4},
-    "Llama": SIZES,
-    "ViT": IMAGE,
-    "DebertaV2": {**SIZES, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
-    "MobileBert": SIZES,
-    "CLIP": {"text_config": SIZES, "vision_config": IMAGE},
-    "T5": {"d_model": 64, "num_layers": 1},
-    "Bloom": {"hidden_size": 64, "n_layer": 1, "n_head": 4},
-    "Whisper": {
-        "d_model": 64,
-        "encoder_layers": 1,
-        "decoder_layers": 1,
-        "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4,
-    },
-}
-BY_VALUE = {
-    "Mamba": ({**SIZES, "state_size": 8}, {"x_proj", "dt_proj", "out_proj"}),
-    "WavLM": (SIZES, {"q_proj", "k_proj", "v_proj", "out_proj"}),
-    "Bloom": (
-        {**PLAIN["Bloom"], "pretraining_tp": 2, "slow_but_exact": True},
-        {"dense", "dense_4h_to_h"},
-    ),
-}
-
-
-def read_in(family: str, sizes: dict) -> set[str]:
-    import transformers
-
-    with torch.device("meta"):
-        model = getattr(transformers, f"{family}Model")(getattr(transformers, f"{family}Config")(**sizes))
-    found = ineligible_layers(Inspection(model)).items()
-    return {name.rpartition(".")[2] for name, reason in found if "read by value" in reason}
-
-
-@pytest.mark.parametrize("family", PLAIN)
-def test_a_transformers_model_that_calls_its_layers_is_not_suspected(family):
-    assert read_in(family, PLAIN[family]) == set()
-
-
-@pytest.mark.parametrize("family", BY_VALUE)
-def test_a_transformers_model_that_reads_weights_is_suspected_of_just_these(family):
-    sizes, layers = BY_VALUE[family]
-    assert read_in(family, sizes) == layers
 
 
 class Initialised(nn.Module):

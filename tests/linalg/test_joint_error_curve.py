@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from closeness import ROOTS64, SUMS64
+from random_tensors import gaussian64
 
 from lowrank import WeightError
 from lowrank.linalg import (
@@ -16,12 +18,8 @@ from lowrank.linalg import (
 )
 
 
-def made(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def moment(size, seed):
-    rows = made(3 * size, size, seed=seed)
+    rows = gaussian64(3 * size, size, seed=seed)
     return rows.T @ rows / len(rows)
 
 
@@ -31,7 +29,7 @@ SIZES = {"wide together": (5, 7), "tall together": (10, 8), "one tall": (20, 3),
 @pytest.mark.parametrize("rank", [1, 4, 9])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=list(SIZES))
 def test_each_weights_error_is_that_of_its_residual(sizes, rank):
-    weights = [made(size, 12, seed=size + i) for i, size in enumerate(sizes)]
+    weights = [gaussian64(size, 12, seed=size + i) for i, size in enumerate(sizes)]
     C, Gs = moment(12, 100), [moment(size, 200 + i) for i, size in enumerate(sizes)]
     outputs = Stacked(tuple(map(Gram, Gs)), sizes, tuple(0.5 + i for i in range(len(sizes))))
     joint = truncated_svd(torch.cat(weights), rank, Metric(Gram(C), outputs))
@@ -39,11 +37,11 @@ def test_each_weights_error_is_that_of_its_residual(sizes, rank):
     for weight, G, left, each in zip(weights, Gs, outputs.split(joint.left), error_curves, strict=True):
         lost = weight - left @ joint.right
         measured = torch.trace(G @ lost @ C @ lost.T)
-        assert each.squared_error(rank) == pytest.approx(float(measured), rel=1e-6, abs=1e-12)
+        assert each.squared_error(rank) == pytest.approx(float(measured), rel=ROOTS64)
 
 
 def test_the_scaled_errors_add_up_to_those_of_the_stack():
-    weights, C = [made(9, 12, seed=0), made(8, 12, seed=1)], moment(12, 2)
+    weights, C = [gaussian64(9, 12, seed=0), gaussian64(8, 12, seed=1)], moment(12, 2)
     outputs = Stacked((Identity(), Identity()), (9, 8), (3.0, 0.25))
     first, second = joint_error_curves(weights, Gram(C), outputs)
     whole = error_curve(torch.cat(weights), Metric(Gram(C), outputs))
@@ -51,7 +49,11 @@ def test_the_scaled_errors_add_up_to_those_of_the_stack():
 
 
 def test_metrics_that_were_pulled_back_give_the_same_errors():
-    weights, C, Gs = [made(15, 12, seed=i) for i in (0, 1)], moment(12, 2), [moment(15, i) for i in (3, 4)]
+    weights, C, Gs = (
+        [gaussian64(15, 12, seed=i) for i in (0, 1)],
+        moment(12, 2),
+        [moment(15, i) for i in (3, 4)],
+    )
     scales = (1.0, 2.0)
     pulled = tuple(PulledBack(w.T @ G @ w) for w, G in zip(weights, Gs, strict=True))
     short = joint_error_curves(weights, Gram(C), Stacked(pulled, (15, 15), scales))
@@ -61,17 +63,19 @@ def test_metrics_that_were_pulled_back_give_the_same_errors():
 
 
 def test_no_joint_factor_is_better_than_own_ones_and_equal_weights_lose_nothing():
-    weight, C = made(9, 12, seed=0), Gram(moment(12, 2))
-    other = made(9, 12, seed=1)
+    weight, C = gaussian64(9, 12, seed=0), Gram(moment(12, 2))
+    other = gaussian64(9, 12, seed=1)
     alone = error_curve(weight, Metric(C)).tail
     joint, _ = joint_error_curves([weight, other], C, Stacked((Identity(),) * 2, (9, 9), (1.0, 1.0)))
     assert (joint.tail[: len(alone)] >= alone - 1e-9).all()
     twin, _ = joint_error_curves([weight, weight], C, Stacked((Identity(),) * 2, (9, 9), (1.0, 1.0)))
-    torch.testing.assert_close(twin.tail[: len(alone)], alone, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(twin.tail[: len(alone)], alone, rtol=SUMS64, atol=SUMS64)
 
 
 def test_a_weight_that_is_not_finite_is_refused():
-    bad = made(4, 6)
+    bad = gaussian64(4, 6)
     bad[0, 0] = torch.nan
     with pytest.raises(WeightError, match="NaN"):
-        joint_error_curves([bad, made(4, 6)], Identity(), Stacked((Identity(),) * 2, (4, 4), (1.0, 1.0)))
+        joint_error_curves(
+            [bad, gaussian64(4, 6)], Identity(), Stacked((Identity(),) * 2, (4, 4), (1.0, 1.0))
+        )

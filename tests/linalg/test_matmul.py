@@ -1,7 +1,8 @@
-"""`products`: the same numbers, derivatives and transforms, whichever library computes them."""
+"""Products: the same numbers, derivatives and transforms, whichever library computes them."""
 
 import pytest
 import torch
+from closeness import LAYERS32, SUMS32
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
@@ -9,14 +10,14 @@ from torch.nn import functional as F  # noqa: N812
 
 from lowrank.linalg import linear, matmul, product
 
-onednn = pytest.mark.skipif(not matmul._AVAILABLE, reason="oneDNN is not the faster library here")
+onednn = pytest.mark.skipif(not matmul.AVAILABLE, reason="oneDNN is not the faster library here")
 
 
 @pytest.fixture
 def calls(monkeypatch):
     """Count how often oneDNN is called."""
-    counted, real = [], matmul._by_onednn
-    monkeypatch.setattr(matmul, "_by_onednn", lambda *a: counted.append(1) or real(*a))
+    counted, real = [], torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *a: counted.append(1) or real(*a))
     return counted
 
 
@@ -34,7 +35,7 @@ def tensors(*shape, rows=32, out=24, inner=40, bias=True, **options):
 )
 def test_any_shape_gives_what_pytorch_gives(shape, inner, out, bias):
     x, w, b = tensors(*shape, inner, inner=inner, out=out, bias=bias)
-    torch.testing.assert_close(linear(x, w, b), F.linear(x, w, b), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(linear(x, w, b), F.linear(x, w, b), rtol=SUMS32, atol=SUMS32)
 
 
 @given(
@@ -53,7 +54,7 @@ def test_matrices_may_lie_in_any_way(rows, inner, columns, gaps, turned):
         )
 
     left, right = lying(rows, inner, gaps[0], turned[0]), lying(inner, columns, gaps[1], turned[1])
-    torch.testing.assert_close(product(left, right), left @ right, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(product(left, right), left @ right, rtol=SUMS32, atol=SUMS32)
 
 
 @onednn
@@ -77,7 +78,7 @@ def test_gradients_are_those_of_pytorch(shape, needed):
     for ours, theirs in zip(*found, strict=True):
         assert (ours is None) == (theirs is None)
         if ours is not None:
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(ours, theirs, rtol=LAYERS32, atol=LAYERS32)
 
 
 def test_gradients_of_gradients():
@@ -87,7 +88,7 @@ def test_gradients_of_gradients():
         (first,) = torch.autograd.grad(function(x, w, b).pow(3).sum(), x, create_graph=True)
         found.append(torch.autograd.grad(first.square().sum(), [x, w, b]))
     for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours / theirs.norm(), theirs / theirs.norm(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours / theirs.norm(), theirs / theirs.norm(), rtol=LAYERS32, atol=LAYERS32)
 
 
 def test_forward_mode_derivatives():
@@ -102,7 +103,7 @@ def test_functional_transforms():
     batched = torch.func.vmap(lambda row: linear(row.expand(32, -1), w, b))(x)
     torch.testing.assert_close(batched[:, 0], F.linear(x, w, b))
     slope = torch.func.grad(lambda given: linear(x, given, b).sum())(w)
-    torch.testing.assert_close(slope, x.sum(0).expand_as(w), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(slope, x.sum(0).expand_as(w), rtol=LAYERS32, atol=LAYERS32)
 
 
 @pytest.mark.parametrize(

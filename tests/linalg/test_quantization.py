@@ -4,27 +4,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from random_tensors import gaussian
 
-from lowrank.errors import SchemeError, WeightError
+from lowrank.errors import WeightError
 from lowrank.linalg import Scheme, dequantize_weight, quantize_weight
 
 SCHEMES = [Scheme("int8"), Scheme("int4"), Scheme("int4", 8)]
 
 
-def gaussian(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def relative(weight, scheme, moments=None):
     decoded = dequantize_weight(*quantize_weight(weight, scheme, moments), scheme)
     return float((weight - decoded).norm() / weight.norm())
-
-
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_shapes_and_dtypes_are_those_that_the_scheme_says(scheme):
-    codes, scale = quantize_weight(gaussian(6, 64), scheme)
-    made = {"codes": (codes.shape, codes.dtype), "scale": (scale.shape, scale.dtype)}
-    assert made == scheme.tensors(6, 64)
 
 
 @given(
@@ -83,7 +73,7 @@ def test_zeros_outliers_and_tiny_rows(scheme, moments):
     decoded = dequantize_weight(*quantize_weight(weight, scheme, moments), scheme)
     assert torch.equal(decoded[0], weight[0])
     assert decoded[1].abs().max() <= 2 * weight[1].abs().max()
-    assert decoded[2, 5] == pytest.approx(1000, rel=0.07)
+    assert decoded[2, 5] == pytest.approx(1000, rel=0.07)  # half a step of int4: 1/14
     assert decoded.isfinite().all()
 
 
@@ -92,24 +82,6 @@ def test_a_weight_may_lie_in_any_way():
     for scheme in SCHEMES:
         first, second = quantize_weight(weight.T, scheme), quantize_weight(weight.T.contiguous(), scheme)
         assert all(torch.equal(x, y) and x.is_contiguous() for x, y in zip(first, second, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: Scheme("int3"), r"quantize='int3': known schemes are 'int8' and 'int4'"),
-        (lambda: Scheme("int8", 32), r"leave out group_size"),
-        (lambda: Scheme("int4", 7), r"group_size=7: give an even number"),
-        (lambda: Scheme("int4", True), r"group_size=True"),
-        (
-            lambda: quantize_weight(gaussian(4, 40), Scheme("int4")),
-            r"rows of 40 .* groups of 32.*round_to=32",
-        ),
-    ],
-)
-def test_bad_schemes(make, message):
-    with pytest.raises(SchemeError, match=message):
-        make()
 
 
 @pytest.mark.parametrize(

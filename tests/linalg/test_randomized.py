@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from closeness import SUMS64
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -64,7 +65,7 @@ def test_the_basis_is_orthonormal_and_captures_what_it_says(kind, steepness, ran
     torch.testing.assert_close(found.basis.T @ found.basis, torch.eye(rank, dtype=torch.float64))
     if math.isfinite(found.bound):
         captured = float((found.basis.T @ matrix @ found.basis).trace())
-        assert found.captured == pytest.approx(captured, rel=1e-9)
+        assert found.captured == pytest.approx(captured, rel=SUMS64)
 
 
 @pytest.mark.parametrize(

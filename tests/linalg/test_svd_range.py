@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from closeness import CANCELLED32, FEW32, ROOTS64, SUMS64
+from random_tensors import gaussian64
 from torch import Tensor
 
 from lowrank.errors import StatsError, WeightError
@@ -22,10 +24,6 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 SHAPES = {"wide": (12, 20), "tall": (20, 12)}
 
 
-def gaussian(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def seen_error(weight: Tensor, factors: tuple[Tensor, Tensor], inputs: Tensor) -> float:
     """The relative error on ``inputs (tokens, in)``, in float64 and from the data, not from their moments."""
     left, right, *_ = factors
@@ -42,11 +40,11 @@ def least_error(weight: Tensor, rank: int, inputs: Tensor) -> float:
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("size", [2e-40, 1e-38, 1e-30, 1e30, 1e37])
 def test_the_error_of_the_smallest_and_largest_weights_is_the_measured_one(size, shape, dtype):
-    weight = (gaussian(*shape) * size).to(dtype)
+    weight = (gaussian64(*shape) * size).to(dtype)
     for metric in (Metric(), Metric(Diagonal(torch.ones(shape[1], dtype=torch.float64)))):
         found = truncated_svd(weight, 5, metric)
         eye = torch.eye(shape[1], dtype=torch.float64)
-        assert seen_error(weight, found, eye) == pytest.approx(found.relative_error, rel=1e-3)
+        assert seen_error(weight, found, eye) == pytest.approx(found.relative_error, rel=CANCELLED32)
         rounding = 4 * torch.finfo(dtype).eps
         assert found.relative_error <= least_error(weight, 5, eye) * 1.001 + rounding
 
@@ -54,7 +52,7 @@ def test_the_error_of_the_smallest_and_largest_weights_is_the_measured_one(size,
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("row", ["one huge row", "all but one tiny"])
 def test_one_row_of_another_size_leaves_finite_factors_of_least_error(row, shape):
-    weight, inputs = gaussian(*shape).float(), gaussian(40, shape[1], seed=1)
+    weight, inputs = gaussian64(*shape).float(), gaussian64(40, shape[1], seed=1)
     weight[3] *= 1e30
     if row == "all but one tiny":
         weight *= 1e-30
@@ -68,25 +66,26 @@ def test_one_row_of_another_size_leaves_finite_factors_of_least_error(row, shape
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_large_weights_of_small_features_count_as_much_as_small_ones_of_large_features(shape):
     sizes = torch.logspace(-12, 12, shape[1], dtype=torch.float64)
-    weight, inputs = gaussian(*shape) / sizes, gaussian(40, shape[1], seed=1) * sizes
+    weight, inputs = gaussian64(*shape) / sizes, gaussian64(40, shape[1], seed=1) * sizes
     metric = Metric(Gram(inputs.T @ inputs / 40))
     found = truncated_svd(weight, 5, metric)
-    assert seen_error(weight, found, inputs) == pytest.approx(least_error(weight, 5, inputs), rel=1e-6)
-    assert found.relative_error == pytest.approx(least_error(weight, 5, inputs), rel=1e-6)
+    assert seen_error(weight, found, inputs) == pytest.approx(least_error(weight, 5, inputs), rel=ROOTS64)
+    assert found.relative_error == pytest.approx(least_error(weight, 5, inputs), rel=ROOTS64)
     assert error_curve(weight, metric).relative_error(5) == pytest.approx(least_error(weight, 5, inputs))
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
 def test_huge_weights_of_features_that_are_always_zero_do_not_matter(dtype):
-    weight, inputs = gaussian(12, 20).to(dtype), gaussian(40, 20, seed=1)
+    weight, inputs = gaussian64(12, 20).to(dtype), gaussian64(40, 20, seed=1)
     weight[:, 4] = 5e4 if dtype == torch.float16 else 1e30
     inputs[:, 4] = 0
     metric = Metric(Gram(inputs.T @ inputs / 40))
     found = truncated_svd(weight, 5, metric)
     best = least_error(weight, 5, inputs)
     assert found.left.isfinite().all() and found.right.isfinite().all()
+    # The rounding of bfloat16 factors, 0.4%, adds to the error by its square, and to each of two factors.
     assert seen_error(weight, found, inputs) == pytest.approx(best, rel=0.02)
-    assert found.relative_error == pytest.approx(seen_error(weight, found, inputs), rel=1e-3)
+    assert found.relative_error == pytest.approx(seen_error(weight, found, inputs), rel=CANCELLED32)
 
 
 def test_a_weight_that_nobody_reads_is_not_what_tells_the_small_ones_apart():
@@ -97,16 +96,16 @@ def test_a_weight_that_nobody_reads_is_not_what_tells_the_small_ones_apart():
 
 
 def test_what_is_pulled_back_through_an_extreme_weight_has_its_units():
-    weight, outputs = gaussian(20, 12).float() * 1e30, gaussian(20, 20, seed=1)
+    weight, outputs = gaussian64(20, 12).float() * 1e30, gaussian64(20, 20, seed=1)
     gram = outputs.T @ outputs
     pulled = Metric(outputs=PulledBack(weight.double().T @ gram @ weight.double()))
     one, other = error_curve(weight, pulled), error_curve(weight, Metric(outputs=Gram(gram)))
     for rank in (0, 5):
-        assert one.squared_error(rank) == pytest.approx(other.squared_error(rank), rel=1e-9)
+        assert one.squared_error(rank) == pytest.approx(other.squared_error(rank), rel=SUMS64)
 
 
 def test_squares_beyond_float64_are_infinite_and_no_overflow_error():
-    found = error_curve(gaussian(6, 4) * 1e300)
+    found = error_curve(gaussian64(6, 4) * 1e300)
     assert found.squared_norm == math.inf
     assert 0 < found.relative_error(2) < 1
 
@@ -127,9 +126,9 @@ def test_moments_that_are_not_finite_are_refused():
 @pytest.mark.parametrize("metric", ["weight", "inputs"])
 def test_nothing_between_float16_factors_exceeds_what_the_layer_reads_and_returns(metric, size, shape):
     """Outputs of up to 5e4 that all have one size lie along one component, with eight times that norm."""
-    signs = torch.sign(gaussian(shape[0], seed=1))
-    weight = torch.outer(signs, gaussian(shape[1], seed=2)) + 0.1 * gaussian(*shape)
-    inputs = gaussian(200, shape[1], seed=3)
+    signs = torch.sign(gaussian64(shape[0], seed=1))
+    weight = torch.outer(signs, gaussian64(shape[1], seed=2)) + 0.1 * gaussian64(*shape)
+    inputs = gaussian64(200, shape[1], seed=3)
     inputs *= size / inputs.abs().max()
     weight = (weight * min(5e4 / float((inputs @ weight.T).abs().max()), 1e4)).half()
     how = Metric() if metric == "weight" else Metric(Gram(inputs.T @ inputs))
@@ -143,7 +142,7 @@ def test_nothing_between_float16_factors_exceeds_what_the_layer_reads_and_return
 
 
 def test_a_basis_of_layers_with_features_that_one_never_sees():
-    weights, inputs = [gaussian(8, 12), gaussian(9, 12, seed=1)], gaussian(40, 12, seed=2)
+    weights, inputs = [gaussian64(8, 12), gaussian64(9, 12, seed=1)], gaussian64(40, 12, seed=2)
     dead = inputs.clone()
     dead[:, ::3] = 0
     metrics = [Metric(Gram(x.T @ x / 40)) for x in (inputs, dead)]
@@ -152,7 +151,7 @@ def test_a_basis_of_layers_with_features_that_one_never_sees():
         weights, found.lefts, (inputs, dead), found.relative_errors, strict=True
     ):
         assert left.isfinite().all()
-        assert seen_error(weight, (left, found.right), seen) == pytest.approx(error, rel=1e-6)
+        assert seen_error(weight, (left, found.right), seen) == pytest.approx(error, rel=ROOTS64)
 
 
 def test_factors_beyond_the_range_of_their_dtype_are_refused():
@@ -169,15 +168,15 @@ def test_layers_of_unlike_sizes_and_zeros_share_a_basis_with_true_errors(dtype):
     """The first layer reads two directions only, so that rows of the basis look alike to it."""
     size = 1e3 if dtype == torch.float16 else 1e20
     weights = [
-        (gaussian(8, 12) * size).to(dtype),
-        gaussian(9, 12, seed=1).to(dtype),
+        (gaussian64(8, 12) * size).to(dtype),
+        gaussian64(9, 12, seed=1).to(dtype),
         torch.zeros(4, 12, dtype=dtype),
     ]
-    seen = [gaussian(2, 12, seed=2), gaussian(40, 12, seed=3) * 1e-6, gaussian(40, 12, seed=4)]
+    seen = [gaussian64(2, 12, seed=2), gaussian64(40, 12, seed=3) * 1e-6, gaussian64(40, 12, seed=4)]
     found = shared_basis(weights, 6, [Metric(Gram(x.T @ x)) for x in seen], [size**-2, 1e12, 0.0])
     for number in (0, 1):
         error = seen_error(weights[number], (found.lefts[number], found.right), seen[number])
-        assert found.relative_errors[number] == pytest.approx(error, rel=1e-3, abs=1e-7)
+        assert found.relative_errors[number] == pytest.approx(error, rel=CANCELLED32, abs=FEW32)
         assert error < (1e-6, 0.9)[number] + 2 * torch.finfo(dtype).eps
     assert found.relative_errors[2] == 0
     assert not found.lefts[2].any()
@@ -187,50 +186,10 @@ def test_subnormal_squares_do_not_stop_the_solver():
     """Of sizes from 1 to 1e-45, as what int8 loses of rows of unlike sizes has: LAPACK gave up on those."""
     for seed in range(20):
         sizes = 10 ** (-45 * torch.rand(48, 1, generator=torch.Generator().manual_seed(seed)).double())
-        weight = (gaussian(48, 124, seed=seed) * sizes).float()
+        weight = (gaussian64(48, 124, seed=seed) * sizes).float()
         found = truncated_svd(weight, 5)
         error = seen_error(weight, found, torch.eye(124, dtype=torch.float64))
-        assert found.relative_error == pytest.approx(error, rel=1e-3, abs=1e-6)
-
-
-def test_rotated_factors_stay_within_float16_and_keep_their_product():
-    """Orthonormal columns would leave all of the size, 1e6 and more, to the other factor."""
-    left, right = (gaussian(64, 8) * 1e3).half(), (gaussian(8, 64, seed=1) * 1e3).half()
-    columns, rows = rotated(left, right, seed=0)
-    expected = left.double() @ right.double()
-    lost = (columns.double() @ rows.double() - expected).norm() / expected.norm()
-    assert lost < 2 * torch.finfo(torch.float16).eps  # each factor is rounded once
-    assert float(columns.double().norm(dim=0).std() / columns.double().norm(dim=0).mean()) < 1e-3
-
-
-@pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 6.2e4), (torch.bfloat16, 3e38)], ids=str)
-def test_factors_stay_as_they_are_where_a_rotation_would_leave_the_range(dtype, size):
-    """Each factor fits, but their product does not, nor a pair of factors with orthogonal columns."""
-    left, right = torch.full((64, 1), size).to(dtype), torch.full((1, 64), size).to(dtype)
-    columns, rows = rotated(left, right, seed=0)
-    assert torch.equal(columns, left) and torch.equal(rows, right)
-
-
-def test_eigenvalues_are_found_where_lapack_does_not_converge(monkeypatch):
-    """As happens to one finite matrix in 100,000, for one driver and one rounding."""
-    import lowrank.linalg.eigen as eigen
-
-    matrix, solve, calls = gaussian(8, 8), torch.linalg.eigh, []
-    matrix = matrix @ matrix.T
-
-    def stubborn(given):
-        calls.append(1)
-        if len(calls) < 3:
-            raise eigen.LinAlgError("did not converge")
-        return solve(given)
-
-    monkeypatch.setattr(torch.linalg, "eigh", stubborn)
-    values, vectors = eigen.eigh(matrix)
-    torch.testing.assert_close(vectors @ torch.diag(values) @ vectors.T, matrix)
-    calls.clear()
-    monkeypatch.setattr(eigen, "_FACTORS", (0.5,))
-    with pytest.raises(eigen.LinAlgError, match="converge"):
-        eigen.eigh(matrix)
+        assert found.relative_error == pytest.approx(error, rel=CANCELLED32, abs=ROOTS64)
 
 
 def test_float64_factors_beyond_float32_are_brought_within_it():
@@ -238,4 +197,4 @@ def test_float64_factors_beyond_float32_are_brought_within_it():
     left, right = torch.ones(4, 1, dtype=torch.float64), torch.full((1, 4), 1e57, dtype=torch.float64)
     columns, rows = rotated(left, right, seed=0)
     assert max(float(columns.abs().max()), float(rows.abs().max())) < torch.finfo(torch.float32).max
-    torch.testing.assert_close(columns @ rows, left @ right, rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(columns @ rows, left @ right, rtol=SUMS64, atol=0.0)

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from random_tensors import gaussian
 from torch import nn
 
 from lowrank.errors import RankError
@@ -14,13 +15,9 @@ from lowrank.nn import LowRankEmbedding, QuantizedEmbedding, QuantizedLinear, Ti
 ROWS, WIDTH, RANK = 50, 64, 32
 
 
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def table(bias: bool = False, padding_idx: int | None = None) -> LowRankEmbedding:
-    row = nn.Parameter(random(WIDTH, seed=2)) if bias else None
-    factors = random(ROWS, RANK), random(RANK, WIDTH, seed=1)
+    row = nn.Parameter(gaussian(WIDTH, seed=2)) if bias else None
+    factors = gaussian(ROWS, RANK), gaussian(RANK, WIDTH, seed=1)
     return LowRankEmbedding.from_factors(*factors, row, padding_idx=padding_idx)
 
 
@@ -50,8 +47,8 @@ every_owner = pytest.mark.parametrize("make", OWNERS.values(), ids=OWNERS.keys()
 def test_rows_and_outputs_are_those_of_one_dense_table(make):
     owner = make()
     dense = owner.dense_weight().detach()
-    ids, hidden = torch.arange(ROWS).reshape(5, 10), random(3, 7, WIDTH)
-    head = TiedLinear(owner, nn.Parameter(random(ROWS, seed=3)))
+    ids, hidden = torch.arange(ROWS).reshape(5, 10), gaussian(3, 7, WIDTH)
+    head = TiedLinear(owner, nn.Parameter(gaussian(ROWS, seed=3)))
     with torch.no_grad():
         # a quantized second factor reads a row or two at a time through kernels that round what they read
         assert (owner(ids) - dense[ids]).norm() < (0.01 if coded(owner) else 1e-5) * dense.norm()
@@ -85,26 +82,26 @@ def test_a_tied_layer_owns_nothing_but_its_bias(make):
 def test_a_copy_uses_the_copied_table(make, again):
     owner = make()
     model = nn.ModuleDict({"embedding": owner, "head": TiedLinear(owner)})
-    model["head"](random(2, WIDTH))  # whatever it keeps is copied along
+    model["head"](gaussian(2, WIDTH))  # whatever it keeps is copied along
     twin = again(model)
     assert twin["head"].owner is twin["embedding"]
     assert twin["embedding"] is not owner
-    assert torch.equal(twin["head"](random(2, WIDTH)), model["head"](random(2, WIDTH)))
+    assert torch.equal(twin["head"](gaussian(2, WIDTH)), model["head"](gaussian(2, WIDTH)))
 
 
 def test_other_codes_are_used_at_once():
     one, other = (QuantizedEmbedding.from_embedding(nn.Embedding(ROWS, WIDTH), Scheme("int8")) for _ in "ab")
     head = TiedLinear(one)
-    before = head(random(20, WIDTH))
+    before = head(gaussian(20, WIDTH))
     one.load_state_dict(other.state_dict(), assign=True)
-    assert torch.equal(head(random(20, WIDTH)), TiedLinear(other)(random(20, WIDTH)))
-    assert not torch.equal(head(random(20, WIDTH)), before)
+    assert torch.equal(head(gaussian(20, WIDTH)), TiedLinear(other)(gaussian(20, WIDTH)))
+    assert not torch.equal(head(gaussian(20, WIDTH)), before)
 
 
 def test_both_uses_move_the_factors():
     owner = table()
     head = TiedLinear(owner)
-    (owner(torch.tensor([1])).sum() + head(random(2, WIDTH)).sum()).backward()
+    (owner(torch.tensor([1])).sum() + head(gaussian(2, WIDTH)).sum()).backward()
     by_rows = owner.down.weight.grad.abs().sum(1)
     assert bool((by_rows > 0).all())  # the head reads every row, the input one of them
     alone = table()
@@ -116,7 +113,7 @@ def test_half_precision_is_computed_in():
     owner = coded_parts("int8", bias=True)
     model = nn.ModuleDict({"embedding": owner, "head": TiedLinear(owner)}).to(torch.bfloat16)
     assert model["embedding"](torch.tensor([1])).dtype == torch.bfloat16
-    assert model["head"](random(2, WIDTH).to(torch.bfloat16)).dtype == torch.bfloat16
+    assert model["head"](gaussian(2, WIDTH).to(torch.bfloat16)).dtype == torch.bfloat16
     assert owner.down.codes.dtype == torch.int8
 
 

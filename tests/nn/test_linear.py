@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from closeness import FEW32
 from conformance import IN, OUT, RANK, LinearConformance, inputs
 from torch import nn
 
@@ -63,7 +64,7 @@ class TestFromConv1DWithoutBias(_FromConv1D):
     def test_full_rank_equals_the_dense_output(self):
         dense = self.dense()
         x = inputs(5, IN)
-        torch.testing.assert_close(self.compress(dense, OUT)(x), x @ dense.weight, rtol=0, atol=1e-6)
+        torch.testing.assert_close(self.compress(dense, OUT)(x), x @ dense.weight, rtol=0, atol=FEW32)
 
 
 @pytest.fixture

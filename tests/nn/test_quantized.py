@@ -1,84 +1,17 @@
-"""Layers with integer weights: outputs, state, copies, dtypes, gradients, compilers."""
+"""Modules with integer weights: their state, copies, threads, and rows that are looked up."""
 
 import copy
 import io
-import os
-import subprocess
-import sys
 import threading
 
 import pytest
 import torch
+from random_layers import SCHEMES, integers
+from random_tensors import gaussian
 from torch import nn
 
 from lowrank.linalg import Scheme
-from lowrank.nn import LowRankLinear, QuantizedEmbedding, QuantizedLinear, TiedLinear
-from lowrank.nn import integer_matmul as module
-
-SCHEMES = [Scheme("int8"), Scheme("int4")]
-INT4 = module.why_no_int4_kernel(64, 64, 32, torch.device("cpu")) is None
-weight_only = pytest.mark.skipif(not INT4, reason="this processor has no int4 kernel")
-integers = pytest.mark.skipif(not module._INTEGERS, reason="this processor has no int8 kernel")
-
-
-def gaussian(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture(params=SCHEMES, ids=str)
-def layer(request):
-    return QuantizedLinear.from_weight(gaussian(48, 64), nn.Parameter(gaussian(48)), request.param).eval()
-
-
-def smoothed():
-    scale, input_shift = (gaussian(64, seed=seed).abs().add(0.5).half() for seed in (1, 2))
-    weight, bias = gaussian(48, 64), gaussian(48)
-    corrected = nn.Parameter(bias + weight @ (input_shift.float() / scale.float()))
-    made = QuantizedLinear.from_weight(
-        weight, corrected, Scheme("int8"), smooth_scale=scale, input_shift=input_shift
-    )
-    x = gaussian(20, 64, seed=3) + input_shift.float() / scale.float()  # the mean that is taken from it
-    return made, x, nn.functional.linear(x, weight, bias)
-
-
-def test_outputs_are_those_of_the_weight(layer):
-    x = gaussian(5, 7, 64)
-    expected = nn.functional.linear(x, gaussian(48, 64), gaussian(48))
-    with torch.no_grad():
-        y = layer(x)
-    assert y.shape == (5, 7, 48)
-    assert (y - expected).norm() < (0.015 if layer.scheme.name == "int8" else 0.1) * expected.norm()
-
-
-def test_scaled_and_shifted_inputs_give_the_same_function():
-    made, x, expected = smoothed()
-    with torch.no_grad():
-        y = made(x)
-        plain = nn.functional.linear(x, made.dense_weight(), made.bias - made.shift())
-    assert (y - expected).norm() < 0.02 * expected.norm()
-    assert (plain - expected).norm() < 0.02 * expected.norm()
-
-
-@integers
-def test_each_row_has_its_own_scale():
-    layer = QuantizedLinear.from_weight(gaussian(48, 64), None, Scheme("int8"))
-    x = gaussian(4, 64) * torch.tensor([[1e-6], [1.0], [1e6], [0.0]])
-    with torch.no_grad():
-        together, alone = layer(x), torch.cat([layer(row[None]) for row in x])
-    torch.testing.assert_close(together, alone)
-    expected = x @ gaussian(48, 64).T
-    assert ((together - expected).norm(dim=1) <= 0.015 * expected.norm(dim=1)).all()
-
-
-@integers
-def test_nan_and_infinity_are_not_hidden():
-    layer = QuantizedLinear.from_weight(gaussian(48, 64), None, Scheme("int8"))
-    x = gaussian(3, 64)
-    x[0, 3], x[1, 3] = float("nan"), float("inf")
-    with torch.no_grad():
-        y = layer(x)
-    assert not y[:2].isfinite().any()
-    assert y[2].isfinite().all()
+from lowrank.nn import QuantizedEmbedding, QuantizedLinear
 
 
 def test_functional_calls_use_the_tensors_that_they_are_given():
@@ -90,77 +23,6 @@ def test_functional_calls_use_the_tensors_that_they_are_given():
         mine, theirs = first(x), second(x)
         assert torch.equal(torch.func.functional_call(first, second.state_dict(), x), theirs)
         assert torch.equal(first(x), mine)
-
-
-@integers
-def test_large_outputs_are_computed_part_by_part(monkeypatch):
-    layer = QuantizedLinear.from_weight(gaussian(48, 64), nn.Parameter(gaussian(48)), Scheme("int8"))
-    with torch.no_grad():
-        whole = layer(gaussian(50, 64))
-        monkeypatch.setattr(module, "PART", 48 * 7)
-        assert torch.equal(layer(gaussian(50, 64)), whole)
-
-
-SIZES = [1, 2, 3, 7, 8, 16, 17, 33]
-
-
-def exact_int_mm(left, right, *, out=None):
-    """The product that `torch._int_mm` is to give, and no product that it gets wrong."""
-    assert left.shape[1] > 1, "with one input, torch._int_mm returns garbage"
-    product = (left.double() @ right.double()).to(torch.int32)
-    return product if out is None else out.copy_(product)
-
-
-@pytest.mark.parametrize("rows", SIZES)
-@pytest.mark.parametrize("kernel", ["exact", pytest.param("own", marks=integers)])
-def test_integers_multiply_every_shape_as_the_decoded_weight_does(rows, kernel, monkeypatch):
-    if kernel == "exact":
-        monkeypatch.setattr(module, "_INTEGERS", True)
-        monkeypatch.setattr(torch, "_int_mm", exact_int_mm)
-    for columns in SIZES:
-        layer = QuantizedLinear.from_weight(gaussian(rows, columns), None, Scheme("int8"))
-        assert layer.runs_on() == ("dequantized" if columns == 1 else "int8")
-        for tokens in (0, *SIZES):
-            x = gaussian(columns, tokens, seed=1).T  # in no way that kernels like
-            codes, step = module.quantized(x.contiguous(), None, None)
-            given = codes.double() * step.double() if columns > 1 else x.double()
-            exact = given @ layer.codes.double().T * layer.scale.double().T
-            with torch.no_grad():
-                torch.testing.assert_close(layer(x).double(), exact, rtol=1e-5, atol=1e-5)
-
-
-def test_no_layer_with_one_input_multiplies_integers(monkeypatch):
-    monkeypatch.setattr(module, "_INTEGERS", True)
-    monkeypatch.setattr(torch, "_int_mm", exact_int_mm)
-    x, weight = gaussian(20, 1), gaussian(48, 1)
-    layer = QuantizedLinear.from_weight(weight, None, Scheme("int8"))
-    table = QuantizedEmbedding.from_embedding(nn.Embedding(48, 1, _weight=weight), Scheme("int8"))
-    factors = LowRankLinear(64, 48, 1, bias=False)
-    factors.up = layer
-    expected = layer.dense_weight()
-    with torch.no_grad():
-        for small in (layer, TiedLinear(layer), TiedLinear(table)):
-            for called in (small, torch.compile(small, fullgraph=True, backend="aot_eager")):
-                torch.testing.assert_close(called(x), x @ expected.T)
-        wide = gaussian(20, 64)
-        torch.testing.assert_close(factors(wide), wide @ factors.dense_weight().T, rtol=1e-4, atol=1e-4)
-
-
-def test_the_smallest_inputs_are_not_lost(monkeypatch):
-    monkeypatch.setattr(module, "_INTEGERS", True)
-    monkeypatch.setattr(torch, "_int_mm", exact_int_mm)
-    layer = QuantizedLinear.from_weight(gaussian(48, 64), None, Scheme("int8"))
-    for size in (1e-30, 1e-36, 3e-37, 1e-37):
-        x = gaussian(20, 64) * size
-        exact = x.double() @ layer.dense_weight().double().T
-        with torch.no_grad():
-            for called in (layer, torch.compile(layer, backend="aot_eager")):
-                assert (called(x).double() - exact).norm() < 0.05 * exact.norm()
-
-
-def test_a_wrong_number_of_features_is_pytorchs_error(layer):
-    with torch.no_grad(), pytest.raises(RuntimeError, match="shapes"):
-        layer(gaussian(20, 32))
 
 
 def test_an_embedding_refuses_negative_indices():
@@ -181,57 +43,6 @@ def test_copies_pickles_and_loads_give_the_same_bits(layer):
         other = QuantizedLinear(64, 48, True, layer.scheme)
         other.load_state_dict(layer.state_dict())
         assert torch.equal(other(x), first)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_another_dtype_is_what_the_layer_computes_in(layer, dtype):
-    codes, scale = layer.codes.clone(), layer.scale.clone()
-    layer.to(dtype)
-    assert torch.equal(layer.codes, codes)
-    assert torch.equal(layer.scale, scale)
-    assert layer.weight.dtype == layer.bias.dtype == dtype
-    x = gaussian(20, 64)
-    with torch.no_grad():
-        y = layer(x.to(dtype))
-    assert y.dtype == dtype
-    expected = nn.functional.linear(x, gaussian(48, 64), gaussian(48))
-    assert (y.float() - expected).norm() < 0.1 * expected.norm()
-
-
-def test_gradients_reach_input_and_bias(layer):
-    x = gaussian(20, 64).requires_grad_()
-    layer(x).sum().backward()
-    torch.testing.assert_close(x.grad[0], layer.dense_weight().sum(0), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(layer.bias.grad, torch.full((48,), 20.0))
-
-
-def test_gradients_through_scaled_inputs():
-    made, *_ = smoothed()
-    x = gaussian(20, 64).requires_grad_()
-    made(x).sum().backward()
-    torch.testing.assert_close(x.grad[0], made.dense_weight().sum(0), rtol=1e-3, atol=1e-3)
-
-
-def test_export_gives_what_the_layer_computes(layer):
-    x = gaussian(20, 64)
-    with torch.no_grad():
-        exported = torch.export.export(layer, (x,)).module()(x)
-        expected = nn.functional.linear(x, layer.dense_weight(), layer.bias)
-        assert (layer(x) - expected).norm() < 0.01 * expected.norm()
-    torch.testing.assert_close(exported, expected)
-
-
-def test_compiling_the_whole_layer(layer):
-    with torch.no_grad():
-        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(gaussian(20, 64))
-        decoded = nn.functional.linear(gaussian(20, 64), layer.dense_weight(), layer.bias)
-        expected = layer(gaussian(20, 64)) if layer.runs_on() == "int8" else decoded
-    torch.testing.assert_close(compiled, expected)
-
-
-def test_no_rows_give_no_rows(layer):
-    with torch.no_grad():
-        assert layer(torch.empty(0, 64)).shape == (0, 48)
 
 
 @integers
@@ -255,139 +66,6 @@ def test_threads_may_be_the_first_to_call():
     assert all(torch.equal(y, found[0]) for y in found)
 
 
-def test_what_runs_is_told(layer):
-    if layer.scheme.name == "int8":
-        assert layer.runs_on() == ("int8" if module._INTEGERS else "dequantized")
-    else:
-        assert layer.runs_on() == ("int4 (up to 128 tokens)" if INT4 else "dequantized")
-    assert QuantizedLinear(64, 40, False, Scheme("int4")).runs_on() == "dequantized"
-    assert QuantizedLinear(64, 48, False, Scheme("int4", 16)).runs_on() == "dequantized"
-    assert layer.to("meta").runs_on() == "dequantized"
-
-
-@integers
-def test_the_integers_of_the_input_are_the_nearest(monkeypatch):
-    x = gaussian(30, 64) * torch.logspace(-20, 20, 30)[:, None]
-    monkeypatch.setattr(module, "PART_OF_INPUT", 64 * 7)
-    codes, step = module.quantized(x, None, None)
-    assert torch.equal(step, x.abs().amax(1, keepdim=True) / 127)
-    assert ((x.double() / step.double() - codes).abs() < 0.5001).all()
-    scale, input_shift = gaussian(64, seed=1).abs().half(), gaussian(64, seed=2).half()
-    given = x[15:] * scale.float() - input_shift.float()
-    codes, step = module.quantized(x[15:], scale, input_shift)
-    assert ((given.double() / step.double() - codes).abs() < 0.501).all()
-
-
-@integers
-def test_rows_of_zeros_give_the_bias():
-    bias = nn.Parameter(gaussian(48))
-    layer = QuantizedLinear.from_weight(gaussian(48, 64), bias, Scheme("int8"))
-    with torch.no_grad():
-        assert torch.equal(layer(torch.zeros(3, 64)), bias.expand(3, 48))
-
-
-def coded4(rows=64, columns=128, size=32, seed=0, smooth_scale=None):
-    weight, bias = gaussian(rows, columns, seed=seed), nn.Parameter(gaussian(rows))
-    return QuantizedLinear.from_weight(weight, bias, Scheme("int4", size), smooth_scale=smooth_scale).eval()
-
-
-@weight_only
-@pytest.mark.parametrize("smooth_scale", [False, True], ids=["plain", "smooth_scale"])
-@pytest.mark.parametrize("tokens", [1, 5, 128])
-@pytest.mark.parametrize(
-    ("rows", "columns", "size"), [(16, 32, 32), (48, 64, 64), (64, 128, 32), (112, 256, 256), (160, 256, 128)]
-)
-def test_the_int4_kernel_computes_what_the_decoded_weight_does(rows, columns, size, tokens, smooth_scale):
-    scale = gaussian(columns, seed=5).abs().add(0.5).half() if smooth_scale else None
-    layer, x = coded4(rows, columns, size, smooth_scale=scale), gaussian(tokens, columns, seed=1)
-    expected = nn.functional.linear(x, layer.dense_weight(), layer.bias)
-    with torch.no_grad():
-        y = layer(x)
-    assert layer.codes.ndim == 1  # in the kernel's order
-    assert y.dtype == torch.float32
-    assert (y - expected).norm() < 0.005 * expected.norm()  # three roundings to bfloat16, each of 2⁻⁹ at most
-
-
-@weight_only
-def test_codes_that_a_kernel_has_used_leave_the_layer_as_they_were_stored():
-    layer, x = coded4(112), gaussian(3, 128, seed=1)
-    stored, many = {k: v.clone() for k, v in layer.state_dict().items()}, gaussian(200, 128, seed=2)
-    with torch.no_grad():
-        decoded, size = layer(many), layer.codes.nbytes
-        y = layer(x)
-        assert layer.codes.ndim == 1
-        assert layer.codes.nbytes == size
-        assert torch.equal(layer(many), decoded)  # more rows than the kernel is for
-        buffer = io.BytesIO()
-        torch.save(layer, buffer)
-        buffer.seek(0)
-        for other in (layer, copy.deepcopy(layer), torch.load(buffer, weights_only=False)):
-            assert {k for k, v in other.state_dict().items() if not torch.equal(v, stored[k])} == set()
-            assert torch.equal(other(x), y)
-        assert torch.equal(layer.double().codes, stored["codes"])
-        assert torch.equal(layer.float()(x), y)
-
-
-@weight_only
-def test_a_used_layer_loads_and_lends_itself():
-    layer, other, x = coded4(), coded4(seed=7), gaussian(3, 128, seed=1)
-    with torch.no_grad():
-        mine, theirs = layer(x), other(x)
-        state = other.state_dict()
-        assert torch.equal(torch.func.functional_call(layer, state, x), theirs)
-        assert torch.equal(layer(x), mine)
-        layer.load_state_dict(other.state_dict())
-        assert torch.equal(layer(x), theirs)
-        layer.load_state_dict(coded4().state_dict(), assign=True)
-        assert torch.equal(layer(x), mine)
-    x.requires_grad_()
-    layer(x).sum().backward()
-    torch.testing.assert_close(x.grad[0], layer.dense_weight().sum(0), rtol=1e-4, atol=1e-4)
-
-
-@weight_only
-def test_what_is_exported_is_decoded_in_any_order_and_what_is_compiled_has_the_kernel():
-    layer, x = coded4(), gaussian(3, 128, seed=1)
-    expected = nn.functional.linear(x, layer.dense_weight(), layer.bias)
-    with torch.inference_mode():
-        by_kernel = layer(x)
-    with torch.no_grad():
-        exported = torch.export.export(layer, (x,)).module()(x)
-        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
-    torch.testing.assert_close(exported, expected)
-    assert torch.equal(compiled, by_kernel)
-
-
-@weight_only
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_the_int4_kernel_does_not_hide_nan_and_infinity(value):
-    layer, x = coded4(), gaussian(3, 128)
-    x[1, 3] = value
-    with torch.no_grad():
-        y = layer(x)
-    assert not y[1].isfinite().any()
-    assert y[[0, 2]].isfinite().all()
-
-
-@pytest.mark.parametrize("capability", ["avx2", "default"])
-def test_processors_whose_order_of_codes_is_unknown_decode(capability):
-    script = (
-        "import torch; from lowrank.nn.integer_matmul import *\n"
-        "from lowrank.linalg.quantization import unpack_int4\n"
-        "codes = torch.randint(256, (112, 64), dtype=torch.uint8)\n"
-        "print(torch.backends.cpu.get_cpu_capability(),"
-        " why_no_int4_kernel(112, 128, 32, codes.device) is None,"
-        " torch.equal(unpacked(packed(codes), 112, 128), unpack_int4(codes)))"
-    )
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-    found = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
-    )
-    name, works, same = found.stdout.split()
-    assert works == ("True" if name.startswith("AVX") else "False")
-    assert same == "True" or works == "False"
-
-
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_an_embedding_looks_up_rows(scheme):
     table = nn.Embedding(10, 64, padding_idx=0)
@@ -397,54 +75,3 @@ def test_an_embedding_looks_up_rows(scheme):
     assert torch.equal(coded(ids), coded.dense_weight()[ids])
     assert coded.half()(ids).dtype == torch.float16
     assert coded.padding_idx == 0
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("rows", [1, 16, 40])
-def test_cuda_computes_what_the_cpu_does(rows, monkeypatch):
-    monkeypatch.setattr(module, "FEWEST_ON_CUDA", 0)
-    for made in (smoothed()[0], QuantizedLinear.from_weight(gaussian(48, 64), None, Scheme("int8"))):
-        x = gaussian(rows, 64)
-        with torch.no_grad():
-            here = made(x)
-            made.cuda()
-            assert made.runs_on() == "int8"
-            there = made(x.cuda())
-        assert there.device.type == "cuda"
-        assert (there.cpu() - here).norm() < 0.003 * here.norm()
-        assert made(x.cuda().half()).dtype == torch.float16
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_tells_from_where_on_integers_multiply():
-    layer = QuantizedLinear(4096, 1024, False, Scheme("int8"), device="cuda")
-    assert layer.runs_on() == "int8 (from 1,024 tokens)"
-    assert QuantizedLinear(4096, 1001, False, Scheme("int8"), device="cuda").runs_on() == "dequantized"
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("tokens", [1, 17, 64])
-@pytest.mark.parametrize(
-    ("rows", "columns", "size"), [(8, 32, 32), (48, 64, 64), (104, 96, 32), (64, 512, 256)]
-)
-def test_cuda_multiplies_int4_as_the_decoded_weight_does(rows, columns, size, tokens, dtype):
-    layer = coded4(rows, columns, size)
-    stored = layer.codes.clone()
-    layer.cuda().to(dtype)
-    x = gaussian(tokens, columns, seed=1).cuda().to(dtype)
-    exact = nn.functional.linear(x.double(), layer._dequantized().double(), layer.bias.double())
-    with torch.no_grad():
-        y = layer(x)
-        assert layer.runs_on() == "int4 (up to 64 tokens)"
-        assert layer.codes.ndim == 4  # in the kernel's order
-        assert layer.codes.nbytes == stored.nbytes
-        assert y.dtype == dtype
-        assert (y.double() - exact).norm() < 0.008 * exact.norm()
-        assert torch.equal(layer.state_dict()["codes"].cpu(), stored)
-        many = gaussian(200, columns, seed=2).cuda().to(dtype)
-        assert torch.equal(layer(many), copy.deepcopy(layer)(many))  # dequantized from either order
-        assert torch.equal(layer.cpu().codes, stored)

@@ -11,15 +11,14 @@ from contextlib import redirect_stdout
 
 import pytest
 import torch
-from closeness import agreement
+import transformers
+from closeness import CANCELLED32, LAYERS32, agreement
 from torch import nn
 
 import lowrank
 from lowrank.linalg import matmul
 from lowrank.nn import QuantizedModule, integer_matmul
 from lowrank.nn.shared import SharedDown
-
-transformers = pytest.importorskip("transformers")
 
 SHAPES = [(3, 10), (1, 7), (5, 33)]
 """Batch and sequence that exported models are run with; the first is what they are traced with."""
@@ -32,7 +31,7 @@ SETTINGS = {
 }
 """Factors, some of them shared; the same and embeddings as integers; integers that factors correct."""
 
-LINEAR = torch.ops.lowrank.linear, torch.ops.lowrank.linear.default, matmul._unseen
+LINEAR = torch.ops.lowrank.linear, torch.ops.lowrank.linear.default, matmul.linear_unseen
 INT4 = (
     torch.ops.lowrank.int4_product,
     torch.ops.lowrank.int4_product.default,
@@ -257,11 +256,11 @@ def test_a_compiled_graph_with_gradients_has_no_kernels(dense, setting):
     main_output(model(**given)).sum().backward()
     for name, p in model.named_parameters():
         if p.grad is not None:
-            torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(found[name], p.grad, rtol=CANCELLED32, atol=LAYERS32)
 
 
 @only_bert
-@pytest.mark.skipif(not matmul._AVAILABLE, reason="PyTorch's own product is as fast here")
+@pytest.mark.skipif(not matmul.AVAILABLE, reason="PyTorch's own product is as fast here")
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_factors_have_the_faster_product(dense):
     model, given = made(dense, "shared"), inputs(4, 7)
@@ -314,7 +313,7 @@ def test_compiled_transforms_of_functions_are_those_of_eager_mode(setting):
     for function in transformed.values():
         with torch.no_grad():
             found = torch.compile(function, backend="aot_eager")(x)
-            torch.testing.assert_close(found, function(x), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(found, function(x), rtol=LAYERS32, atol=LAYERS32)
 
 
 @pytest.mark.long
@@ -324,6 +323,7 @@ def test_a_compiled_layer_may_read_a_transposed_tensor(scheme):
     model, x = lowrank.quantize(dense_layers(), scheme), torch.randn(1, 64, 20).transpose(1, 2)
     with torch.no_grad():
         eager = model(x)
+        # Inputs that are rounded the other way at a tie differ by a step of int8: 1/127.
         torch.testing.assert_close(torch.compile(model)(x), eager, rtol=1e-2, atol=1e-2)
 
 

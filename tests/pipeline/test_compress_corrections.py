@@ -1,62 +1,43 @@
 """``correction=True``: factors that correct a quantized weight, from the request to the checkpoint."""
 
 import copy
-import os
-import signal
 
 import pytest
 import torch
+from bert_outputs import IDS, QUERY, error, outputs
+from closeness import FEW32, SUMS32
 from torch import nn
 
 import lowrank
 from lowrank import BudgetError, LowRankError, LowRankLinear, Plan, SchemeError, compress, quantize, report
-from lowrank.errors import PlanError
-
-IDS = torch.arange(96).reshape(4, 24) % 99
-QUERY = "encoder.layer.0.attention.self.query"
-
-
-def outputs(model):
-    with torch.no_grad():
-        return model(input_ids=IDS).last_hidden_state
-
-
-@pytest.fixture
-def stats(tiny_bert):
-    generator = torch.Generator().manual_seed(0)
-    data = [{"input_ids": torch.randint(99, (4, 24), generator=generator)} for _ in range(8)]
-    return lowrank.calibrate(tiny_bert, data)
-
-
-def error(small, dense):
-    return float((outputs(small) - outputs(dense)).norm())
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["plain", "calibrated"])
-def test_a_residual_is_closer_than_its_codes_alone_and_than_factors_alone(tiny_bert, stats, known):
-    how = {"stats": stats if known else None, "ignore": ["embeddings.*"]}
+def test_a_residual_is_closer_than_its_codes_alone_and_than_factors_alone(tiny_bert, bert_stats, known):
+    how = {"stats": bert_stats if known else None, "ignore": ["embeddings.*"]}
     both = compress(copy.deepcopy(tiny_bert), rank=8, correction=True, quantize="int4", **how)
     codes = quantize(copy.deepcopy(tiny_bert), "int4", **how)
     factors = compress(copy.deepcopy(tiny_bert), rank=8, **how)
     assert error(both, tiny_bert) < error(codes, tiny_bert) < error(factors, tiny_bert)
 
 
-def test_the_layer_is_its_coded_weight_plus_the_product_of_its_factors(tiny_bert, stats):
-    small = compress(tiny_bert, rank=8, correction=True, quantize="int4", stats=stats)
+def test_the_layer_is_its_coded_weight_plus_the_product_of_its_factors(tiny_bert, bert_stats):
+    small = compress(tiny_bert, rank=8, correction=True, quantize="int4", stats=bert_stats)
     layer = small.get_submodule(QUERY)
     assert isinstance(layer, LowRankLinear)
     inputs = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = inputs @ layer.dense_weight().T + layer.dense_bias()
+        # int4 kernels round inputs to bfloat16, 0.4%, in both products.
         assert torch.allclose(layer(inputs), expected, atol=0.02 * float(expected.abs().max()))
         whole = layer.base.dense_weight() + layer.up.dense_weight() @ layer.down.dense_weight()
-    assert torch.allclose(layer.dense_weight(), whole, atol=1e-6)
+    assert torch.allclose(layer.dense_weight(), whole, atol=FEW32)
     assert layer.macs == 64 * 64 + 8 * 128
     assert "correction of int4" in repr(layer)
 
 
-def test_checkpoints_give_the_same_bits_and_the_reported_bytes(tiny_bert, stats, tmp_path):
-    small = compress(tiny_bert, rank=8, correction=True, quantize="int4", stats=stats)
+def test_checkpoints_give_the_same_bits_and_the_reported_bytes(tiny_bert, bert_stats, tmp_path):
+    small = compress(tiny_bert, rank=8, correction=True, quantize="int4", stats=bert_stats)
     folder = lowrank.save(small, tmp_path / "small")
     assert (folder / "model.safetensors").stat().st_size == report(small).checkpoint_bytes
     for again in (type(small).from_pretrained(folder), lowrank.load(folder)):
@@ -76,23 +57,12 @@ def test_other_modules_are_saved_and_loaded_too(mlp, tmp_path):
     assert torch.equal(again(inputs), small(inputs))
 
 
-def test_the_plan_predicts_the_error_that_is_measured(tiny_bert, stats):
-    planned = lowrank.plan(tiny_bert, rank=8, correction=True, quantize="int4", stats=stats)
-    small = lowrank.apply(tiny_bert, planned, stats=stats)
-    for layer in planned.factorized:
-        measured = small.get_submodule(layer.name).relative_error
-        assert measured <= 1.01 * layer.relative_error  # a second round can only gain
-        assert measured > 0.5 * layer.relative_error
-    assert Plan.from_json(planned.to_json()) == planned
-    assert "correction of rank 8" in str(planned.diff(planned.with_rank(QUERY, None))[0])
-
-
-def test_recover_trains_the_factors_over_the_codes(tiny_bert, stats):
+def test_recover_trains_the_factors_over_the_codes(tiny_bert, bert_stats):
     dense = copy.deepcopy(tiny_bert)
-    planned = lowrank.plan(tiny_bert, rank=8, correction=True, quantize="int4", stats=stats)
+    planned = lowrank.plan(tiny_bert, rank=8, correction=True, quantize="int4", stats=bert_stats)
     bases = tuple(code for code in planned.quantized if code.name.endswith(".base"))
     planned = Plan.from_dict({**planned.to_dict(), "quantized": [vars(code) for code in bases]})
-    small = lowrank.apply(tiny_bert, planned, stats=stats)
+    small = lowrank.apply(tiny_bert, planned, stats=bert_stats)
     codes = small.state_dict()[f"{QUERY}.base.codes"].clone()
     before = error(small, dense)
     generator = torch.Generator().manual_seed(3)
@@ -104,16 +74,16 @@ def test_recover_trains_the_factors_over_the_codes(tiny_bert, stats):
     assert error(small, dense) < before
 
 
-def test_decompress_multiplies_everything_back(tiny_bert, stats):
-    small = compress(tiny_bert, rank=8, correction=True, quantize="int4", stats=stats)
+def test_decompress_multiplies_everything_back(tiny_bert, bert_stats):
+    small = compress(tiny_bert, rank=8, correction=True, quantize="int4", stats=bert_stats)
     before = outputs(small)
     lowrank.decompress(small)
     assert type(small.get_submodule(QUERY)) is torch.nn.Linear
     assert torch.allclose(outputs(small), before, atol=0.05)  # integers meet integers no more
 
 
-def test_a_budget_in_bytes_chooses_the_rank_of_each_residual(tiny_bert, stats):
-    how = {"stats": stats, "ignore": ["embeddings.*"]}
+def test_a_budget_in_bytes_chooses_the_rank_of_each_residual(tiny_bert, bert_stats):
+    how = {"stats": bert_stats, "ignore": ["embeddings.*"]}
     plain = quantize(copy.deepcopy(tiny_bert), "int4", **how)
     limit = sum(t.nbytes for t in (*plain.parameters(), *plain.buffers())) + 8000
     small = compress(copy.deepcopy(tiny_bert), max_bytes=limit, quantize="int4", correction=True, **how)
@@ -146,20 +116,12 @@ def test_bad_requests_are_refused_and_change_nothing(tiny_bert, request_, error_
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
-def test_sharing_and_going_block_by_block_are_refused(tiny_bert, stats):
+def test_sharing_and_going_block_by_block_are_refused(tiny_bert, bert_stats):
     with pytest.raises(BudgetError, match="leave out share="):
-        compress(tiny_bert, rank=8, correction=True, quantize="int4", share="inputs", stats=stats)
+        compress(tiny_bert, rank=8, correction=True, quantize="int4", share="inputs", stats=bert_stats)
     data = [{"input_ids": IDS}] * 8
     with pytest.raises(LowRankError, match="not corrections"):
         compress(tiny_bert, rank=8, correction=True, quantize="int4", sequential=True, data=data)
-
-
-def test_a_plan_whose_residual_has_no_codes_is_refused(tiny_bert):
-    planned = lowrank.plan(tiny_bert, rank=8, correction=True, quantize="int4")
-    damaged = Plan.from_dict({**planned.to_dict(), "quantized": []})
-    with pytest.raises(PlanError, match=r"query: its factors are to correct.*no .*query\.base"):
-        lowrank.apply(tiny_bert, damaged)
-    assert type(tiny_bert.get_submodule(QUERY)) is torch.nn.Linear
 
 
 def batches_for_training(count=16):
@@ -168,10 +130,10 @@ def batches_for_training(count=16):
 
 
 @pytest.mark.parametrize("blockwise", [False, True], ids=["whole", "blockwise"])
-def test_codes_are_trained_straight_through_their_rounding(tiny_bert, stats, blockwise):
+def test_codes_are_trained_straight_through_their_rounding(tiny_bert, bert_stats, blockwise):
     dense = copy.deepcopy(tiny_bert)
     small = compress(
-        tiny_bert, rank=8, correction=True, quantize="int4", stats=stats, ignore=["embeddings.*"]
+        tiny_bert, rank=8, correction=True, quantize="int4", stats=bert_stats, ignore=["embeddings.*"]
     )
     known = {name: tensor.clone() for name, tensor in small.state_dict().items()}
     without = copy.deepcopy(small)
@@ -189,9 +151,9 @@ def test_codes_are_trained_straight_through_their_rounding(tiny_bert, stats, blo
     assert error(small, dense) < error(without, dense)
 
 
-def test_dense_layers_that_are_coded_can_be_recovered_without_any_factor(tiny_bert, stats):
+def test_dense_layers_that_are_coded_can_be_recovered_without_any_factor(tiny_bert, bert_stats):
     dense = copy.deepcopy(tiny_bert)
-    small = quantize(tiny_bert, "int4", stats=stats, ignore=["embeddings.*"])
+    small = quantize(tiny_bert, "int4", stats=bert_stats, ignore=["embeddings.*"])
     before = error(small, dense)
     lowrank.recover(small, dense, batches_for_training(), steps=80)
     assert error(small, dense) < before
@@ -205,7 +167,7 @@ def test_loosened_codes_are_the_same_weight_until_they_are_trained():
         codes, inputs = layer.codes.clone(), torch.randn(3, 32)
         decoded = inputs @ layer.dense_weight().T
         layer.start_qat()
-        assert torch.allclose(layer(inputs), decoded, atol=1e-5)
+        assert torch.allclose(layer(inputs), decoded, atol=SUMS32)
         layer(inputs).square().sum().backward()
         straight = 2 * decoded.T @ inputs  # as if nothing were rounded
         assert torch.allclose(layer.latent.grad, straight, rtol=1e-3, atol=1e-3)
@@ -213,9 +175,9 @@ def test_loosened_codes_are_the_same_weight_until_they_are_trained():
         assert torch.equal(layer.codes, codes)
 
 
-def test_an_interrupted_recovery_leaves_codes(tiny_bert, stats, monkeypatch):
+def test_an_interrupted_recovery_leaves_codes(tiny_bert, bert_stats, monkeypatch):
     dense = copy.deepcopy(tiny_bert)
-    small = quantize(tiny_bert, "int8", stats=stats)
+    small = quantize(tiny_bert, "int8", stats=bert_stats)
     keys = set(small.state_dict())
 
     def interrupt(self):
@@ -228,10 +190,10 @@ def test_an_interrupted_recovery_leaves_codes(tiny_bert, stats, monkeypatch):
     assert small.get_submodule(QUERY).latent is None
 
 
-def test_the_report_counts_the_coded_weight_of_a_residual(tiny_bert, stats):
+def test_the_report_counts_the_coded_weight_of_a_residual(tiny_bert, bert_stats):
     dense = report(tiny_bert)
-    planned = lowrank.plan(tiny_bert, rank=8, correction=True, quantize="int4", stats=stats)
-    found = report(lowrank.apply(tiny_bert, planned, stats=stats))
+    planned = lowrank.plan(tiny_bert, rank=8, correction=True, quantize="int4", stats=bert_stats)
+    found = report(lowrank.apply(tiny_bert, planned, stats=bert_stats))
     layer = next(layer for layer in found.layers if layer.name == QUERY)
     assert layer.scheme == "int8 + int4" or layer.scheme == "int4 + int8"
     module = tiny_bert.get_submodule(QUERY)
@@ -240,16 +202,16 @@ def test_the_report_counts_the_coded_weight_of_a_residual(tiny_bert, stats):
     assert found.checkpoint_bytes_before == pytest.approx(dense.checkpoint_bytes, abs=30_000)
 
 
-def test_an_edited_layer_of_a_plan_with_codes_can_be_applied(tiny_bert, stats):
+def test_an_edited_layer_of_a_plan_with_codes_can_be_applied(tiny_bert, bert_stats):
     for how in ({"quantize": "int8"}, {"quantize": "int4", "correction": True}):
-        planned = lowrank.plan(tiny_bert, rank=8, stats=stats, **how)
+        planned = lowrank.plan(tiny_bert, rank=8, stats=bert_stats, **how)
         for rank in (4, None):
             edited = planned.with_rank(QUERY, rank)
             assert not any(code.name.startswith(QUERY) for code in edited.quantized)
             assert "float" in str(edited)
             (change,) = planned.diff(edited)
             assert "int8" in str(change)
-            small = lowrank.apply(copy.deepcopy(tiny_bert), edited, stats=stats)
+            small = lowrank.apply(copy.deepcopy(tiny_bert), edited, stats=bert_stats)
             assert (small.get_submodule(QUERY).rank if rank else None) == rank
 
 
@@ -271,70 +233,6 @@ def test_a_layer_that_is_the_model_is_refused(call, module):
     with pytest.raises(LowRankError, match=f"is itself a {type(module).__name__}.*holds it"):
         call(module)
     assert list(dict(module.named_modules())) == names
-
-
-@pytest.fixture
-def ctrl_c():
-    """Have Ctrl-C interrupt, as at a terminal: a shell's background jobs are started to ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("ctrl_c")
-@pytest.mark.parametrize("at", [0, 3, 13, 30])
-def test_ctrl_c_waits_for_a_whole_step_and_the_same_plan_finishes(tiny_bert, stats, monkeypatch, at):
-    planned = lowrank.plan(tiny_bert, rank=8, stats=stats, quantize="int8", share="inputs")
-    dense = copy.deepcopy(tiny_bert)
-    whole = lowrank.apply(copy.deepcopy(tiny_bert), planned, stats=stats)
-    swaps, original = [], lowrank.surgery.replacement.replace_module
-
-    def interrupted(model, name, new):
-        if len(swaps) == at:
-            os.kill(os.getpid(), signal.SIGINT)  # before anything of this swap is done
-        swaps.append(name)
-        original(model, name, new)
-
-    monkeypatch.setattr(lowrank.surgery.replacement, "replace_module", interrupted)
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        lowrank.apply(tiny_bert, planned, stats=stats)
-    assert signal.getsignal(signal.SIGINT) is handler
-    assert len(swaps) > at  # the step was done
-    small = lowrank.apply(tiny_bert, planned, stats=stats)
-    if at < 12:  # among the factors; later these may be rotated twice before they are quantized
-        for name, tensor in whole.state_dict().items():
-            assert torch.equal(small.state_dict()[name], tensor), name
-    assert error(small, whole) < 0.1 * error(whole, dense)
-
-
-@pytest.mark.parametrize("factor", [1e-6, 1e9])
-def test_int4_is_refused_where_its_scales_would_be_lost(tiny_bert, factor):
-    weight = tiny_bert.get_submodule(QUERY).weight
-    with torch.no_grad():
-        weight[5] *= factor if factor > 1 else 1
-        weight *= factor if factor < 1 else 1
-    for call in (
-        lambda: quantize(tiny_bert, "int4"),
-        lambda: compress(tiny_bert, rank=8, correction=True, quantize="int4"),
-    ):
-        with pytest.raises(lowrank.WeightError, match=r"query.*largest element is .* Use int8"):
-            call()
-    assert type(tiny_bert.get_submodule(QUERY)) is torch.nn.Linear
-    quantize(tiny_bert, "int8")
-
-
-@pytest.mark.parametrize("part", ["scale", "codes", "smooth_scale"])
-def test_values_that_no_coded_weight_has_are_refused(tiny_bert, stats, tmp_path, part):
-    from safetensors.torch import load_file, save_file
-
-    small = quantize(tiny_bert, "int8", stats=stats)
-    small.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    tensors[f"{QUERY}.{part}"].view(-1)[3] = -128 if part == "codes" else 0
-    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(lowrank.errors.CheckpointError, match=rf"query\.{part} has values that no quantized"):
-        type(small).from_pretrained(tmp_path)
 
 
 def test_the_report_counts_the_products_of_a_layer_that_uses_a_corrected_weight():

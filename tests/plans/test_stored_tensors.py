@@ -37,7 +37,7 @@ class Ternary(StorageScheme):
 
 @pytest.fixture(autouse=True)
 def ternary(monkeypatch):
-    monkeypatch.setattr(schemes, "_SCHEMES", dict(schemes._SCHEMES))
+    monkeypatch.setattr(schemes, "STORAGE_SCHEMES", dict(schemes.STORAGE_SCHEMES))
     register_storage_scheme(Ternary())
 
 

@@ -7,22 +7,14 @@ import pytest
 import torch
 import transformers
 import yaml
+from model_cards import card_of, save
 from torch import nn
 
 import lowrank
-from lowrank.files.readme import is_own_card, write_card
 
 
 def header_of(text: str) -> dict:
     return yaml.safe_load(re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)[1])
-
-
-def card_of(folder) -> str:
-    return (folder / "README.md").read_text(encoding="utf-8")
-
-
-def save(model, folder):
-    lowrank.save(model, folder, overwrite=True)
 
 
 def test_a_compressed_checkpoint_has_a_card_with_its_sizes(tiny_bert, tmp_path):
@@ -89,38 +81,6 @@ def test_the_base_model_is_named_if_it_is_one_of_the_hub(name, known, tiny_bert,
     assert known or "kurt" not in card_of(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["# Mine\n", ""], ids=["text", "empty"])
-def test_a_readme_of_the_users_stays(text, tiny_bert, tmp_path):
-    (tmp_path / "README.md").write_text(text, encoding="utf-8")
-    lowrank.compress(tiny_bert, rank=8)
-    save(tiny_bert, tmp_path)
-    assert card_of(tmp_path) == text
-
-
-def test_a_readme_of_the_users_stays_beside_a_module(mlp, tmp_path):
-    (tmp_path / "README.md").write_text("# Mine\n", encoding="utf-8")
-    lowrank.save(mlp, tmp_path, overwrite=True)
-    assert card_of(tmp_path) == "# Mine\n"
-
-
-def test_a_card_that_somebody_has_edited_stays(tiny_bert, tmp_path):
-    lowrank.compress(tiny_bert, rank=8)
-    save(tiny_bert, tmp_path)
-    edited = card_of(tmp_path).replace("## Load it", "My notes.\n\n## Load it")
-    (tmp_path / "README.md").write_text(edited, encoding="utf-8")
-    save(tiny_bert, tmp_path)
-    assert card_of(tmp_path) == edited
-
-
-def test_a_card_of_an_older_save_is_written_anew(tiny_bert, tmp_path):
-    lowrank.compress(tiny_bert, rank=16)
-    save(tiny_bert, tmp_path)
-    lowrank.compress(lowrank.decompress(tiny_bert), rank=8)
-    save(tiny_bert, tmp_path)
-    assert "rank=8" in card_of(tmp_path)
-    assert "rank=16" not in card_of(tmp_path)
-
-
 def test_a_dense_model_has_no_card_and_loses_that_of_an_older_save(tiny_bert, tmp_path):
     save(tiny_bert, tmp_path)
     assert not (tmp_path / "README.md").exists()
@@ -129,28 +89,6 @@ def test_a_dense_model_has_no_card_and_loses_that_of_an_older_save(tiny_bert, tm
     assert (tmp_path / "README.md").exists()
     save(lowrank.decompress(tiny_bert), tmp_path)
     assert not (tmp_path / "README.md").exists()
-
-
-def test_a_readme_that_is_a_link_is_not_followed(tiny_bert, tmp_path):
-    write_card(tmp_path, "# Elsewhere\n")
-    elsewhere = (tmp_path / "README.md").rename(tmp_path / "elsewhere.md")
-    folder = tmp_path / "saved"
-    folder.mkdir()
-    (folder / "README.md").symlink_to(elsewhere)
-    before = elsewhere.read_bytes()
-    save(lowrank.compress(tiny_bert, rank=8), folder)
-    assert elsewhere.read_bytes() == before
-
-
-def test_a_card_with_one_other_character_is_not_ours(tmp_path):
-    write_card(tmp_path, "# Card\n")
-    file = tmp_path / "README.md"
-    assert is_own_card(file)
-    for change in (lambda text: text + "\n", lambda text: text.replace("# Card", "# Cart")):
-        write_card(tmp_path, "# Card\n")
-        file.write_text(change(file.read_text(encoding="utf-8")), encoding="utf-8")
-        assert not is_own_card(file)
-        file.unlink()
 
 
 @pytest.mark.parametrize("write", [save, lambda model, folder: model.save_pretrained(folder)])

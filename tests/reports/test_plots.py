@@ -4,6 +4,7 @@ import builtins
 
 import pytest
 import torch
+from closeness import FEW32
 from torch import nn
 
 import lowrank
@@ -43,7 +44,7 @@ def test_spectra_are_curves_from_one_to_zero_with_the_plans_ranks_marked(mlp, tm
         weight = mlp.get_submodule(layer.name).weight.detach().double()
         values = torch.linalg.svdvals(weight)
         expected = [float(values[k:].norm() / values.norm()) for k in range(len(values))] + [0.0]
-        assert list(curve.get_ydata()) == pytest.approx(expected, abs=1e-6)
+        assert list(curve.get_ydata()) == pytest.approx(expected, abs=FEW32)
         assert (mark.get_xdata()[0], mark.get_ydata()[0]) == (8, pytest.approx(layer.relative_error))
 
 

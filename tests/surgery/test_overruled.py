@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from closeness import SUMS32
+from doubtful_layers import Penalized, Twice, X, seeded
 from torch import nn
 from torch.nn import functional
 from transformers import BertConfig, BertModel, BloomConfig, BloomModel
@@ -36,31 +38,9 @@ class Named(nn.Linear):
         return functional.linear(x, self.weight, self.bias)
 
 
-class Twice(nn.Linear):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
 class Noisy(nn.Linear):
     def forward(self, x):
         return super().forward(functional.dropout(x, 0.5, self.training))
-
-
-class Penalized(nn.Module):
-    """Reads weights by value where its outputs do not show it: a penalty, and inputs that never come."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.proj = nn.Linear(32, 32)
-        self.out = nn.Linear(32, 32)
-
-    def penalty(self) -> torch.Tensor:
-        return self.proj.weight.pow(2).sum()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.ndim > 3:
-            return x @ self.out.weight
-        return self.out(self.proj(x).relu())
 
 
 class Reader(nn.Module):
@@ -76,15 +56,6 @@ class Reader(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.unused(x @ self.read.weight) + self.summed(self.called(x)) * self.summed.weight.sum()
-
-
-def seeded(make) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return make().eval()
-
-
-X = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
 
 
 def same_as_before(model: nn.Module, before: nn.Module) -> bool:
@@ -109,7 +80,8 @@ def test_a_subclass_that_turns_out_to_compute_the_same_is_factorized_saved_loade
     assert torch.equal(loaded(X.to(dtype)), small)
     assert lowrank.report(loaded).factorized[0].name == "0"
     assert type(lowrank.decompress(loaded)[0]) is Counting
-    assert torch.allclose(loaded(X.to(dtype)).float(), small.float(), atol=0.05)
+    # The product of two bfloat16 factors is rounded again: 0.4%, and sums of it.
+    assert torch.allclose(loaded(X.to(dtype)).float(), small.float(), atol=0.02 * float(small.abs().max()))
     assert dense[0].calls == 0  # it was tried on a copy
 
 
@@ -148,16 +120,6 @@ def test_a_subclass_that_computes_something_else_or_cannot_be_built_again_is_ref
     assert same_as_before(model, before)
 
 
-def test_a_plan_by_hand_is_tried_before_it_is_applied():
-    model = seeded(lambda: nn.Sequential(Twice(32, 32), nn.Linear(32, 32)))
-    plan = lowrank.plan(model, rank=4).with_rank("*", 4)
-    layer = plan["0"]
-    by_hand = plan.with_layers({"0": type(layer)(**{**vars(layer), "overruled": True})})
-    with pytest.raises(TargetError, match="0: overrule= cannot be followed"):
-        lowrank.apply(model, by_hand)
-    assert type(model[0]) is Twice
-
-
 def test_a_weight_that_seems_to_be_read_is_factorized_if_the_outputs_do_not_need_it(tmp_path):
     model = seeded(Penalized)
     dense = copy.deepcopy(model)
@@ -174,22 +136,6 @@ def test_a_weight_that_seems_to_be_read_is_factorized_if_the_outputs_do_not_need
     loaded = lowrank.load(tmp_path / "folder", copy.deepcopy(dense))
     assert torch.equal(loaded(X), small)
     assert [type(layer) for layer in lowrank.decompress(loaded).children()] == [nn.Linear, nn.Linear]
-
-
-@pytest.mark.parametrize("data", [lambda: [X] * 4, lambda: iter([X] * 4)], ids=["list", "iterator"])
-def test_the_first_batch_of_the_data_serves_to_try_it(data):
-    model = lowrank.compress(seeded(Penalized), rank=4, overrule=["proj"], data=data())
-    assert isinstance(model.proj, LowRankLinear) and type(model.out) is nn.Linear
-    coded = lowrank.compress(seeded(Penalized), rank=4, overrule=["proj"], data=data(), quantize="int8")
-    assert isinstance(coded.proj.down, lowrank.QuantizedLinear)
-
-
-def test_statistics_cover_what_is_overruled_where_they_are_told():
-    model = seeded(Penalized)
-    stats = lowrank.calibrate(model, [X] * 4, overrule=["proj"])
-    assert "proj" in stats and "out" not in stats
-    plan = lowrank.plan(model, rank=4, stats=stats, overrule=["proj"], inputs=X)
-    assert plan["proj"].rank == 4
 
 
 @pytest.mark.parametrize(
@@ -214,18 +160,6 @@ def test_a_weight_that_is_read_is_refused_and_the_model_is_as_before(pattern, la
 def test_one_of_several_may_be_overruled():
     model = lowrank.compress(seeded(Reader), rank=4, overrule=["unused"], inputs=X)
     assert isinstance(model.unused, LowRankLinear) and type(model.read) is nn.Linear
-
-
-def test_without_inputs_a_reading_cannot_be_overruled():
-    with pytest.raises(DataError, match=r"^out: has its weight read by value in Penalized.*give inputs="):
-        lowrank.compress(seeded(Penalized), rank=4, overrule=["out"])
-
-
-def test_a_pattern_to_overrule_must_match_a_layer():
-    with pytest.raises(TargetError, match='"proi" matches none of the 2 linear layers'):
-        lowrank.plan(seeded(Penalized), rank=4, overrule=["proi"], inputs=X)
-    with pytest.raises(TargetError, match="overrule='proj': give a list of patterns"):
-        lowrank.plan(seeded(Penalized), rank=4, overrule="proj", inputs=X)
 
 
 def test_an_overruled_layer_is_coded_and_given_back():
@@ -293,7 +227,7 @@ def test_a_table_changes_with_a_tied_head_whose_doubt_is_overruled():
     lowrank.compress(model, rank=8, targets=["embed"], overrule=["lm_head"], inputs=x)
     table = model.embed.dense_weight()
     expected = functional.linear(model.proj(table[x]), table)
-    assert torch.allclose(model(x), expected, atol=1e-5)
+    assert torch.allclose(model(x), expected, atol=SUMS32)
 
 
 def test_a_class_is_not_known_by_its_name_after_a_refusal():

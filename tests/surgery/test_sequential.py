@@ -5,18 +5,17 @@ import dataclasses
 
 import pytest
 import torch
+from closeness import CANCELLED32, LAYERS32
+from residual_models import bert, hidden, ids, llama
 from torch import nn
 from transformers import (
-    BertConfig,
-    BertModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 import lowrank
 from lowrank import DataError, LowRankError, PlanError, apply, calibrate, compress, plan
+from lowrank.linalg.ridge import Regression
 from lowrank.nn import LowRankLinear
 
 
@@ -94,8 +93,8 @@ def test_the_factor_is_the_ridge_regression_of_all_tokens(how, monkeypatch):
         yz = (y - y0).T @ (share * (z - z0))
         added = 0.05 * torch.diag(zz.diagonal())
         expected = torch.linalg.solve(zz + added, (yz + left @ added).T).T
-    torch.testing.assert_close(layer.up.weight.double(), expected, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(layer.bias.double(), y0 - expected @ z0, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(layer.up.weight.double(), expected, rtol=CANCELLED32, atol=LAYERS32)
+    torch.testing.assert_close(layer.bias.double(), y0 - expected @ z0, rtol=CANCELLED32, atol=LAYERS32)
     assert not torch.equal(small.blocks[0].first.up.weight, dense.blocks[0].first.weight)
 
 
@@ -117,30 +116,8 @@ def test_a_layer_that_nothing_is_lost_before_keeps_its_factor_where_that_is_best
     alone = apply(copy.deepcopy(dense), decided, stats)
     together = apply(copy.deepcopy(dense), decided, stats, sequential=True, data=data)
     torch.testing.assert_close(
-        together.blocks[0].first.up.weight, alone.blocks[0].first.up.weight, rtol=1e-3, atol=1e-4
+        together.blocks[0].first.up.weight, alone.blocks[0].first.up.weight, rtol=CANCELLED32, atol=LAYERS32
     )
-
-
-def bert():
-    torch.manual_seed(0)
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 3}
-    return BertModel(BertConfig(vocab_size=100, max_position_embeddings=32, **size)).eval()
-
-
-def llama(**more):
-    torch.manual_seed(0)
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=100, num_key_value_heads=2, **size, **more)).eval()
-
-
-def ids(count=8, first=0):
-    make = [torch.Generator().manual_seed(first + i) for i in range(count)]
-    return [{"input_ids": torch.randint(100, (4, 16), generator=generator)} for generator in make]
-
-
-def hidden(model, batches=None):
-    with torch.no_grad():
-        return torch.cat([model(**batch)[0] for batch in batches or ids(2, first=100)])
 
 
 @pytest.mark.parametrize("share", [None, "inputs"])
@@ -166,67 +143,17 @@ def test_compress_does_it_in_one_call_also_with_an_iterator():
     assert torch.equal(hidden(first), hidden(third))
 
 
-def test_padding_has_no_say():
-    dense = bert()
-    batches = [dict(batch, attention_mask=torch.ones(4, 16, dtype=torch.long)) for batch in ids()]
-    for batch in batches:
-        batch["attention_mask"][:, 10:] = 0
-    other = [dict(batch, input_ids=batch["input_ids"].clone()) for batch in batches]
-    for batch in other:
-        batch["input_ids"][:, 10:] = 7
-    stats = calibrate(dense, batches)
-    first, second = (
-        compress(copy.deepcopy(dense), keep=0.5, data=data, stats=stats, sequential=True)
-        for data in (batches, other)
-    )
-    torch.testing.assert_close(hidden(first), hidden(second), rtol=1e-4, atol=1e-5)
-
-
-def test_hidden_states_on_a_disk_give_the_same_model_and_leave_nothing(tmp_path):
-    dense, data = bert(), ids()
-    here = compress(copy.deepcopy(dense), keep=0.5, data=data, sequential=True)
-    there = compress(copy.deepcopy(dense), keep=0.5, data=data, sequential=True, offload_folder=tmp_path)
-    assert torch.equal(hidden(here), hidden(there))
-    assert not list(tmp_path.iterdir())
-
-
-def test_half_precision_keeps_its_dtype():
-    small = compress(llama().bfloat16(), keep=0.5, data=ids(), sequential=True)
-    assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
-    assert hidden(small).isfinite().all()
-
-
-def test_modes_hooks_and_random_state_stay_as_they_were():
-    model = bert().train()
-    model.encoder.layer[1].eval()
-    state = torch.get_rng_state()
-    compress(model, keep=0.5, data=ids(), sequential=True)
-    assert torch.equal(torch.get_rng_state(), state)
-    layers = [m for m in model.modules() if isinstance(m, LowRankLinear)]
-    assert layers and all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
-    for name, module in model.named_modules():
-        assert module.training == (not name.startswith("encoder.layer.1")), name
-    assert all(p.requires_grad for p in model.parameters())
-
-
-def test_a_cache_of_keys_and_values_is_not_carried_along():
-    torch.testing.assert_close(
-        hidden(compress(llama(use_cache=True), keep=0.5, data=ids(), sequential=True)),
-        hidden(compress(llama(use_cache=False), keep=0.5, data=ids(), sequential=True)),
-    )
-
-
 def test_an_interrupt_leaves_a_model_that_works(monkeypatch):
     model = bert()
-    calls = []
+    calls, solve = [], Regression.solve
 
     def interrupt(*arguments):
         calls.append(arguments)
-        if len(calls) == 2:
+        if len(calls) == 10:  # in the first block
             raise KeyboardInterrupt
-        return []
+        return solve(*arguments)
 
-    monkeypatch.setattr("lowrank.surgery.sequential._refit", interrupt)
+    monkeypatch.setattr(Regression, "solve", interrupt)
     with pytest.raises(KeyboardInterrupt):
         compress(model, keep=0.5, data=ids(), sequential=True)
     assert hidden(model).isfinite().all()
