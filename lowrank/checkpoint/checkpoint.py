@@ -25,6 +25,7 @@ from lowrank.arguments import accepts, flag, path
 from lowrank.errors import CheckpointError, LowRankError, PlanError, SchemeError
 from lowrank.files.folders import STRUCTURE, TENSORS, settle, staged
 from lowrank.files.integrity import (
+    check_dtype,
     check_finite,
     check_is_text_table,
     check_seal,
@@ -34,7 +35,7 @@ from lowrank.files.integrity import (
     sealed,
 )
 from lowrank.files.readme import write_card
-from lowrank.files.safetensors_header import DTYPE_NAMES, METADATA, Stored, read_header
+from lowrank.files.safetensors_header import METADATA, Stored, read_header
 from lowrank.files.state_dict import check_disjoint, check_finite_state, state_of, stored_tensors
 from lowrank.inspection.inspection import Inspection
 from lowrank.inspection.layers import check_model, check_not_compiled
@@ -248,18 +249,9 @@ def _check_dtypes(file: Path, model: nn.Module, plan: Plan, header: Mapping[str,
     """Refuse integers in place of floating-point numbers, and other dtypes than a scheme's."""
     state, planned = state_of(model), planned_tensors(plan)
     for name, stored in header.items():
-        wanted = planned[name].dtype if name in planned else None
-        if wanted is not None:
-            if stored.dtype != DTYPE_NAMES[wanted]:
-                raise CheckpointError(
-                    f"{file}: the tensor {name} is {stored.dtype}; its scheme needs {DTYPE_NAMES[wanted]} "
-                    "there."
-                )
-            continue
-        floating = state[name].is_floating_point() if name in state else True
-        if floating != stored.is_floating_point:
-            needed = "floating-point numbers" if floating else "integers"
-            raise CheckpointError(f"{file}: the tensor {name} is {stored.dtype}; the model needs {needed}.")
+        exact = planned[name].dtype if name in planned else None
+        other = state[name].dtype if name in state else torch.float32
+        check_dtype(file, name, stored, exact or other, exact is not None)
 
 
 def _expected_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:

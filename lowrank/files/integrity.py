@@ -30,6 +30,29 @@ def digest_of(tensor: Tensor) -> str:
     return state.hexdigest()
 
 
+def check_dtype(file: str | Path, name: str, stored: Stored, expected: torch.dtype, exact: bool) -> None:
+    """Refuse a tensor of another kind: integers for floating-point numbers, or the other way round.
+
+    Args:
+        file: Where ``stored`` is.
+        name: Its name there.
+        stored: Its dtype and shape.
+        expected: The dtype that the model, or the plan, has for it.
+        exact: Whether it must have that dtype, as codes, scales and orders must.
+
+    Raises:
+        CheckpointError: If it has another.
+    """
+    wanted = DTYPE_NAMES[expected]
+    if stored.dtype == wanted or (not exact and stored.is_floating_point == expected.is_floating_point):
+        return
+    kind = "floating-point numbers" if expected.is_floating_point else "integers"
+    raise CheckpointError(
+        f"{file}: the tensor {name} is stored as {stored.dtype}, but must be {wanted if exact else kind}. "
+        "The file has been changed; copy it again."
+    )
+
+
 def read_document(file: str | Path, current: int) -> dict[str, Any]:
     """Return the JSON object in ``file``, whose format is ``current``.
 

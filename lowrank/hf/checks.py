@@ -26,9 +26,9 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from lowrank.checkpoint.checkpoint import planned_tensors
 from lowrank.errors import CheckpointError
 from lowrank.files.folders import SHARDS, TENSORS
-from lowrank.files.integrity import SEAL, check_is_text_table, check_seal, read_tensors, sealed
+from lowrank.files.integrity import SEAL, check_dtype, check_is_text_table, check_seal, read_tensors, sealed
 from lowrank.files.json_file import read_json
-from lowrank.files.safetensors_header import DTYPE_NAMES, Stored, read_header
+from lowrank.files.safetensors_header import Stored, read_header
 from lowrank.files.state_dict import check_finite_state
 from lowrank.nn import LowRankEmbedding, LowRankLinear, PivotedUp, QuantizedModule, TiedLinear
 from lowrank.plans.plan import Plan
@@ -172,16 +172,8 @@ def check_names_and_dtypes(
         file, tensor = stored[name]
         if target not in expected:
             strays[target] = name
-        elif expected[target].is_floating_point() and not tensor.is_floating_point:
-            raise CheckpointError(
-                f"{file}: the tensor {name} is stored as {tensor.dtype}, but the model needs "
-                "floating-point numbers there. The file has been changed; copy it again."
-            )
-        elif _is_code(model, target) and tensor.dtype != DTYPE_NAMES[expected[target].dtype]:
-            raise CheckpointError(
-                f"{file}: the tensor {name} is stored as {tensor.dtype}, but codes and scales must be "
-                f"{DTYPE_NAMES[expected[target].dtype]}. The file has been changed; copy it again."
-            )
+        elif _is_code(model, target) or expected[target].is_floating_point():
+            check_dtype(file, name, tensor, expected[target].dtype, exact=_is_code(model, target))
         found.add(target)
     for name in sorted(name for name in expected if _is_code(model, name) and name not in found):
         raise CheckpointError(
@@ -198,9 +190,11 @@ def check_names_and_dtypes(
 
 
 def _is_code(model: nn.Module, name: str) -> bool:
-    """Tell whether the tensor is the codes or the scales of a quantized weight."""
+    """Tell whether the tensor has a dtype of its own: codes, scales, the order of pivoted outputs."""
     layer, _, part = name.rpartition(".")
-    return part in QuantizedModule.BUFFER_NAMES and isinstance(model.get_submodule(layer), QuantizedModule)
+    module = model.get_submodule(layer)
+    codes = isinstance(module, QuantizedModule) and part in QuantizedModule.BUFFER_NAMES
+    return codes or (isinstance(module, PivotedUp) and part == "order")
 
 
 def _targets(

@@ -77,7 +77,7 @@ def test_impossible_entries_of_a_header_are_refused_by_name(mlp_folder, change):
 def test_integers_in_place_of_numbers_are_refused_though_the_digests_fit(mlp_folder):
     with_header(mlp_folder / "model.safetensors", lambda header: header["2.up.bias"].update(dtype="I32"))
     sealed_again(mlp_folder)
-    assert_refused(mlp_folder, "2.up.bias is I32", "floating-point numbers")
+    assert_refused(mlp_folder, "2.up.bias is stored as I32", "floating-point numbers")
 
 
 @pytest.mark.parametrize("outputs", [1, 7], ids=["one-output", "outputs"])

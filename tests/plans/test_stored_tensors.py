@@ -70,7 +70,7 @@ def test_such_a_scheme_is_priced_and_reported():
     ("part", "change", "message"),
     [
         ("codes", lambda codes: codes * 3, "values that no quantized weight has"),
-        ("codes", lambda codes: codes.to(torch.int32), "its scheme needs I8"),
+        ("codes", lambda codes: codes.to(torch.int32), "must be I8"),
         ("codes", lambda codes: codes[:-1].contiguous(), "has shape"),
         ("scale", lambda scale: scale / 0, "infinite|values that no"),
     ],
