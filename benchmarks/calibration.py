@@ -3,15 +3,20 @@
 Every method is a metric and an allocation of this library: truncated SVD (``weight``, uniform ranks),
 ASVD-like scaling (``diagonal``, uniform), FWSVD (the Fisher information of each input row, uniform),
 DRONE and SVD-LLM's optimum (``inputs``, uniform; centred and with a bias where the layer has one), the
-same with global allocation, and ``loss``, the default. Four parts:
+same with global allocation, and ``loss``, the default. Five parts:
 
-- ``minilm``: all-MiniLM-L6-v2, cosine to the dense embeddings and STS Benchmark (dev).
-- ``smollm2``: SmolLM2-135M, perplexity of WikiText-2 text that calibration has not seen, and of other text.
+- ``prediction``: all-MiniLM-L6-v2, the loss that plans from 3 to 512 sentences predict, beside the true one.
+- ``minilm``: all-MiniLM-L6-v2, cosine to the dense embeddings and STS Benchmark (dev), and SICK.
+- ``smollm2``: SmolLM2-135M, perplexity of WikiText-2 text that calibration has not seen, and of text unlike
+  it: captions and Penn Treebank.
 - ``sequential``: SmolLM2 once more, block by block and with shared factors, without any training.
 - ``sst2``: MiniLM with a classifier fine-tuned on SST-2, accuracy (dev).
 
-The folder given with ``--data`` holds ``stsb-train.csv``, ``stsb-dev.csv``, ``wikitext2-valid.txt``,
-``sst2-train.tsv`` and ``sst2-dev.tsv``.
+Calibration text is of the STS Benchmark or WikiText-2, so figures on SICK and Penn Treebank tell what it is
+worth on text unlike it.
+
+The folder given with ``--data`` holds ``stsb-train.csv``, ``stsb-dev.csv``, ``sick-dev.txt``,
+``wikitext2-valid.txt``, ``ptb-dev.txt``, ``sst2-train.tsv`` and ``sst2-dev.tsv``.
 """
 
 from __future__ import annotations
@@ -34,9 +39,11 @@ from lowrank.calibration.objectives import self_supervised
 from lowrank.calibration.text_files import read_labelled, read_pairs, read_text
 from lowrank.demo import minilm_folder
 from lowrank.linalg import Diagonal, Metric, truncated_svd
-from lowrank.reports.evaluation import accuracy, embed, perplexity, spearman
+from lowrank.reports.evaluation import accuracy, embed, embedding_cosine, perplexity, spearman
 
 Figures = list[dict[str, Any]]
+
+PARTS = ("prediction", "minilm", "smollm2", "sequential", "sst2")
 
 METHODS = {
     "svd": {"metric": "weight", "allocation": "uniform"},
@@ -79,25 +86,74 @@ def fwsvd(dense: nn.Module, keep: float, information: dict[str, Tensor]) -> nn.M
     return model
 
 
+def sick_pairs(file: Path) -> tuple[list[tuple[str, str]], list[float]]:
+    """Read SICK: sentence pairs and their relatedness."""
+    rows = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines()[1:]]
+    return [(row[1], row[2]) for row in rows], [float(row[3]) for row in rows]
+
+
+def stsb_sentences(data: Path) -> list[str]:
+    """Return the sentences of the STS Benchmark's training part, each once, in a random order."""
+    train = list(dict.fromkeys(text for pair in read_pairs(data / "stsb-train.csv")[0] for text in pair))
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    return [train[i] for i in order.tolist()]
+
+
+def prediction(data: Path) -> Figures:
+    """Compare the loss that a plan predicts, 1 − cosine to the dense embedding, with the true one."""
+    folder = minilm_folder()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    dense = AutoModel.from_pretrained(folder).eval()
+    train = stsb_sentences(data)
+    unlike = list(dict.fromkeys(text for pair in sick_pairs(data / "sick-dev.txt")[0] for text in pair))
+
+    def lost(small: nn.Module) -> dict[str, float]:
+        return {
+            "like": 1 - embedding_cosine(small, dense, train[-1000:], tokenizer),
+            "unlike": 1 - embedding_cosine(small, dense, unlike[:1000], tokenizer),
+        }
+
+    figures: Figures = [{"sentences": 0, **lost(lowrank.compress(copy.deepcopy(dense), keep=0.5))}]
+    for number in (3, 8, 32, 160, 512):
+        start = time.perf_counter()
+        stats = lowrank.calibrate(dense, train[:number], tokenizer)
+        seconds = time.perf_counter() - start
+        decided = lowrank.plan(dense, keep=0.5, stats=stats)
+        predicted = sum(layer.loss_increase or 0.0 for layer in decided)
+        small = lowrank.apply(copy.deepcopy(dense), decided, stats)
+        figures.append(
+            {
+                "sentences": number,
+                "tokens": stats.tokens,
+                "calibrating_seconds": seconds,
+                "predicted": predicted,
+                **lost(small),
+            }
+        )
+        print(figures[-1], flush=True)
+    return figures
+
+
 def minilm(data: Path, minutes: float) -> Figures:
     """Compare methods on sentence embeddings."""
     folder = minilm_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     dense = AutoModel.from_pretrained(folder).eval()
-    train = list(dict.fromkeys(text for pair in read_pairs(data / "stsb-train.csv")[0] for text in pair))
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:2000]
-    sample = [train[i] for i in order.tolist()]
-    pairs, scores = read_pairs(data / "stsb-dev.csv")
-    texts = [text for pair in pairs for text in pair]
-    target = embed(dense, texts, tokenizer)
+    train = stsb_sentences(data)
+    sample = train[:2000]
+    sets = {"sts": read_pairs(data / "stsb-dev.csv"), "sick": sick_pairs(data / "sick-dev.txt")}
+    texts = {name: [text for pair in pairs for text in pair] for name, (pairs, _) in sets.items()}
+    targets = {name: embed(dense, texts[name], tokenizer) for name in sets}
 
     def measure(model: nn.Module) -> dict[str, float]:
-        found = embed(model, texts, tokenizer)
-        cosines = (found[0::2] * found[1::2]).sum(-1)
-        return {
-            "cosine_to_dense": float((found * target).sum(-1).mean()),
-            "sts_spearman": 100 * spearman(cosines, torch.tensor(scores, dtype=torch.float64)),
-        }
+        figures = {}
+        for name, (_, scores) in sets.items():
+            found = embed(model, texts[name], tokenizer)
+            cosines = (found[0::2] * found[1::2]).sum(-1)
+            key = "cosine_to_dense" if name == "sts" else f"cosine_to_dense_{name}"
+            figures[key] = float((found * targets[name]).sum(-1).mean())
+            figures[f"{name}_spearman"] = 100 * spearman(cosines, torch.tensor(scores, dtype=torch.float64))
+        return figures
 
     figures: Figures = [{"keep": 1.0, "method": "dense", **measure(dense)}]
     start = time.perf_counter()
@@ -124,16 +180,18 @@ def minilm(data: Path, minutes: float) -> Figures:
 
 
 def language_model(data: Path) -> tuple[nn.Module, Tensor, Callable[[nn.Module], dict[str, float]]]:
-    """Return SmolLM2, windows of WikiText-2, and the perplexities on windows 300 to 323 and on other text."""
+    """Return SmolLM2, windows of WikiText-2, and perplexities on windows 300 to 323 and unlike text."""
     dense, tokenizer = smollm2()
     ids = windows(read_text(data / "wikitext2-valid.txt"), tokenizer)
     sentences = [text for pair in read_pairs(data / "stsb-dev.csv")[0] for text in pair]
     unlike = windows(" ".join(sentences), tokenizer)[:24].flatten()
+    treebank = windows(read_text(data / "ptb-dev.txt"), tokenizer)[:24].flatten()
 
     def measure(model: nn.Module) -> dict[str, float]:
         return {
             "perplexity": perplexity(model, ids[300:324].flatten()),
             "perplexity_other_text": perplexity(model, unlike),
+            "perplexity_penn_treebank": perplexity(model, treebank),
         }
 
     return dense, ids, measure
@@ -234,11 +292,13 @@ def sst2(data: Path, minutes: float) -> Figures:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--data", type=Path, required=True)
-    arguments.add_argument("--part", choices=("minilm", "smollm2", "sequential", "sst2"), required=True)
+    arguments.add_argument("--part", choices=PARTS, required=True)
     arguments.add_argument("--minutes", type=float, default=9.5, help="of recovery; 0 for none")
     arguments.add_argument("--stats", type=Path, help="keep SmolLM2's statistics in this folder")
     options = arguments.parse_args()
-    if options.part == "minilm":
+    if options.part == "prediction":
+        figures = prediction(options.data)
+    elif options.part == "minilm":
         figures = minilm(options.data, options.minutes)
     elif options.part == "smollm2":
         figures = smollm(options.data, options.minutes, options.stats)

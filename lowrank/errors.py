@@ -38,7 +38,7 @@ class SlowKernelWarning(UserWarning):
 
 
 class FewTokensWarning(UserWarning):
-    """Calibration has seen too few tokens or batches for its predictions to hold on other data."""
+    """Calibration has seen too few tokens for the model's width, or one batch, which nothing is tried on."""
 
 
 class ReachWarning(UserWarning):

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from lowrank.allocation.solver import Curve, allocate, hull_segments
 from lowrank.linalg import ErrorCurve
@@ -167,10 +168,12 @@ def candidates_of(
         error_curves, scales, quantization_losses or [QuantizationLoss()] * len(layers), strict=True
     ):
         errors = quantization_loss.corrected or each
-        tail = errors.tail.numpy()[ranks]
-        captured = errors.tail.numpy()[0] - tail
-        losses[:-1] += (tail + quantization_loss.factors * captured) * errors.scale**2 * scale
-        losses[-1] += quantization_loss.whole * each.squared_norm * scale
+        if errors is not each and each.squared_norm > 0:
+            errors = errors.with_ratios(torch.tensor(each.expected_norm / each.squared_norm))
+        expected = errors.expected.numpy()
+        captured = (expected[0] - expected[ranks]).clip(min=0)
+        losses[:-1] += (expected[ranks] + quantization_loss.factors * captured) * errors.scale**2 * scale
+        losses[-1] += quantization_loss.whole * each.expected_norm * scale
     dense = sum(layer.dense_parameters for layer in layers)
     found = Candidates(
         costs=np.append([_parameters_at(layers, rank, storage_format) for rank in ranks.tolist()], dense),

@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
 from lowrank.allocation.byte_costs import byte_costs
+from lowrank.allocation.candidates import Group
 from lowrank.allocation.latency import LatencyTable, latency_costs
 from lowrank.allocation.quantization_losses import correction_error_curve_of, quantization_losses_of
 from lowrank.allocation.refusals import nothing_changes
@@ -174,14 +176,17 @@ def decide(
     measured = (
         error_curves_of(model, drafted, stats, progress, formats[0] if corrects else FLOAT) if predict else {}
     )
-    loss_per_square, held_out_ratio = _known_of_the_loss(drafted, stats)
+    measured = {name: _with_held_out(drafted, name, curve, stats) for name, curve in measured.items()}
+    groups = [_with_held_out_of_each(drafted, group, measured) for group in groups]
+    loss_per_square = None
+    if drafted.metric == "loss" and stats is not None:
+        loss_per_square = {layer.name: stats.loss_per_square(layer.name) for layer in drafted.targeted}
     choose = functools.partial(
         select,
         drafted,
         config,
         measured,
         loss_per_square=loss_per_square,
-        held_out_ratio=held_out_ratio,
         groups=groups,
         pivotable=_pivotable(model, drafted),
     )
@@ -230,16 +235,34 @@ def _check_can_decide(
         )
 
 
-def _known_of_the_loss(
-    drafted: Plan, stats: Stats | None
-) -> tuple[dict[str, float] | None, dict[str, float] | None]:
-    """Return by layer the factor from squared errors to the loss, and measured over predicted errors."""
-    loss_per_square = held_out_ratio = None
-    if stats is not None and drafted.metric == stats.best_metric():  # the one that was tried
-        held_out_ratio = {name: held.ratio for name, held in stats.held_out.items()}
-    if drafted.metric == "loss" and stats is not None:
-        loss_per_square = {layer.name: stats.loss_per_square(layer.name) for layer in drafted.targeted}
-    return loss_per_square, held_out_ratio
+def _with_held_out(drafted: Plan, name: str, curve: ErrorCurve, stats: Stats | None) -> ErrorCurve:
+    """Return the curve with the errors of trials on held-out tokens, if there were some under this metric.
+
+    Where the trial took up the mean of the error and the layer will not, or the other way round, and where
+    factors correct a quantized weight, these are not its own errors: then their ratios to what was predicted.
+    """
+    if stats is None or drafted.metric != stats.best_metric() or name not in stats.held_out:
+        return curve
+    layer, held = drafted[name], stats.held_out[name]
+    if curve.whole is not None:
+        return curve.with_ratios(held.ratios[0])
+    if layer.is_embedding or layer.has_bias != layer.bias:
+        return curve.with_ratios(held.ratios)
+    return replace(curve, held_out=held.means)
+
+
+def _with_held_out_of_each(drafted: Plan, group: Group, own: Mapping[str, ErrorCurve]) -> Group:
+    """Return the group with joint errors that grow on held-out tokens as those of the layers alone do."""
+
+    def joint_error(name: str, curve: ErrorCurve) -> ErrorCurve:
+        alone, last = own[name], drafted[name].break_even_rank  # beyond it, both errors come near to 0
+        if alone.held_out is None:
+            return curve
+        ranks = torch.arange(len(curve.tail)).clamp(max=last)
+        return curve.with_ratios((alone.held_out / alone.tail.clamp(min=1e-300))[ranks])
+
+    joint = {names: tuple(map(joint_error, names, curves)) for names, curves in group.joint.items()}
+    return group._replace(joint=joint)
 
 
 def _with_own_inputs(plan: Plan) -> Plan:

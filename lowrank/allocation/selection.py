@@ -56,7 +56,6 @@ def select(
     error_curves: Mapping[str, ErrorCurve],
     *,
     loss_per_square: Mapping[str, float] | None = None,
-    held_out_ratio: Mapping[str, float] | None = None,
     costs: Costs | None = None,
     groups: Sequence[Group] = (),
     quantization_losses: Errors = MappingProxyType({FLOAT: {}}),
@@ -75,7 +74,6 @@ def select(
             them, so they may be missing; the predicted errors are then missing too.
         loss_per_square: Factor from each layer's squared error to the loss, where the metric is in
             units of the loss: errors of different layers are then compared as they are.
-        held_out_ratio: By layer, squared errors on held-out tokens over the predicted ones.
         costs: The unit of a ``max_bytes`` or ``speedup`` budget.
         groups: Layers that may share their ``down``. A given rank makes them share it; other budgets
             make them share where that is better than factors of their own.
@@ -120,8 +118,7 @@ def select(
         }
     known = {**error_curves, **_joint_error_curves(layers, groups)}
     measured = {
-        x.name: _with_error(x, known, loss_per_square, held_out_ratio, lost.get(x.name, QuantizationLoss()))
-        for x in layers
+        x.name: _with_error(x, known, loss_per_square, lost.get(x.name, QuantizationLoss())) for x in layers
     }
     plan = replace(
         draft,
@@ -140,7 +137,6 @@ def _with_error(
     layer: LayerPlan,
     error_curves: Mapping[str, ErrorCurve],
     loss_per_square: Mapping[str, float] | None,
-    held_out_ratio: Mapping[str, float] | None,
     quantization_loss: QuantizationLoss,
 ) -> LayerPlan:
     """Return ``layer`` with its errors; those of quantizing count for the loss only."""
@@ -149,16 +145,15 @@ def _with_error(
     own = quantization_loss.corrected if layer.correction else None
     error_curve, rank = own or error_curves[layer.name], layer.rank
     if rank is None:
-        lost = quantization_loss.whole * error_curve.squared_norm
+        lost = quantization_loss.whole * error_curve.expected_norm
         return replace(layer, loss_increase=loss_per_square[layer.name] * lost) if loss_per_square else layer
-    error = error_curve.relative_error(rank)
-    held = held_out_ratio.get(layer.name) if held_out_ratio is not None else None
-    squared = error_curve.squared_error(rank)
-    lost = squared + quantization_loss.factors * (error_curve.squared_error(0) - squared)
+    squared, norm = error_curve.expected_squared_error(rank), error_curve.expected_norm
+    held_out = None if error_curve.held_out is None else math.sqrt(squared / norm) if norm > 0 else 0.0
+    lost = squared + quantization_loss.factors * max(0.0, error_curve.expected_squared_error(0) - squared)
     return replace(
         layer,
-        relative_error=error,
-        held_out_error=None if held is None else error * math.sqrt(held),
+        relative_error=error_curve.relative_error(rank),
+        held_out_error=held_out,
         loss_increase=loss_per_square[layer.name] * lost if loss_per_square else None,
     )
 

@@ -8,19 +8,21 @@ not depend on the amount of data.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowrank.calibration.data import HELD_OUT, Batch
+from lowrank.calibration.data import Batch
 from lowrank.calibration.embeddings import EmbeddingCollector
 from lowrank.calibration.held_out import HeldOutValidation, trial_factorizations
-from lowrank.calibration.moments import Gradients, Moments
+from lowrank.calibration.moments import Gradients, HeldOutErrors, Moments
 from lowrank.calibration.objectives import of_loss, self_supervised
-from lowrank.calibration.statistics import Stats
+from lowrank.calibration.statistics import Stats, added
 from lowrank.errors import DataError, FewTokensWarning, StatsError, warn
 from lowrank.inspection.contexts import check_has_data, hooked, training_only
 from lowrank.inspection.devices import device_of
@@ -33,8 +35,17 @@ from lowrank.nn import layer_type_of
 WIDEST = 8192
 """Features up to which the products of all pairs are kept (0.5 GB in float64); beyond, each with itself."""
 
-HELD_OUT_TOKENS = 16_384
-"""The most tokens of held-out batches, which wait in memory."""
+WAITING_TOKENS = 16_384
+"""The most tokens of batches that wait in memory until factors fitted to the others are tried on them."""
+
+ENOUGH_SAMPLES = 64
+"""Samples after which no further part is tried: a mean over n of them is known to some 1/√n."""
+
+ENOUGH_TERMS = 256
+"""Terms of the objective below which its probes or labels are drawn more than once for each."""
+
+MOST_DRAWS = 16
+"""How often at most: a draw costs a backward pass, and more of them tell nothing new about other texts."""
 
 TOKENS_PER_FEATURE = 4
 """Fewer warn. In T tokens of n independent features the variances of directions spread over (1 ± √(n/T))² of
@@ -62,52 +73,99 @@ def collect(
     check_has_data(model)
     generator = torch.Generator(device_of(model)).manual_seed(seed)
     differentiate = loss is not None
-    embeddings = [name for name in layers if isinstance(model.get_submodule(name), nn.Embedding)]
     users = dict(heads or {}) if differentiate else {}  # without gradients, logits have another unit
-    embeddings_seen = EmbeddingCollector(model, embeddings, users, differentiate)
-    collector = _Collector(
-        seen, [name for name in layers if name not in embeddings], differentiate, embeddings_seen
-    )
-    held: list[Batch] = []
-    held_tokens = terms = given = 0
+    collector = _Collector(seen, layers, differentiate, users)
+    held: dict[str, HeldOutErrors] = {}
+    samples = 0
     bar = tqdm(total=_length(stream), desc="calibrating", unit="batch", disable=None if progress else True)
+
+    def run(batch: Batch) -> None:
+        collector.start(batch)
+        collector.terms += _pass(model, batch, loss, generator, collector.draws)
+        bar.update()
+
     with bar, training_only(model), torch.set_grad_enabled(differentiate):
         with collector.listening():
-            for batch in stream:
-                given += 1
-                if batch.held_out and held_tokens + batch.tokens <= HELD_OUT_TOKENS:
-                    held.append(batch)  # its turn comes when the others are known
-                    held_tokens += batch.tokens
-                    continue
-                collector.start(batch)
-                terms += _pass(model, batch, loss, generator)
-                bar.update()
-        factorizations = trial_factorizations(model, collector.stats(tokenizer, terms), users) if held else {}
-        validation = HeldOutValidation(model, factorizations, differentiate)
-        with validation.listening(), collector.listening():
-            for batch in held:
-                validation.batch = batch
-                collector.start(batch)
-                terms += _pass(model, batch, loss, generator)
-                bar.update()
-    stats = validation.added_to(collector.stats(tokenizer, terms))
-    _warn_of_few_batches(given)
+            waiting, parts = _run_but_for_parts(stream, run)
+        draws = _draws(model, waiting, generator) if isinstance(loss, str) and len(parts) > 1 else 1
+        for part in parts:
+            if len(parts) > 1:
+                collector = _Collector(seen, layers, differentiate, users)
+                collector.draws = draws
+                with collector.listening():
+                    others = [batch for batch in waiting if batch.part != part]
+                    for batch in others:
+                        run(batch)
+            trials = trial_factorizations(model, collector.stats(tokenizer), users)
+            validation = HeldOutValidation(model, trials, differentiate, draws)
+            with validation.listening(), collector.listening():
+                mine = [batch for batch in waiting if batch.part == part]
+                for batch in mine:
+                    validation.batch = batch
+                    run(batch)
+                samples += sum(batch.samples for batch in mine)
+            held = added(held, validation.found())
+            if samples >= ENOUGH_SAMPLES:
+                break
+    stats = replace(collector.stats(tokenizer), held_out=held)
+    if not parts:
+        _warn_of_one_batch()
     warn_of_few_tokens(stats)
     return stats
 
 
-def _warn_of_few_batches(batches: int) -> None:
-    """Warn where calibration has held out no batch to try its predictions on."""
-    if batches < HELD_OUT:
-        warn(
-            f"Batches: {batches}. With fewer than {HELD_OUT} calibration holds none out, so nothing tells "
-            "how far its predictions hold on other data. Give more data, or smaller batches (batch_size=).",
-            FewTokensWarning,
-        )
+def _run_but_for_parts(
+    stream: Iterable[Batch], run: Callable[[Batch], None]
+) -> tuple[list[Batch], list[int]]:
+    """Run batches as they come, but let some wait, to be parts on which the others are tried in turn.
+
+    All of them wait while they are few. More are run, but for some of the last part.
+
+    Returns:
+        The batches that wait, and the parts to try; of no part where there is only one batch.
+    """
+    waiting: list[Batch] = []
+    tokens, few = 0, True
+    for batch in stream:
+        if few and tokens + batch.tokens > WAITING_TOKENS:
+            few = False
+            for early in waiting:
+                if not early.held_out:
+                    run(early)
+            waiting = [early for early in waiting if early.held_out]
+            tokens = sum(early.tokens for early in waiting)
+        if (few or batch.held_out) and tokens + batch.tokens <= WAITING_TOKENS:
+            waiting.append(batch)
+            tokens += batch.tokens
+        else:
+            run(batch)
+    parts = sorted({batch.part for batch in waiting}, reverse=True)
+    if few and len(parts) < 2:
+        for batch in waiting:
+            run(batch)
+        return [], []
+    return waiting, parts
+
+
+def _draws(model: nn.Module, few: Sequence[Batch], generator: torch.Generator) -> int:
+    """Return how often the objective is to be drawn for each of few batches."""
+    first = few[0]
+    with torch.no_grad():
+        terms = self_supervised(first.call(model), first, generator).terms
+    all_terms = terms * sum(batch.samples for batch in few) / max(1, first.samples)
+    return min(MOST_DRAWS, max(1, math.ceil(ENOUGH_TERMS / max(1, all_terms))))
+
+
+def _warn_of_one_batch() -> None:
+    warn(
+        "Calibration has got one batch, so nothing is held out to tell how far its predictions hold on other "
+        "data. Give more data, or smaller batches.",
+        FewTokensWarning,
+    )
 
 
 def warn_of_few_tokens(stats: Stats) -> None:
-    """Warn where predictions from ``stats`` need not hold on other data, of the layer that read the least."""
+    """Warn where factors made with ``stats`` fit their tokens too well, of the layer that read the least."""
     full = {name: moments for name, moments in stats.inputs.items() if moments.products.ndim == 2}
     name = min(full, key=lambda name: full[name].weight / len(full[name].total), default=None)
     if name is None:
@@ -117,7 +175,7 @@ def warn_of_few_tokens(stats: Stats) -> None:
         wanted = TOKENS_PER_FEATURE * features
         warn(
             f"{name}: calibrated on {tokens:,} tokens, and reads {features:,} features. With fewer than "
-            f"{wanted:,} tokens the predicted loss can be far too low. Give more data.",
+            f"{wanted:,} tokens the factors fit these tokens better than others. Give more data.",
             FewTokensWarning,
         )
 
@@ -131,21 +189,27 @@ def _pass(
     batch: Batch,
     loss: Callable[[Any, Any], Tensor] | str | None,
     generator: torch.Generator,
+    draws: int,
 ) -> int:
-    """Run the model forward and, with a loss, backward; return the number of the objective's terms."""
+    """Run the model forward and, with a loss, backward for each draw of the objective.
+
+    Returns:
+        The number of the objective's terms.
+    """
     outputs = batch.call(model)
     if loss is None:
         return 0
-    if isinstance(loss, str):
-        made = self_supervised(outputs, batch, generator)
-    else:
-        made = of_loss(loss, outputs, batch)
-    if not made.total.requires_grad:
-        raise DataError(
-            f"Batch {batch.index}: no gradient of the objective reaches a linear layer. Pass loss=None to do "
-            "without gradients."
-        )
-    made.total.backward()  # type: ignore[no-untyped-call]
+    for draw in range(draws):
+        if isinstance(loss, str):
+            made = self_supervised(outputs, batch, generator)
+        else:
+            made = of_loss(loss, outputs, batch)
+        if not made.total.requires_grad:
+            raise DataError(
+                f"Batch {batch.index}: no gradient of the objective reaches a linear layer. Pass loss=None "
+                "to do without gradients."
+            )
+        made.total.backward(retain_graph=draw < draws - 1)  # type: ignore[no-untyped-call]
     return made.terms
 
 
@@ -153,15 +217,13 @@ class _Collector:
     """Sums moments of inputs and products of gradients, one layer at a time, as the model runs."""
 
     def __init__(
-        self,
-        seen: Inspection,
-        layers: Collection[str],
-        differentiate: bool,
-        embeddings_seen: EmbeddingCollector,
+        self, seen: Inspection, layers: Collection[str], differentiate: bool, heads: Mapping[str, str]
     ) -> None:
-        self._embeddings_seen = embeddings_seen
+        modules = {name: seen.model.get_submodule(name) for name in layers}
+        embeddings = [name for name, module in modules.items() if isinstance(module, nn.Embedding)]
+        self._embeddings_seen = EmbeddingCollector(seen.model, embeddings, heads, differentiate)
         self._fingerprint = seen.fingerprint
-        self._layers = {name: seen.model.get_submodule(name) for name in layers}
+        self._layers = {name: module for name, module in modules.items() if name not in embeddings}
         self._differentiate = differentiate
         self._inputs: dict[str, _Sums] = {}
         self._gradients: dict[str, _Sums] = {}
@@ -169,6 +231,8 @@ class _Collector:
         self._batch: Batch | None = None
         self._tokens = self._digest = 0
         self._seen: dict[tuple[int, int], tuple[Tensor, str]] = {}
+        self.terms = 0
+        self.draws = 1
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -231,6 +295,10 @@ class _Collector:
         assert layer_type is not None
         weight = layer_type.weight(layer).detach()
         rows = self._batch.real(gradient.detach())
+        if self.draws > 1:
+            rows = (
+                rows.clone()
+            )  # autograd adds the next draw's gradient to this tensor where the graph begins
         if _is_tall(weight):
             with without_autocast():
                 rows = wide(rows) @ wide(weight)  # Wᵀ g
@@ -241,9 +309,9 @@ class _Collector:
                 "Load the model in float32, or calibrate with loss=None."
             )
 
-    def stats(self, tokenizer: Any, terms: int) -> Stats:
-        """Return the sums so far; layers that were never called are absent."""
-        inputs = {}
+    def stats(self, tokenizer: Any) -> Stats:
+        """Return the sums so far, for one draw of the objective; layers that were never called are absent."""
+        inputs, draws = {}, self.draws
         for name, sums in (*self._inputs.items(), *self._gradients.items()):
             if not bool(sums.products().isfinite().all()):
                 raise StatsError(
@@ -257,15 +325,16 @@ class _Collector:
             layer_type = layer_type_of(self._layers[name])
             assert layer_type is not None
             tall = _is_tall(layer_type.weight(self._layers[name]))
-            gradients[name] = Gradients(sums.rows, sums.products().clone(), tall)
+            gradients[name] = Gradients(sums.rows // draws, sums.rows, sums.products() / draws, tall)
         fingerprint = Fingerprint(
             {name: self._fingerprint(name) for name in (*self._layers, *self._embeddings_seen.embeddings)},
             fingerprint_of_tokenizer(tokenizer),
             f"{self._digest:016x}",
         )
-        embeddings = self._embeddings_seen.sums()
+        embeddings = self._embeddings_seen.sums(draws)
         return Stats(
-            fingerprint, inputs, dict(self._sources), gradients, self._tokens, terms, embeddings=embeddings
+            *(fingerprint, inputs, dict(self._sources), gradients, self._tokens, self.terms),
+            embeddings=embeddings,
         )
 
 

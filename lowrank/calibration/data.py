@@ -16,8 +16,11 @@ from lowrank.errors import DataError, LowRankError
 LONGEST = 512
 """Tokens that a sentence is cut to, unless the tokenizer or the caller says less."""
 
-HELD_OUT = 4
-"""Every how manieth batch is kept back, to see how what the others gave fares on it."""
+PARTS = 4
+"""Into how many parts batches are dealt in turn; what the others gave is tried on one of them."""
+
+CHUNK = 16
+"""Batches' worth of strings that are tokenized at once, and sorted by length."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,14 @@ class Batch:
         return as_batch(moved(self.given, device), self.index)
 
     @property
+    def part(self) -> int:
+        """The part of the data that this batch belongs to, from 0."""
+        return self.index % PARTS
+
+    @property
     def held_out(self) -> bool:
-        """Whether this batch is one of those that are kept back."""
-        return self.index % HELD_OUT == HELD_OUT - 1
+        """Whether this batch is one of those that are kept back where one part is."""
+        return self.part == PARTS - 1
 
     @property
     def tokens(self) -> int:
@@ -73,6 +81,12 @@ class Batch:
         if not first.numel():
             return 0
         return len(first) if first.is_floating_point() else first.numel()
+
+    @property
+    def samples(self) -> int:
+        """How many samples the batch has."""
+        first = _first_tensor((*self.arguments, *self.keywords.values()))
+        return 1 if first is None else len(first)
 
     def digest(self) -> int:
         """Return a number that tells batches apart; the sum over batches does not depend on their order."""
@@ -91,6 +105,18 @@ class Batch:
         if self.mask is not None and len(rows) == self.mask.numel():
             return rows[self.mask.reshape(-1)]
         return rows
+
+    def per_sample(self, values: Tensor) -> Tensor:
+        """Return the sums ``(samples, features)`` of ``values (samples, …, features)`` over real tokens.
+
+        Where the layer's rows are not told apart by sample, each is taken for one.
+        """
+        if self.mask is not None and values.shape[:-1].numel() == self.mask.numel():
+            values = values.reshape(*self.mask.shape, -1)
+            values = torch.where(self.mask[..., None], values, 0.0)
+        if values.ndim < 3:
+            return values.reshape(-1, values.shape[-1])
+        return values.flatten(1, -2).sum(1)
 
 
 def batches(
@@ -112,7 +138,8 @@ def batches(
         batch_size: Strings per batch.
         max_length: Longest string in tokens; by default what the tokenizer allows, at most 512.
         by_length: Whether strings of like length may be put together, which spares padding. The order
-            then changes within every sixteen batches.
+            then changes within every sixteen batches. Fewer strings are dealt to the batches in turn, so that
+            each has some of all lengths, and to at least `PARTS` of them.
 
     Strings without tokens are left out.
 
@@ -194,7 +221,7 @@ def _tokenized(
     by_length: bool,
 ) -> Iterator[dict[str, Tensor]]:
     limit = max_length or min(LONGEST, getattr(tokenizer, "model_max_length", LONGEST))
-    while chunk := list(itertools.islice(texts, 16 * batch_size)):
+    while chunk := list(itertools.islice(texts, CHUNK * batch_size)):
         strange = next((text for text in chunk if not isinstance(text, str)), None)
         if strange is not None:
             raise DataError(f"data mixes strings with {type(strange).__name__}. Give one kind only.")
@@ -203,8 +230,12 @@ def _tokenized(
         order = [i for i, length in enumerate(lengths) if length]
         if by_length:
             order.sort(key=lengths.__getitem__)
-        for start in range(0, len(order), batch_size):  # padded here: not every tokenizer has a token for it
-            rows = order[start : start + batch_size]
+        few = max(-(-len(order) // batch_size), min(PARTS, len(order)))
+        if by_length and few < CHUNK:
+            dealt = [order[start::few] for start in range(few)]
+        else:
+            dealt = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        for rows in dealt:  # padded here: not every tokenizer has a token for it
             yield {key: _padded([values[i] for i in rows]) for key, values in encoded.items()}
 
 

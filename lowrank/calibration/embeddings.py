@@ -219,8 +219,12 @@ class EmbeddingCollector:
                 )
             sums[key] = sums[key] + value if key in sums else value
 
-    def sums(self) -> dict[str, EmbeddingStatistics]:
-        """Return the sums so far."""
+    def sums(self, draws: int = 1) -> dict[str, EmbeddingStatistics]:
+        """Return the sums so far, those with gradients for one of ``draws`` of the objective."""
         return {
-            n: EmbeddingStatistics(**sums, head_tokens=self._answered[n]) for n, sums in self._sums.items()
+            name: EmbeddingStatistics(
+                **{part: total if part == "counts" else total / draws for part, total in sums.items()},
+                head_tokens=self._answered[name] // draws,
+            )
+            for name, sums in self._sums.items()
         }

@@ -1,76 +1,102 @@
-"""Try a factorization of every layer on tokens that calibration has not used.
+"""Try factorizations of every layer, at every rank, on tokens that they were not fitted to.
 
-Two things can be wrong with an error that statistics predict. The statistics may fit their tokens and
-no others. And the metric ``"loss"`` takes inputs and gradients for independent,
-``E[(gᵀ ΔW x)²] ≈ tr(G ΔW C ΔWᵀ)``, which for some layers is far off: the first token of a sequence, on
-which attention parks what it does not need, has inputs and gradients unlike any other, and a value
-projection can cost ten times the estimate. Both show when a trial factorization meets held-out
-tokens. The ratio of what is measured there to what was predicted corrects the layer's curve.
+Three things can be wrong with an error that statistics predict. The statistics may fit their tokens and
+no others: with fewer tokens than features they do so perfectly. The metric ``"loss"`` takes inputs and
+gradients for independent, ``E[(gᵀ ΔW x)²] ≈ tr(G ΔW C ΔWᵀ)``, which for some layers is far off: the first
+token of a sequence, on which attention parks what it does not need, has inputs and gradients unlike any
+other. And it takes tokens for independent, though the errors of one sample's tokens add up before they are
+squared: what moves the objective's term is ``Σ_t g_tᵀ ΔW x_t``.
 
-Source: the correction of the eigenvalues in EKFAC (George et al. 2018, arXiv:1806.03884), reduced to
-one number per layer, on held-out data.
+All three show where a trial meets a part of the data that the others have not seen. The components of a
+factorization are those of all smaller ones too, so one trial tells the error at every rank.
+
+Source: cross-validation (Stone 1974) of the eigenvalues' correction in EKFAC (George et al. 2018,
+arXiv:1806.03884).
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lowrank.calibration.data import Batch
-from lowrank.calibration.moments import HeldOutLoss
+from lowrank.calibration.moments import HeldOutErrors
 from lowrank.calibration.statistics import Stats
 from lowrank.errors import StatsError
 from lowrank.inspection.contexts import hooked
-from lowrank.linalg import Metric, error_curve, truncated_svd
+from lowrank.linalg import Metric
 from lowrank.linalg.matmul import without_autocast
-from lowrank.linalg.metric import squares, wide
+from lowrank.linalg.metric import wide
+from lowrank.linalg.svd import components
 from lowrank.nn import layer_type_of
 
 
 @dataclass(frozen=True, eq=False)
 class TrialFactorization:
-    """One layer's trial factorization: its output is ``L R x + shift``.
+    """One layer's factors of full rank, of which the first k components are the best of rank k.
 
     Args:
-        left: ``(out, rank)``.
-        right: ``(rank, in)``.
-        shift: The corrected bias, ``(out,)``.
-        predicted: The squared error under the metric, a mean over tokens.
+        left: ``(out, ranks)``.
+        right: ``(ranks, in)``.
+        mean: What the layer reads on average, ``(in,)``, if a bias takes up the mean of the error.
+        predicted: The squared error at every rank under the metric, a mean over tokens, ``(ranks + 1,)``.
         embedding: The embedding that the layer is tied to, with whose errors its own count.
     """
 
     left: Tensor
     right: Tensor
-    shift: Tensor
-    predicted: float
+    mean: Tensor | None
+    predicted: Tensor
     embedding: str | None = None
 
-    @without_autocast()
-    def error(self, inputs: Tensor, outputs: Tensor) -> Tensor:
-        """Return ``ΔW x`` of shape ``(…, out)`` from what the dense layer read and returned."""
+    @property
+    def outputs(self) -> Tensor:
+        """Directions of the components in the output, ``(out, ranks)``."""
+        return self.left
+
+    def amounts(self, inputs: Tensor) -> Tensor:
+        """Return how much there is of each component, ``(…, ranks)``."""
         inputs = inputs.to(self.right.dtype)  # under autocast it may be another
-        return outputs - (inputs @ self.right.T @ self.left.T + self.shift)
+        return (inputs if self.mean is None else inputs - self.mean) @ self.right.T
+
+    def whole(self, layer: nn.Module, outputs: Tensor) -> Tensor:
+        """Return what the components add up to at full rank, from what the dense layer returned."""
+        bias: Tensor | None = layer.bias  # type: ignore[assignment]
+        outputs = outputs if bias is None else outputs - bias.detach()
+        if self.mean is None:
+            return outputs
+        layer_type = layer_type_of(layer)
+        assert layer_type is not None
+        return outputs - layer_type.weight(layer).detach() @ self.mean
 
 
 class EmbeddingTrial(TrialFactorization):
-    """One embedding's trial factorization: it returns rows of ``L R``."""
+    """One embedding's factors: it returns rows of ``L R``."""
 
-    @without_autocast()
-    def error(self, inputs: Tensor, outputs: Tensor) -> Tensor:
-        """Return what is missing from the rows ``(…, columns)`` that the dense embedding returned."""
-        return outputs - self.left[inputs] @ self.right
+    @property
+    def outputs(self) -> Tensor:
+        """Directions of the components in the rows, ``(columns, ranks)``."""
+        return self.right.T
+
+    def amounts(self, inputs: Tensor) -> Tensor:
+        """Return how much of each component the rows ``inputs`` have."""
+        return self.left[inputs]
+
+    def whole(self, layer: nn.Module, outputs: Tensor) -> Tensor:
+        """Return the rows of the dense embedding."""
+        return outputs
 
 
 @without_autocast()
 def trial_factorizations(
     model: nn.Module, stats: Stats, heads: Mapping[str, str]
 ) -> dict[str, TrialFactorization]:
-    """Factorize every layer at half of its parameters; layers that are too small are left out.
+    """Factorize every layer that can shrink at all.
 
     Of embeddings, ``heads`` says by name which layers are tied to them.
     """
@@ -81,17 +107,11 @@ def trial_factorizations(
         layer_type = layer_type_of(layer)
         assert layer_type is not None
         weight = layer_type.weight(layer).detach()
-        rank = weight.numel() // (2 * sum(weight.shape))
-        if rank and stats.lacks(name, metric_name) is None:
-            metric = stats.metric(name, metric_name, centred=True)
-            left, right, *_ = truncated_svd(weight, rank, metric)
-            mean = stats.moments(name).mean.to(weight)
-            shift = weight @ mean - left @ (right @ mean)
-            bias: Tensor | None = layer.bias  # type: ignore[assignment]
-            shift = shift if bias is None else shift + bias.detach()
-            made[name] = TrialFactorization(
-                left, right, shift, error_curve(weight, metric).squared_error(rank)
-            )
+        if _can_shrink(weight) and stats.lacks(name, metric_name) is None:
+            centred = layer.bias is not None
+            factors = _components(weight, stats.metric(name, metric_name, centred))
+            mean = stats.moments(name).mean.to(weight) if centred else None
+            made[name] = TrialFactorization(factors[0], factors[1], mean, factors[2])
     for name in stats.embeddings:
         if stats.lacks(name, metric_name) is None:
             made |= _factorizations_of_embedding(
@@ -100,36 +120,49 @@ def trial_factorizations(
     return made
 
 
+def _can_shrink(weight: Tensor) -> bool:
+    return weight.numel() >= 2 * sum(weight.shape)
+
+
+def _components(weight: Tensor, metric: Metric) -> tuple[Tensor, Tensor, Tensor]:
+    """Return factors of full rank, and the squared error of their first k components for every k."""
+    left, right, squares = components(weight, metric)
+    return left, right, torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)]).cpu()
+
+
 def _factorizations_of_embedding(
     model: nn.Module, name: str, heads: Mapping[str, str], metric: Metric
 ) -> dict[str, TrialFactorization]:
     """Factorize an embedding, and try the factors on the layers that are tied to it, too."""
     weight: Tensor = model.get_submodule(name).weight.detach()  # type: ignore[operator,union-attr,assignment]
-    rank = weight.numel() // (2 * sum(weight.shape))
-    if not rank:
+    if not _can_shrink(weight):
         return {}
-    left, right, *_ = truncated_svd(weight, rank, metric)
-    nothing = weight.new_zeros(())
-    made: dict[str, TrialFactorization] = {}
-    made[name] = EmbeddingTrial(left, right, nothing, error_curve(weight, metric).squared_error(rank))
+    left, right, predicted = _components(weight, metric)
+    made: dict[str, TrialFactorization] = {name: EmbeddingTrial(left, right, None, predicted)}
     for head in [head for head, embedding in heads.items() if embedding == name]:
-        bias: Tensor | None = model.get_submodule(head).bias  # type: ignore[assignment]
-        made[head] = TrialFactorization(left, right, nothing if bias is None else bias.detach(), 0.0, name)
+        made[head] = TrialFactorization(left, right, None, torch.zeros_like(predicted), name)
     return made
 
 
 class HeldOutValidation:
-    """Sums the squared errors of the trials over tokens, as the model runs.
+    """Sums the squared errors of the trials at every rank, as the model runs.
 
-    With gradients an error counts as ``(gᵀ ΔW x)²``, else as ``‖ΔW x‖²``.
+    Of each batch there are ``draws`` of the objective, so that it gets as many gradients, whose mean counts.
+    With gradients the error of a sample counts as ``(Σ_t g_tᵀ ΔW x_t)²``, else that of a
+    token as ``‖ΔW x‖²``.
     """
 
     def __init__(
-        self, model: nn.Module, factorizations: Mapping[str, TrialFactorization], differentiate: bool
+        self,
+        model: nn.Module,
+        factorizations: Mapping[str, TrialFactorization],
+        differentiate: bool,
+        draws: int,
     ) -> None:
         self._model, self._factorizations, self._differentiate = model, factorizations, differentiate
-        self._measured = dict.fromkeys(factorizations, 0.0)
-        self._tokens = dict.fromkeys(factorizations, 0)
+        self._draws = draws
+        self._measured: dict[str, Tensor | float] = dict.fromkeys(factorizations, 0.0)
+        self._tokens, self._squares = dict.fromkeys(factorizations, 0), dict.fromkeys(factorizations, 0)
         self.batch: Batch | None = None
 
     @contextlib.contextmanager
@@ -146,36 +179,73 @@ class HeldOutValidation:
     def _hook(self, name: str, factorization: TrialFactorization) -> Callable[..., Tensor]:
         def hook(layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor:
             inputs = (args[0] if args else kwargs["input"]).detach()
-            error = factorization.error(inputs, output.detach())
+            with without_autocast():
+                amounts = wide(factorization.amounts(inputs))
+                whole = wide(factorization.whole(layer, output.detach()))
             if not self._differentiate:
-                self._count(name, error)
+                self._count_tokens(name, whole, amounts)
                 return output
             if not output.requires_grad:
                 output = output.detach().requires_grad_().clone()
             output.register_hook(  # type: ignore[no-untyped-call]
-                lambda gradient: self._count(name, (wide(error) * wide(gradient)).sum(-1, keepdim=True))
+                lambda gradient: self._count_samples(name, wide(gradient), whole, amounts)
             )
             return output
 
         return hook
 
-    def _count(self, name: str, errors: Tensor) -> None:
+    @without_autocast()
+    def _count_samples(self, name: str, gradient: Tensor, whole: Tensor, amounts: Tensor) -> None:
+        """Add ``(Σ_t g_tᵀ ΔW x_t)²`` over the samples of a batch, with its gradient."""
         assert self.batch is not None
-        rows = self.batch.real(errors)
-        measured = float(squares(rows).sum())
-        if not math.isfinite(measured):
+        felt = gradient @ wide(self._factorizations[name].outputs)
+        parts = torch.cat([(gradient * whole).sum(-1, keepdim=True), felt * amounts], dim=-1)
+        self._add(name, _left_over(self.batch.per_sample(parts)).square(), len(self.batch.real(parts)))
+
+    @without_autocast()
+    def _count_tokens(self, name: str, whole: Tensor, amounts: Tensor) -> None:
+        """Add ``‖ΔW x‖²`` over the tokens of a batch: components are orthogonal without gradients.
+
+        In float64, since float32 does not hold the squares of all that it holds.
+        """
+        assert self.batch is not None
+        directions = self._factorizations[name].outputs.double()
+        whole, amounts = whole.double(), amounts.double()
+        explained = 2 * (whole @ directions) * amounts - directions.square().sum(0) * amounts.square()
+        parts = torch.cat([whole.square().sum(-1, keepdim=True), explained], dim=-1)
+        rows = self.batch.real(parts)
+        self._add(name, _left_over(rows).clamp(min=0), len(rows))
+
+    def _add(self, name: str, errors: Tensor, tokens: int) -> None:
+        assert self.batch is not None
+        measured = errors.sum(0)
+        if not bool(measured.isfinite().all()):
             raise StatsError(
                 f"{name}: what it returns in batch {self.batch.index}, or its gradient, is NaN or infinite. "
                 "It overflows, in half precision perhaps."
             )
-        self._measured[name] += measured
-        self._tokens[name] += len(rows)
+        self._measured[name] = self._measured[name] + measured
+        self._tokens[name] += tokens
+        self._squares[name] += len(errors)
 
-    def added_to(self, stats: Stats) -> Stats:
-        """Return the statistics with what was measured, and what was predicted for the same tokens."""
-        held: dict[str, HeldOutLoss] = {}
+    def found(self) -> dict[str, HeldOutErrors]:
+        """Return what was measured by layer, and what was predicted for the same tokens."""
+        held: dict[str, HeldOutErrors] = {}
         for name, factorization in self._factorizations.items():
-            found = HeldOutLoss(self._measured[name], self._tokens[name] * factorization.predicted)
+            measured = self._measured[name]
+            if not isinstance(measured, Tensor):
+                continue  # never called on these
             owner = factorization.embedding or name
-            held[owner] = held[owner] + found if owner in held else found
-        return replace(stats, held_out=held)
+            tokens, squares = self._tokens[name] // self._draws, self._squares[name] // self._draws
+            predicted, measured = tokens * factorization.predicted, measured.cpu() / self._draws
+            if owner != name:
+                tokens = squares = 0  # the embedding has counted them
+            errors = HeldOutErrors(tokens, squares, measured, predicted)
+            held[owner] = held[owner] + errors if owner in held else errors
+        return held
+
+
+def _left_over(parts: Tensor) -> Tensor:
+    """Return the first column less the cumulative sum of the others, in float64: what each rank lacks."""
+    parts = parts.to(torch.float64)
+    return parts[..., :1] - torch.nn.functional.pad(parts[..., 1:].cumsum(-1), (1, 0))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank.linalg import Diagonal, Gram, PulledBack
-from lowrank.linalg.shrinkage import shrunk
+from lowrank.linalg.shrinkage import shrinkage, shrunk
 
 LARGEST_RATIO = 16.0
 """How far a measured cost may lie from the predicted one; beyond, a few tokens decide, and mislead."""
@@ -70,12 +70,15 @@ class Gradients:
 
     Args:
         tokens: How many were summed.
+        samples: How many gradients these are of: more than one for each token where the objective was drawn
+            more than once.
         products: ``Σ ggᵀ (out, out)``, or its diagonal ``(out,)``; or, where ``pulled_back``,
             ``Wᵀ Σ ggᵀ W (in, in)``, which is smaller for ``out > in``.
         pulled_back: Whether the products are seen from the layer's input.
     """
 
     tokens: int
+    samples: int
     products: Tensor
     pulled_back: bool
 
@@ -84,37 +87,57 @@ class Gradients:
         """``G = E[ggᵀ]`` as the outputs' side of a metric."""
         mean = self.products / max(1, self.tokens)
         if self.pulled_back:
-            return PulledBack(torch.diag(mean) if mean.ndim == 1 else mean)
-        return _side(mean, self.tokens)
+            full = torch.diag(mean) if mean.ndim == 1 else mean
+            return PulledBack(full, shrinkage(full, self.samples))
+        return _side(mean, self.samples)
 
     def __add__(self, other: Gradients) -> Gradients:
         return Gradients(
             self.tokens + other.tokens,
+            self.samples + other.samples,
             self.products + other.products,
             self.pulled_back,
         )
 
 
-@dataclass(frozen=True)
-class HeldOutLoss:
-    """Squared error of a trial factorization, summed over tokens that calibration had not used.
+@dataclass(frozen=True, eq=False)
+class HeldOutErrors:
+    """Squared errors of trial factorizations at every rank, over tokens that these were not fitted to.
 
     Args:
-        measured: What it was there.
-        predicted: What the statistics of the other tokens made of it.
+        tokens: How many these were.
+        squares: How many squares were summed: one for each sample, or each token without a loss.
+        measured: Their sums, shape ``(min(out, in) + 1,)``, float64.
+        predicted: What the statistics of the other tokens made of them.
     """
 
-    measured: float
-    predicted: float
+    tokens: int
+    squares: int
+    measured: Tensor
+    predicted: Tensor
 
     @property
-    def ratio(self) -> float:
-        """Measured over predicted; 1 where nothing was predicted."""
-        return (
-            min(LARGEST_RATIO, max(1 / LARGEST_RATIO, self.measured / self.predicted))
-            if self.predicted > 0
-            else 1.0
-        )
+    def means(self) -> Tensor:
+        """The squared errors to expect of a token at every rank, shape ``(min(out, in) + 1,)``.
 
-    def __add__(self, other: HeldOutLoss) -> HeldOutLoss:
-        return HeldOutLoss(self.measured + other.measured, self.predicted + other.predicted)
+        The mean of a few squares is mostly below what it is an estimate of, and made up by rare large ones:
+        of n squared normal numbers its median is (1 − 2/(9n))³ of its expectation, which is corrected here.
+        Source: Wilson & Hilferty 1931.
+        """
+        return self.measured / max(1, self.tokens) / (1 - 2 / (9 * max(1, self.squares))) ** 3
+
+    @property
+    def ratios(self) -> Tensor:
+        """Measured over predicted at every rank; 1 where nothing was predicted."""
+        predicted = self.predicted / max(1, self.tokens)
+        known = predicted > 0
+        ratios = self.means / torch.where(known, predicted, 1.0)
+        return torch.where(known, ratios.clamp(1 / LARGEST_RATIO, LARGEST_RATIO), 1.0)
+
+    def __add__(self, other: HeldOutErrors) -> HeldOutErrors:
+        return HeldOutErrors(
+            self.tokens + other.tokens,
+            self.squares + other.squares,
+            self.measured + other.measured,
+            self.predicted + other.predicted,
+        )

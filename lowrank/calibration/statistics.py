@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lowrank.arguments import accepts, choice, flag, instance, number, path, refused, text, whole
 from lowrank.calibration.embeddings import EmbeddingStatistics
-from lowrank.calibration.moments import Gradients, HeldOutLoss, Moments
+from lowrank.calibration.moments import Gradients, HeldOutErrors, Moments
 from lowrank.errors import CheckpointError, LowRankError, StatsError
 from lowrank.files.folders import settle, staged
 from lowrank.files.integrity import check_seal, digest_of, load_tensors, read_document, sealed
@@ -26,7 +26,7 @@ from lowrank.files.safetensors_header import METADATA
 from lowrank.inspection.fingerprints import Fingerprint
 from lowrank.linalg import Diagonal, Metric
 
-STATS_FORMAT = 3
+STATS_FORMAT = 4
 """Version of the folder written by `Stats.save`, the only one that is read."""
 
 
@@ -44,7 +44,7 @@ class Stats:
         gradients: The outputs' metric by layer name; empty without a loss.
         tokens: Real tokens seen.
         terms: Independent terms of the objective: samples, or tokens of a language model.
-        held_out: By layer, how a trial factorization fared on tokens that it had not seen.
+        held_out: By layer, how trial factorizations fared on tokens that they had not seen.
         embeddings: By name of an embedding, how its rows are used.
     """
 
@@ -54,7 +54,7 @@ class Stats:
     gradients: Mapping[str, Gradients] = field(default_factory=dict)
     tokens: int = 0
     terms: int = 0
-    held_out: Mapping[str, HeldOutLoss] = field(default_factory=dict)
+    held_out: Mapping[str, HeldOutErrors] = field(default_factory=dict)
     embeddings: Mapping[str, EmbeddingStatistics] = field(default_factory=dict)
 
     def __contains__(self, layer: object) -> bool:
@@ -154,12 +154,18 @@ class Stats:
                 f"{layer}: the statistics have no gradients of this layer. Calibrate with a loss."
             )
         tokens = self.embeddings[layer].tokens if layer in self.embeddings else self.gradients[layer].tokens
-        return 0.5 * self.held_out_ratio(layer) * tokens / max(1, self.terms)
+        return 0.5 * tokens / max(1, self.terms)
 
     @accepts(layer=text(StatsError))
     def held_out_ratio(self, layer: str) -> float:
-        """Return the squared error measured on held-out tokens over the predicted one; 1 if not known."""
-        return self.held_out[layer].ratio if layer in self.held_out else 1.0
+        """Return the squared error at a quarter of the full rank, on held-out tokens over the predicted one.
+
+        It is 1 if not known, and within 1/16 … 16.
+        """
+        if layer not in self.held_out:
+            return 1.0
+        ratios = self.held_out[layer].ratios
+        return float(ratios[len(ratios) // 4])
 
     @accepts(
         owner=text(StatsError),
@@ -225,10 +231,7 @@ class Stats:
             {name: gradients + other.gradients[name] for name, gradients in self.gradients.items()},
             self.tokens + other.tokens,
             self.terms + other.terms,
-            {
-                name: self.held_out[name] + other.held_out[name]
-                for name in self.held_out.keys() & other.held_out.keys()
-            },
+            added(self.held_out, other.held_out),
             {name: embedding + other.embeddings[name] for name, embedding in self.embeddings.items()},
         )
 
@@ -245,6 +248,9 @@ class Stats:
             tensors[f"inputs.{key}.products"] = moments.products
         for name, gradients in self.gradients.items():
             tensors[f"gradients.{name}.products"] = gradients.products
+        for name, held in self.held_out.items():
+            tensors[f"held_out.{name}.measured"] = held.measured
+            tensors[f"held_out.{name}.predicted"] = held.predicted
         for name, embedding in self.embeddings.items():
             tensors |= {f"embeddings.{name}.{part}": tensor for part, tensor in embedding.tensors.items()}
         structure = {
@@ -254,9 +260,11 @@ class Stats:
             "terms": self.terms,
             "sources": dict(self.sources),
             "inputs": {key: moments.weight for key, moments in self.inputs.items()},
-            "held_out": {name: vars(held) for name, held in self.held_out.items()},
+            "held_out": {
+                name: {"tokens": held.tokens, "squares": held.squares} for name, held in self.held_out.items()
+            },
             "gradients": {
-                name: {"tokens": gradients.tokens, "pulled_back": gradients.pulled_back}
+                name: {field: getattr(gradients, field) for field in ("tokens", "samples", "pulled_back")}
                 for name, gradients in self.gradients.items()
             },
             "embeddings": {
@@ -298,6 +306,11 @@ class Stats:
             ) from error
 
 
+def added(one: Mapping[str, HeldOutErrors], other: Mapping[str, HeldOutErrors]) -> dict[str, HeldOutErrors]:
+    """Return the sums by name; a name that only one has keeps what it has."""
+    return {**one, **other, **{name: one[name] + other[name] for name in one.keys() & other.keys()}}
+
+
 def nonempty_stats(name: str, value: Any) -> Stats:
     """Accept statistics that have seen something."""
     wanted = "what calibrate(model, data) returns, or Stats.load(folder)"
@@ -336,15 +349,22 @@ def _assembled(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> S
     gradients = {
         name: Gradients(
             _COUNT(f"tokens of {name}", entry["tokens"]),
+            _COUNT(f"samples of {name}", entry["samples"]),
             tensors[f"gradients.{name}.products"],
             flag(f"pulled_back of {name}", entry["pulled_back"]),
         )
         for name, entry in structure["gradients"].items()
     }
     held = {
-        name: HeldOutLoss(*(_SUM(f"{field} of {name}", entry[field]) for field in ("measured", "predicted")))
+        name: HeldOutErrors(
+            *(_COUNT(f"held-out {field} of {name}", entry[field]) for field in ("tokens", "squares")),
+            *(tensors[f"held_out.{name}.{part}"] for part in ("measured", "predicted")),
+        )
         for name, entry in structure["held_out"].items()
     }
+    for name, errors in held.items():
+        if errors.measured.ndim != 1 or errors.measured.shape != errors.predicted.shape:
+            raise ValueError(f"the held-out errors of {name} are of different sizes")
     found = structure["fingerprint"]
     layers = {name: _TEXT(f"fingerprint of {name}", value) for name, value in found["layers"].items()}
     data = f"{int(_TEXT('data', found['data']), 16):016x}"

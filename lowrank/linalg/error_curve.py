@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ class ErrorCurve:
         scale: The power of two that a weight was divided by lest its squares overflow; mostly 1.
         rounding: Relative error that storing the factors in half precision adds, else 0. Predictions
             include it; ``tail`` does not.
+        held_out: Squared errors on tokens that factors were not fitted to, beside those of ``tail`` and in
+            their unit; ``None`` if they are not known.
         whole: ``‖W‖²`` in units of ``scale²``, where the errors are not those of W itself but of what
             codes have lost of it; else ``tail[0]``.
     """
@@ -31,6 +33,7 @@ class ErrorCurve:
     scale: float = 1.0
     rounding: float = 0.0
     whole: float | None = None
+    held_out: Tensor | None = None
 
     def relative_error(self, rank: int) -> float:
         """Return ``‖W − LR‖ / ‖W‖`` at ``rank``; 0 for a weight of zeros."""
@@ -50,6 +53,25 @@ class ErrorCurve:
     def _total(self) -> float:
         return float(self.tail[0]) if self.whole is None else self.whole
 
+    @property
+    def expected(self) -> Tensor:
+        """Squared errors to expect on other data, in units of ``scale²``: those of ``held_out`` if known."""
+        return self.tail if self.held_out is None else self.held_out
+
+    @property
+    def expected_norm(self) -> float:
+        """``‖W‖²`` to expect on other data, in the metric's units."""
+        ratio = float(self.expected[0] / self.tail[0]) if self.tail[0] > 0 else 1.0
+        return ratio * self.squared_norm
+
+    def expected_squared_error(self, rank: int) -> float:
+        """Return ``‖W − LR‖²`` to expect on other data at ``rank``, in the metric's units."""
+        return float(self._with_rounding(self.expected)[rank]) * self.scale * self.scale
+
+    def with_ratios(self, ratios: Tensor) -> ErrorCurve:
+        """Return the curve with errors on held-out tokens that are ``ratios`` times the squared ones here."""
+        return replace(self, held_out=self.tail * ratios)
+
     def smallest_rank(self, relative_error: float) -> int:
         """Return the smallest rank, at least 1, whose relative error is at most ``relative_error``.
 
@@ -60,7 +82,10 @@ class ErrorCurve:
 
     @property
     def _rounded(self) -> Tensor:
-        return self.tail + self.rounding**2 * (self.tail[0] - self.tail)
+        return self._with_rounding(self.tail)
+
+    def _with_rounding(self, errors: Tensor) -> Tensor:
+        return errors + self.rounding**2 * (errors[0] - errors)
 
     @property
     def singular_values(self) -> Tensor:

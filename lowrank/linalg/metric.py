@@ -160,16 +160,27 @@ class PulledBack:
 
     Where ``out > in`` this is all that a factorization asks of ``G``, and smaller. It is right for
     that ``W`` only.
+
+    Args:
+        matrix: ``Wᵀ G W``.
+        shrinkage: The share of it that is replaced by ``Wᵀ W`` of the same trace, as if ``G`` had been
+            shrunk towards the identity.
     """
 
     matrix: Tensor
+    shrinkage: float = 0.0
 
     def __post_init__(self) -> None:
         _check_finite(self.matrix)
 
     def pull_back(self, weight: Tensor) -> Tensor:
         """Return ``Wᵀ G W``, shape ``(in, in)``."""
-        return self.matrix.to(weight)
+        matrix = self.matrix.to(weight)
+        if not self.shrinkage:
+            return matrix
+        plain = gram(weight.T)
+        trace = plain.trace().clamp(min=torch.finfo(plain.dtype).tiny)
+        return (1 - self.shrinkage) * matrix + self.shrinkage * matrix.trace() / trace * plain
 
     def enter(self, weight: Tensor) -> Tensor:
         """Refuse: the outputs are not known any more."""

@@ -233,6 +233,28 @@ def _exact(matrix: Tensor, rank: int, metric: Metric) -> _Found:
     return left.to(matrix.dtype), right.to(matrix.dtype), resolved
 
 
+def components(weight: Tensor, metric: Metric) -> tuple[Tensor, Tensor, Tensor]:
+    """Factor ``weight`` at full rank: the first k components are its best factors of rank k, for every k.
+
+    Args:
+        weight: Shape ``(out, in)``, as for `truncated_svd`.
+        metric: What the error measures; not the plain one.
+
+    Returns:
+        ``left (out, ranks)`` and ``right (ranks, in)`` in the dtype of ``weight``, with ranks = min(out, in),
+        and the squared singular values, largest first, in float64.
+    """
+    matrix, _ = checked_weight(weight, plain=False)
+    values, vectors = eigh(small_side_gram(matrix, metric))
+    values, vectors = values.clamp(min=0).flip(0), vectors.flip(1)
+    left, right = _factors(matrix, vectors, values, metric)
+    if weight.dtype == torch.float16:
+        left, right = balanced(left, right)
+    left, right = left.to(weight.dtype), right.to(weight.dtype)
+    check_factors(left, right)
+    return left, right, values
+
+
 def _randomized(matrix: Tensor, rank: int, metric: Metric, tolerance: float, seed: int) -> _Found | None:
     """Factor by certified subspace iteration; ``None`` where the tolerance cannot be proven."""
     squares = small_side_gram(matrix, metric)

@@ -162,7 +162,9 @@ def _metrics_and_scales(
     scales = []
     for layer, weight, own in zip(layers, weights, each, strict=True):
         total = float(small_side_gram(weight.detach().to(torch.float64), own).trace())
-        known = stats.loss_per_square(layer.name) if stats is not None and metric == "loss" else None
+        known = None
+        if stats is not None and metric == "loss":
+            known = stats.loss_per_square(layer.name) * stats.held_out_ratio(layer.name)
         scales.append(importance(layer, total, known))
     return each, scales
 

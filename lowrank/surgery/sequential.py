@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowrank.calibration.data import HELD_OUT, Batch
+from lowrank.calibration.data import PARTS, Batch
 from lowrank.calibration.statistics import Stats
 from lowrank.errors import DataError, LowRankError, PlanError
 from lowrank.inspection.blocks import find_blocks
@@ -80,9 +80,9 @@ def apply_sequentially(
     with contextlib.ExitStack() as stack:
         folder = None if offload_folder is None else stack.enter_context(_folder_in(offload_folder))
         cached = [CachedHiddenStates(batch, folder) for batch in batches]
-        if len(cached) < HELD_OUT:
+        if len(cached) < PARTS:
             raise DataError(
-                f"sequential=True needs {HELD_OUT} batches or more, one of them to see what it gains; there "
+                f"sequential=True needs {PARTS} batches or more, one of them to see what it gains; there "
                 f"are {len(cached)}. Give more data, or the same in smaller batches."
             )
         with torch.no_grad(), eval_mode(model):

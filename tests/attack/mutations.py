@@ -158,7 +158,8 @@ def module_cases() -> tuple[Case, ...]:
     def stats_of(folder: Path) -> bytes:
         found = lowrank.Stats.load(folder)
         moments = [(m.weight, digest_of(m.total), digest_of(m.products)) for m in found.inputs.values()]
-        return told(found.fingerprint, found.sources, found.tokens, found.terms, found.held_out, moments)
+        held = [(h.tokens, h.squares, digest_of(h.measured)) for h in found.held_out.values()]
+        return told(found.fingerprint, found.sources, found.tokens, found.terms, held, moments)
 
     def snapshot_of(folder: Path) -> bytes:
         found = Snapshot.load(folder, parameters)

@@ -153,13 +153,27 @@ def test_a_layer_that_reads_other_tensors_later_is_refused():
 
 
 def test_strings_of_like_length_are_batched_together_and_none_is_lost():
-    texts = ["a b c d e f", "a", "a b c d e", "a b"] * 3
+    texts = ["a b c d e f", "a", "a b c d e", "a b"] * 24
     found = list(batches(texts, Reader(), batch_size=6, by_length=True))
-    assert [batch.keywords["input_ids"].shape for batch in found] == [(6, 2), (6, 6)]
+    shapes = [tuple(batch.keywords["input_ids"].shape) for batch in found]
+    assert shapes == [(6, n) for n in (1, 2, 5, 6) for _ in range(4)]
     assert sum(batch.tokens for batch in found) == sum(len(text.split()) for text in texts)
+    texts = texts[:12]
     kept = list(batches(texts, Reader(), batch_size=6))
     lengths = [batch.keywords["attention_mask"].sum(1).tolist() for batch in kept]
     assert lengths == [[6, 1, 5, 2, 6, 1], [5, 2, 6, 1, 5, 2]]
+
+
+def test_few_strings_make_several_batches_with_strings_of_all_lengths():
+    texts = ["a b c d e f", "a", "a b c d e", "a b"] * 2
+    found = list(batches(texts, Reader(), by_length=True))
+    assert [batch.keywords["attention_mask"].sum(1).tolist() for batch in found] == [
+        [1, 5],
+        [1, 5],
+        [2, 6],
+        [2, 6],
+    ]
+    assert len(list(batches(texts[:3], Reader(), by_length=True))) == 3
 
 
 def test_weights_made_in_inference_mode_are_refused_and_nothing_is_frozen(data):

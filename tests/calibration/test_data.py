@@ -223,16 +223,17 @@ def test_few_tokens_are_said_with_the_layer_and_the_numbers(mlp):
     data = [gaussian(95, 64, seed=i) for i in range(4)]
     (message,) = caught(lambda: calibrate(mlp, data))
     assert message == (
-        "2: calibrated on 380 tokens, and reads 96 features. With fewer than 384 tokens the predicted loss "
-        "can be far too low. Give more data."
+        "2: calibrated on 380 tokens, and reads 96 features. With fewer than 384 tokens the factors fit "
+        "these tokens better than others. Give more data."
     )
     assert caught(lambda: calibrate(mlp, [gaussian(96, 64, seed=i) for i in range(4)])) == []
     assert caught(lambda: compress(mlp, keep=0.5, data=data)) == [message]
 
 
-def test_few_batches_are_said(mlp):
-    (message,) = caught(lambda: calibrate(mlp, [gaussian(200, 64, seed=i) for i in range(3)]))
-    assert message.startswith("Batches: 3. With fewer than 4 calibration holds none out")
+def test_one_batch_is_said(mlp):
+    (message,) = caught(lambda: calibrate(mlp, [gaussian(400, 64)]))
+    assert message.startswith("Calibration has got one batch, so nothing is held out")
+    assert caught(lambda: calibrate(mlp, [gaussian(200, 64, seed=i) for i in range(2)])) == []
 
 
 def test_very_wide_inputs_of_which_only_variances_are_kept_need_no_more_tokens():

@@ -22,8 +22,12 @@ def test_they_survive_saving_and_loading_bit_for_bit(mlp_stats, tmp_path):
         mlp_stats.tokens,
         mlp_stats.terms,
     )
-    assert again.held_out == mlp_stats.held_out
+    assert again.held_out.keys() == mlp_stats.held_out.keys() == set(mlp_stats.sources)
     for name in mlp_stats.sources:
+        held, found = mlp_stats.held_out[name], again.held_out[name]
+        assert (found.tokens, found.squares) == (held.tokens, held.squares)
+        assert torch.equal(found.measured, held.measured)
+        assert torch.equal(found.predicted, held.predicted)
         assert torch.equal(again.moments(name).products, mlp_stats.moments(name).products)
         assert torch.equal(again.moments(name).total, mlp_stats.moments(name).total)
         assert torch.equal(again.gradients[name].products, mlp_stats.gradients[name].products)

@@ -47,7 +47,7 @@ def test_a_bias_that_cannot_take_up_the_mean_is_refused_before_anything_changes(
     with torch.no_grad():
         model[0].weight[3], model[2].weight[1] = 1e20, 1e30
     before = copy.deepcopy(model.state_dict())
-    data = [batch.abs() for batch in batches(16)][:3]  # too few to hold some out, where outputs overflow
+    data = [batch.abs() for batch in batches(16)][:1]  # too few to hold some out, where outputs overflow
     with pytest.raises(WeightError, match=r"^2: for the mean of what it reads .* torch.float32 cannot hold"):
         compress(model, rank=4, data=data, loss=None, quantize=quantize, targets=["0", "2"])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
