@@ -3,11 +3,12 @@
 Every method is a metric and an allocation of this library: truncated SVD (``weight``, uniform ranks),
 ASVD-like scaling (``diagonal``, uniform), FWSVD (the Fisher information of each input row, uniform),
 DRONE and SVD-LLM's optimum (``inputs``, uniform; centred and with a bias where the layer has one), the
-same with global allocation, and ``loss``, the default. Four parts:
+same with global allocation, and ``loss``, the default. Five parts:
 
 - ``minilm``: all-MiniLM-L6-v2, cosine to the dense embeddings and STS Benchmark (dev).
 - ``smollm2``: SmolLM2-135M, perplexity of WikiText-2 text that calibration has not seen, and of other text.
 - ``sequential``: SmolLM2 once more, block by block and with shared factors, without any training.
+- ``neurons``: MiniLM's feed-forward blocks alone, with factors or with fewer neurons; nothing is trained.
 - ``sst2``: MiniLM with a classifier fine-tuned on SST-2, accuracy (dev).
 
 The folder given with ``--data`` holds ``stsb-train.csv``, ``stsb-dev.csv``, ``wikitext2-valid.txt``,
@@ -79,14 +80,12 @@ def fwsvd(dense: nn.Module, keep: float, information: dict[str, Tensor]) -> nn.M
     return model
 
 
-def minilm(data: Path, minutes: float) -> Figures:
-    """Compare methods on sentence embeddings."""
+def sentence_model(data: Path) -> tuple[nn.Module, Any, list[str], Callable[[nn.Module], dict[str, float]]]:
+    """Return MiniLM, its tokenizer, sentences to train on, and the figures on others."""
     folder = minilm_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     dense = AutoModel.from_pretrained(folder).eval()
     train = list(dict.fromkeys(text for pair in read_pairs(data / "stsb-train.csv")[0] for text in pair))
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:2000]
-    sample = [train[i] for i in order.tolist()]
     pairs, scores = read_pairs(data / "stsb-dev.csv")
     texts = [text for pair in pairs for text in pair]
     target = embed(dense, texts, tokenizer)
@@ -99,6 +98,42 @@ def minilm(data: Path, minutes: float) -> Figures:
             "sts_spearman": 100 * spearman(cosines, torch.tensor(scores, dtype=torch.float64)),
         }
 
+    return dense, tokenizer, train, measure
+
+
+def sampled(train: list[str]) -> list[str]:
+    """Return the 2,000 sentences that MiniLM is calibrated on."""
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:2000]
+    return [train[i] for i in order.tolist()]
+
+
+def neurons(data: Path) -> Figures:
+    """Compare factors with fewer neurons in feed-forward blocks, on sentence embeddings."""
+    dense, tokenizer, train, measure = sentence_model(data)
+    figures: Figures = [{"keep": 1.0, "method": "dense", **measure(dense)}]
+    options = {"targets": ["*.intermediate.dense", "encoder.layer.?.output.dense"]}
+    sample = sampled(train)
+    stats = lowrank.calibrate(dense, sample, tokenizer, **options)
+    inputs = dict(tokenizer(sample[:8], padding=True, return_tensors="pt"))
+    methods: dict[str, dict[str, Any]] = {
+        "factors, global": {},
+        "neurons, uniform": {"forms": ["neurons"], "inputs": inputs, "allocation": "uniform"},
+        "neurons, global": {"forms": ["neurons"], "inputs": inputs},
+    }
+    for keep in (0.7, 0.5):
+        for method, more in methods.items():
+            start = time.perf_counter()
+            small = lowrank.compress(copy.deepcopy(dense), keep=keep, stats=stats, **options, **more)
+            seconds = time.perf_counter() - start
+            figures.append({"keep": keep, "method": method, "seconds": seconds, **measure(small)})
+            print(figures[-1], flush=True)
+    return figures
+
+
+def minilm(data: Path, minutes: float) -> Figures:
+    """Compare methods on sentence embeddings."""
+    dense, tokenizer, train, measure = sentence_model(data)
+    sample = sampled(train)
     figures: Figures = [{"keep": 1.0, "method": "dense", **measure(dense)}]
     start = time.perf_counter()
     stats = lowrank.calibrate(dense, sample, tokenizer)
@@ -234,7 +269,9 @@ def sst2(data: Path, minutes: float) -> Figures:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--data", type=Path, required=True)
-    arguments.add_argument("--part", choices=("minilm", "smollm2", "sequential", "sst2"), required=True)
+    arguments.add_argument(
+        "--part", choices=("minilm", "smollm2", "sequential", "neurons", "sst2"), required=True
+    )
     arguments.add_argument("--minutes", type=float, default=9.5, help="of recovery; 0 for none")
     arguments.add_argument("--stats", type=Path, help="keep SmolLM2's statistics in this folder")
     options = arguments.parse_args()
@@ -244,6 +281,8 @@ def main() -> None:
         figures = smollm(options.data, options.minutes, options.stats)
     elif options.part == "sequential":
         figures = sequential(options.data, options.stats)
+    elif options.part == "neurons":
+        figures = neurons(options.data)
     else:
         figures = sst2(options.data, options.minutes)
     print(json.dumps(figures, indent=2))
