@@ -10,6 +10,8 @@ same with global allocation, and ``loss``, the default. Five parts:
 - ``smollm2``: SmolLM2-135M, perplexity of WikiText-2 text that calibration has not seen, and of text unlike
   it: captions and Penn Treebank.
 - ``sequential``: SmolLM2 once more, block by block and with shared factors, without any training.
+- ``neurons``: MiniLM's feed-forward blocks alone, with factors, pivoted ones, or fewer neurons; nothing is
+  trained.
 - ``sst2``: MiniLM with a classifier fine-tuned on SST-2, accuracy (dev).
 
 Calibration text is of the STS Benchmark or WikiText-2, so figures on SICK and Penn Treebank tell what it is
@@ -43,7 +45,7 @@ from lowrank.reports.evaluation import accuracy, embed, embedding_cosine, perple
 
 Figures = list[dict[str, Any]]
 
-PARTS = ("prediction", "minilm", "smollm2", "sequential", "sst2")
+PARTS = ("prediction", "minilm", "smollm2", "sequential", "neurons", "sst2")
 
 METHODS = {
     "svd": {"metric": "weight", "allocation": "uniform"},
@@ -134,13 +136,12 @@ def prediction(data: Path) -> Figures:
     return figures
 
 
-def minilm(data: Path, minutes: float) -> Figures:
-    """Compare methods on sentence embeddings."""
+def sentence_model(data: Path) -> tuple[nn.Module, Any, list[str], Callable[[nn.Module], dict[str, float]]]:
+    """Return MiniLM, its tokenizer, sentences to train on, and the figures on others, alike and unlike."""
     folder = minilm_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     dense = AutoModel.from_pretrained(folder).eval()
     train = stsb_sentences(data)
-    sample = train[:2000]
     sets = {"sts": read_pairs(data / "stsb-dev.csv"), "sick": sick_pairs(data / "sick-dev.txt")}
     texts = {name: [text for pair in pairs for text in pair] for name, (pairs, _) in sets.items()}
     targets = {name: embed(dense, texts[name], tokenizer) for name in sets}
@@ -155,6 +156,37 @@ def minilm(data: Path, minutes: float) -> Figures:
             figures[f"{name}_spearman"] = 100 * spearman(cosines, torch.tensor(scores, dtype=torch.float64))
         return figures
 
+    return dense, tokenizer, train, measure
+
+
+def neurons(data: Path) -> Figures:
+    """Compare factors with fewer neurons in feed-forward blocks, on sentence embeddings."""
+    dense, tokenizer, train, measure = sentence_model(data)
+    figures: Figures = [{"keep": 1.0, "method": "dense", **measure(dense)}]
+    options = {"targets": ["*.intermediate.dense", "encoder.layer.?.output.dense"]}
+    sample = train[:2000]
+    stats = lowrank.calibrate(dense, sample, tokenizer, **options)
+    inputs = dict(tokenizer(sample[:8], padding=True, return_tensors="pt"))
+    methods: dict[str, dict[str, Any]] = {
+        "factors, global": {},
+        "pivoted, global": {"forms": ["factors", "pivoted"]},
+        "neurons, uniform": {"forms": ["neurons"], "inputs": inputs, "allocation": "uniform"},
+        "neurons, global": {"forms": ["neurons"], "inputs": inputs},
+    }
+    for keep in (0.7, 0.5):
+        for method, more in methods.items():
+            start = time.perf_counter()
+            small = lowrank.compress(copy.deepcopy(dense), keep=keep, stats=stats, **options, **more)
+            seconds = time.perf_counter() - start
+            figures.append({"keep": keep, "method": method, "seconds": seconds, **measure(small)})
+            print(figures[-1], flush=True)
+    return figures
+
+
+def minilm(data: Path, minutes: float) -> Figures:
+    """Compare methods on sentence embeddings."""
+    dense, tokenizer, train, measure = sentence_model(data)
+    sample = train[:2000]
     figures: Figures = [{"keep": 1.0, "method": "dense", **measure(dense)}]
     start = time.perf_counter()
     stats = lowrank.calibrate(dense, sample, tokenizer)
@@ -304,6 +336,8 @@ def main() -> None:
         figures = smollm(options.data, options.minutes, options.stats)
     elif options.part == "sequential":
         figures = sequential(options.data, options.stats)
+    elif options.part == "neurons":
+        figures = neurons(options.data)
     else:
         figures = sst2(options.data, options.minutes)
     print(json.dumps(figures, indent=2))

@@ -67,7 +67,7 @@ def drafted(
     looked for where blocks are gone through one by one.
     """
     every = embeddings or len(storage_formats(config)) > 1
-    equal = not config.sequential
+    equal = not config.sequential and not config.removes_neurons
     plan = draft(seen, config.targets, config.ignore, every, equal, config.overrule)
     if config.correction and config.rank is not None:
         plan = plan.with_layers(

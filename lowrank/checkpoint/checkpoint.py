@@ -44,6 +44,7 @@ from lowrank.nn import PivotedUp, QuantizedModule
 from lowrank.plans.plan import Plan
 from lowrank.plans.stored_tensors import TensorPart, scheme_of, tensors_of
 from lowrank.reports.model_card import module_card
+from lowrank.surgery.neurons import empty_layers
 from lowrank.surgery.replacement import restructure
 from lowrank.surgery.validation import check_structure
 
@@ -257,6 +258,11 @@ def _check_dtypes(file: Path, model: nn.Module, plan: Plan, header: Mapping[str,
 def _expected_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
     """Return the state dict's shapes as they will be once ``model`` has the structure of ``plan``."""
     shapes = {name: tuple(tensor.shape) for name, tensor in state_of(model).items()}
+    shapes |= {
+        f"{name}.{part}": tuple(parameter.shape)
+        for name, layer in empty_layers(model, plan)
+        for part, parameter in layer.named_parameters()
+    }
     for layer in plan.factorized:
         if f"{layer.name}.up.weight" in shapes:
             continue  # factorized already

@@ -58,8 +58,8 @@ class CompressionOptions(PlanOptions, total=False):
     seed: int
 
 
-FORMS = ("factors", "pivoted")
-"""What a factorized linear layer can be."""
+FORMS = ("factors", "pivoted", "neurons")
+"""What a linear layer can become."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,9 +133,10 @@ class CompressionConfig:
     forms: Sequence[str] | None = option(
         None,
         "What linear layers may become: factors, two thin matrices; pivoted, the same product in fewer "
-        "numbers, r·(m + n − r) in place of r·(m + n), at any rank below the dense one. The solver chooses "
-        "among those given; by default factors only. Pivoted factors stay in floating point, in float32 or "
-        "float64.",
+        "numbers, r·(m + n − r) in place of r·(m + n), at any rank below the dense one; or neurons, by "
+        "itself: layers of feed-forward blocks become narrower, for a keep, on data or inputs. The solver "
+        "chooses among those given; by default factors only. Pivoted factors stay in floating point, in "
+        "float32 or float64.",
         choices=FORMS,
         check=some_of(FORMS, BudgetError),
     )
@@ -253,7 +254,9 @@ class CompressionConfig:
             )
 
     def _check_forms(self) -> None:
-        """Refuse pivoted factors where no layer could have them."""
+        """Refuse forms that no layer could have."""
+        if self.removes_neurons:
+            self._check_neurons()
         if not self.pivots:
             return
         if self.quantize is not None:
@@ -262,6 +265,17 @@ class CompressionConfig:
             raise BudgetError(
                 "forms: pivoted factors of one rank are smaller, not faster, than plain ones: leave out "
                 '"pivoted" with speedup=.'
+            )
+
+    def _check_neurons(self) -> None:
+        if len(set(self.forms or ())) > 1:
+            raise BudgetError('forms: "neurons" stands by itself: leave out the others.')
+        given = [name for name in ("quantize", "share", "sequential", "add_bias") if getattr(self, name)]
+        given += [name for name in self._budgets() if name != "keep"]
+        if given:
+            raise BudgetError(
+                f'forms=["neurons"] does not go with {given[0]}=: it is for keep=. Quantize or factorize the '
+                "narrower model in a second call."
             )
 
     @property
@@ -280,6 +294,11 @@ class CompressionConfig:
                 f"share_size={self.share_size!r} says how many blocks share a basis: it goes with "
                 'share="layers".'
             )
+
+    @property
+    def removes_neurons(self) -> bool:
+        """Whether feed-forward blocks are to lose neurons."""
+        return "neurons" in (self.forms or ())
 
     def _budgets(self) -> dict[str, Any]:
         asked = {name: getattr(self, name) for name in Budget.NAMES}

@@ -55,7 +55,9 @@ def _with_options(doc: str, config: type, door: str) -> str:
         return doc
     indent = " " * (len(lines[place]) - len(lines[place].lstrip()))
     told = (
-        textwrap.wrap(line, 108, initial_indent=indent, subsequent_indent=indent + "    ")
+        textwrap.wrap(
+            line, 108, initial_indent=indent, subsequent_indent=indent + "    ", break_on_hyphens=False
+        )
         for line in described(config, door).split("\n")
     )
     lines[place : place + 1] = [line for wrapped in told for line in wrapped]

@@ -30,6 +30,7 @@ from lowrank.hf.checks import (
 from lowrank.hf.config import METHOD, LowRankConfig
 from lowrank.hf.ties import rewrite_ties
 from lowrank.hf.tokenizer import check_tokenizer as check_tokenizer
+from lowrank.hf.widths import say_widths_in_config
 from lowrank.inspection.inspection import Inspection
 from lowrank.inspection.targets import draft, structure
 from lowrank.plans.plan import Plan
@@ -46,9 +47,11 @@ def record(model: nn.Module, plan: Plan | None = None) -> None:
     counts is the model; the ``plan`` that was carried out adds the request and the reasons.
     """
     rewrite_ties(model)
+    if isinstance(model, PreTrainedModel):  # within another module, that is what is saved
+        say_widths_in_config(model)
     for part in _pretrained_models(model):
         found = structure(part)
-        if found.factorized or found.quantized:
+        if found.factorized or found.quantized or any(layer.is_narrower for layer in found):
             known = plan if plan is not None else recorded(part)
             if known is None or not known.explains(found):
                 found = draft(inspect(part))  # which reads the model's code for the reasons

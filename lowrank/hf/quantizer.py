@@ -113,7 +113,8 @@ def _localized(plan: Plan, model: PreTrainedModel) -> Plan:
         name = translated(layer.name)
         if name is not None:
             owner, embedding = translated(layer.shares_down_with), translated(layer.tied_to) or layer.tied_to
-            layers.append(replace(layer, name=name, shares_down_with=owner, tied_to=embedding))
+            reader = translated(layer.feeds)
+            layers.append(replace(layer, name=name, shares_down_with=owner, tied_to=embedding, feeds=reader))
     quantized = []
     for stored in plan.quantized:
         parent, _, part = stored.name.rpartition(".")

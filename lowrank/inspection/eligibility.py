@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from lowrank.inspection.inspection import Inspection
 from lowrank.inspection.tied_weights import place_of
 from lowrank.linalg.svd import FLOATING
-from lowrank.nn import LowRankEmbedding, LowRankLinear, QuantizedModule, TiedLinear, layer_type_of
+from lowrank.nn import (
+    LowRankEmbedding,
+    LowRankLinear,
+    QuantizedModule,
+    TiedLinear,
+    features_before,
+    layer_type_of,
+)
 
 
 def ineligible_layers(
@@ -106,6 +113,9 @@ def _reason(
         return f"is quantized already ({module.scheme.name}); decompress(model) undoes that"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "has a max_norm, so that reading changes it"
+    before = features_before(module)
+    if before is not None:
+        return f"has lost neurons already: its weight was (out={before[0]}, in={before[1]})"
     others = [other for other in seen.names[id(module)] if other != name]
     if others:
         return f"is used twice, also as {others[0]}"

@@ -16,6 +16,7 @@ from lowrank.nn import (
     QuantizedLinear,
     QuantizedModule,
     TiedLinear,
+    features_before,
     layer_type_of,
 )
 
@@ -119,7 +120,9 @@ def dense_elements(layer: nn.Module) -> int:
     if isinstance(layer, (LowRankLinear, TiedLinear)):
         return layer.in_features * layer.out_features
     weight: Tensor = layer.weight  # type: ignore[assignment]
-    return math.prod(layer.shape) if isinstance(layer, QuantizedModule) else weight.numel()
+    if isinstance(layer, QuantizedModule):
+        return math.prod(layer.shape)
+    return math.prod(features_before(layer) or weight.shape)
 
 
 def other_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:

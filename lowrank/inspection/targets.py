@@ -29,6 +29,7 @@ from lowrank.nn import (
     QuantizedLinear,
     QuantizedModule,
     TiedLinear,
+    features_before,
     layer_type_of,
 )
 from lowrank.plans.layer_plan import EMBEDDING, LayerPlan, QuantizedWeight
@@ -226,7 +227,17 @@ def _describe(name: str, module: nn.Module, owners: Mapping[int, str]) -> LayerP
     if not layer_type.certain:  # its weight may be packed
         return LayerPlan(name, layer_type.name, module.in_features, module.out_features, bias)  # type: ignore[arg-type]
     rows, columns = layer_type.weight(module).shape
-    return LayerPlan(name, layer_type.name, columns, rows, bias)
+    plan = LayerPlan(name, layer_type.name, columns, rows, bias)
+    before = features_before(module)
+    if before is None:
+        return plan
+    return replace(
+        plan,
+        out_features=before[0],
+        in_features=before[1],
+        kept_outputs=rows if rows < before[0] else None,
+        kept_inputs=columns if columns < before[1] else None,
+    )
 
 
 def check_patterns(name: str, value: Sequence[str] | None) -> Sequence[str]:

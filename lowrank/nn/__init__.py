@@ -9,6 +9,7 @@ from lowrank.nn.layer_types import (
     register_layer_type,
 )
 from lowrank.nn.linear import LowRankLinear
+from lowrank.nn.narrower import features_before, forget_features_before, narrower_layer
 from lowrank.nn.pivoted_up import PivotedUp
 from lowrank.nn.quantized import QuantizedEmbedding, QuantizedModule
 from lowrank.nn.quantized_linear import QuantizedLinear
@@ -26,8 +27,11 @@ __all__ = [
     "SharedDown",
     "SharedQuantizedDown",
     "TiedLinear",
+    "features_before",
     "find_layer_type",
+    "forget_features_before",
     "layer_type_named",
     "layer_type_of",
+    "narrower_layer",
     "register_layer_type",
 ]

@@ -33,6 +33,7 @@ from lowrank.pipeline.stages import (
     check_offload_folder,
     check_overruled,
     decided,
+    stream_of,
 )
 from lowrank.plans.plan import Plan
 
@@ -112,7 +113,7 @@ def compress(
         raise DataError("sequential=True goes through data once more: give data=.")
     check_offload_folder(config.sequential, config.offload_folder)
     check_targeted(seen, layers, config)
-    if (config.sequential or config.overrule) and isinstance(data, Iterator):
+    if (config.sequential or config.overrule or config.removes_neurons) and isinstance(data, Iterator):
         data = list(data)  # to be gone through twice
     check_overruled(seen, layers, inputs, data, tokenizer)
     if data is not None and stats is not None and not config.sequential:
@@ -123,6 +124,8 @@ def compress(
         stats = calibrated(seen, config, data, tokenizer, loss, progress=progress)
         layers = drafted(seen, config, stats)
         check_targeted(seen, layers, config)  # statistics may lack what was targeted
+    if config.removes_neurons and inputs is None and data is not None:
+        inputs = next(stream_of(model, data, tokenizer)).given
     predict = budget.name != "rank"  # a given rank decides nothing by its error: spare the error curves
     chosen = decided(seen, layers, config, stats, predict, progress, Latencies(inputs, latencies))
     chosen = with_reach(seen, chosen)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapter import adapter
+from lowrank.allocation.neurons import decide_widths
 from lowrank.allocation.planner import Latencies, decide, drafted
 from lowrank.allocation.quantization_targets import check_kernels, with_heads, with_quantized_weights
 from lowrank.allocation.refusals import reasons
@@ -20,7 +21,7 @@ from lowrank.calibration.collector import collect
 from lowrank.calibration.data import Batch, batches
 from lowrank.calibration.statistics import Stats, nonempty_stats
 from lowrank.config import CompressionConfig
-from lowrank.errors import DataError, LowRankError, TargetError
+from lowrank.errors import BudgetError, DataError, LowRankError, PlanError, TargetError
 from lowrank.inspection.devices import device_of
 from lowrank.inspection.inspection import Inspection
 from lowrank.linalg import Scheme
@@ -106,6 +107,8 @@ def decided(
     latencies: Latencies,
 ) -> Plan:
     """Return the plan for ``config``: ranks and formats of the targeted layers, integers for all else."""
+    if config.removes_neurons:
+        return _narrowed(seen, layers, config, stats, progress, latencies.inputs)
     asked = seen, layers, config, stats, predict, progress, latencies
     if config.quantize is None:
         return decide(*asked).without_needless_ties()
@@ -119,6 +122,28 @@ def decided(
     ).quantized
     chosen = with_heads(seen, decide(*asked, rest))
     return without_shared_input_shifts(chosen).without_needless_ties()
+
+
+def _narrowed(
+    seen: Inspection,
+    layers: Plan,
+    config: CompressionConfig,
+    stats: Stats | None,
+    progress: bool,
+    inputs: Any,
+) -> Plan:
+    """Return the plan in which feed-forward blocks, as they are seen on ``inputs``, lose neurons."""
+    if inputs is None:
+        raise BudgetError(
+            'forms=["neurons"] runs the model to see its feed-forward blocks: give data=, or inputs=, a '
+            "batch as the model will get it."
+        )
+    if layers.metric != "weight" and stats is None:
+        raise BudgetError(
+            f"metric={layers.metric!r} needs statistics: pass data=, or stats=calibrate(model, data)."
+        )
+    (batch,) = batches([inputs], device=device_of(seen.model))
+    return decide_widths(seen, layers, config, stats, lambda: batch.call(seen.model), progress)
 
 
 def check_overruled(
@@ -170,6 +195,8 @@ def carried_out(
         if data is None:
             apply_plan(seen, plan, stats, seed=seed, progress=progress)
         else:
+            if any(layer.is_narrower for layer in plan):
+                raise PlanError("sequential=True fits factors; the plan removes neurons. Apply it without.")
             folder = Path(offload_folder) if offload_folder is not None else None
             stream = stream_of(model, data, tokenizer, batch_size=_enough_batches(data))
             fitted = apply_sequentially(

@@ -34,6 +34,8 @@ def _with_scheme(summary: str, scheme: str | None) -> str:
 def _summary(layer: LayerPlan | None) -> str:
     if layer is None:
         return "absent"
+    if layer.is_narrower:
+        return "dense, {}×{}".format(*layer.kept_shape)
     if layer.rank is None:
         return "dense"
     rank = "correction of rank" if layer.correction else "rank"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lowrank.config import check_rank
+from lowrank.errors import PlanError
 from lowrank.plans.fields import check_fields
 
 EMBEDDING = "embedding"
@@ -42,6 +44,9 @@ class LayerPlan:
         pivoted: Whether the factors are pivoted (`lowrank.linalg.pivots`): ``down`` has rows of the product.
         overruled: Whether the layer may change although reading the model's code leaves a doubt, which the
             user has overruled.
+        kept_inputs, kept_outputs: How many input and output features remain where a feed-forward block has
+            lost neurons; ``None`` for all. The layer stays dense, and is narrower.
+        feeds: Of a layer that has lost output features, the layer that reads them, and has lost them, too.
     """
 
     name: str
@@ -63,12 +68,37 @@ class LayerPlan:
     was_copy: bool = False
     overruled: bool = False
     pivoted: bool = False
+    kept_inputs: int | None = None
+    kept_outputs: int | None = None
+    feeds: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(type(self), {"name": self.name}, "A layer of a plan")
         if self.rank is not None:
             check_rank(self.rank, where=self.name)
         check_fields(type(self), vars(self), self.name)
+        for kept, features in ((self.kept_inputs, self.in_features), (self.kept_outputs, self.out_features)):
+            if kept is not None and (not 1 <= kept < features or self.rank is not None):
+                raise PlanError(
+                    f"{self.name}: {kept} neurons are to remain of {features:,}"
+                    f"{'' if self.rank is None else f' at rank {self.rank}'}. Keep at least one and fewer "
+                    "than all, in a layer without a rank; or leave the layer as it is."
+                )
+
+    @property
+    def is_narrower(self) -> bool:
+        """Whether the layer has lost input or output features."""
+        return self.kept_inputs is not None or self.kept_outputs is not None
+
+    @property
+    def kept_shape(self) -> tuple[int, int]:
+        """The shape ``(out, in)`` of the weight of a layer without a rank, after applying."""
+        return self.kept_outputs or self.out_features, self.kept_inputs or self.in_features
+
+    @property
+    def form(self) -> tuple[object, ...]:
+        """What tells layers of one shape apart that compute with other modules or sizes."""
+        return self.rank, self.tied_to, self.kept_inputs, self.kept_outputs
 
     @property
     def is_embedding(self) -> bool:
@@ -95,7 +125,7 @@ class LayerPlan:
         """Parameters of the weight, or of its two factors, after applying; 0 where another has them."""
         if self.tied_to is not None:
             return 0
-        return self.dense_parameters if self.rank is None else self.parameters_at(self.rank)
+        return math.prod(self.kept_shape) if self.rank is None else self.parameters_at(self.rank)
 
     def parameters_at(self, rank: int) -> int:
         """Parameters at ``rank``: ``rank · (in + out)``, or ``rank · out`` with the ``down`` of another.
@@ -142,6 +172,9 @@ class LayerPlan:
             correction=False,
             pivoted=self.pivoted and rank is not None,
             same_input=True,
+            kept_inputs=None,
+            kept_outputs=None,
+            feeds=None,
         )
 
 

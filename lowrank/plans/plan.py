@@ -209,22 +209,23 @@ class Plan:
         return self.with_layers(layers)
 
     def explains(self, found: Plan) -> bool:
-        """Tell whether every layer of ``found`` has an entry here with the same rank and tie."""
-        mine = {layer.name: (layer.rank, layer.tied_to) for layer in self.layers}
-        return all(mine.get(layer.name, ()) == (layer.rank, layer.tied_to) for layer in found)
+        """Tell whether every layer of ``found`` has an entry here with the same rank, tie and width."""
+        mine = {layer.name: layer.form for layer in self.layers}
+        return all(mine.get(layer.name, ()) == layer.form for layer in found)
 
     def carried_out(self, found: Plan) -> Plan:
         """Return ``found``, a draft of the compressed model, with this plan's request and reasons.
 
-        A layer keeps its entry here if it has the rank and the tie that the plan gave it; its error is
-        ``found``'s, which was measured.
+        A layer keeps its entry here if it has the rank, the tie and the width that the plan gave it; an error
+        is ``found``'s, which was measured, or else the plan's.
         """
         _check_plan("found", found)
         layers = {}
         for layer in found:
             planned = self._index.get(layer.name)
-            if planned is not None and (planned.rank, planned.tied_to) == (layer.rank, layer.tied_to):
-                layers[layer.name] = replace(planned, relative_error=layer.relative_error)
+            if planned is not None and planned.form == layer.form:
+                error = planned.relative_error if layer.is_narrower else layer.relative_error
+                layers[layer.name] = replace(planned, relative_error=error)
         layers_now = found.with_layers(layers).layers
         done = replace(self, model=found.model, layers=layers_now, quantized=found.quantized)
         # what lies outside of the layers is known of this model only, not of one within it
@@ -365,9 +366,11 @@ class Plan:
         after = sum(layer.parameters for layer in self.targeted)
         embeddings = any(layer.is_embedding for layer in self.layers)
         layers = "linear layers and embeddings" if embeddings else "linear layers"
+        narrow = sum(layer.is_narrower for layer in self.layers)
+        narrower = f", {narrow} with fewer neurons" if narrow else ""
         footer = (
             f"{self.model}, {self.budget or 'no budget'}: {len(self.factorized)} of {len(self.layers)} "
-            f"{layers} factorized; {after:,} of {before:,} targeted parameters remain"
+            f"{layers} factorized{narrower}; {after:,} of {before:,} targeted parameters remain"
             f" ({self.kept_fraction:.1%})."
         )
         if self.metric != "weight":

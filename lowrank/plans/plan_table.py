@@ -19,7 +19,7 @@ def layers_table(layers: Sequence[LayerPlan], schemes: Mapping[str, str]) -> str
         (
             layer.name,
             f"{layer.out_features}×{layer.in_features}",
-            "dense" if layer.rank is None else f"{layer.rank}{' pivoted' if layer.pivoted else ''}",
+            _rank(layer),
             *([schemes.get(layer.tied_to or layer.name, "float")] if schemes else []),
             f"{layer.kept_fraction:.0%}",
             "" if layer.relative_error is None else f"{layer.relative_error:.4f}",
@@ -29,3 +29,9 @@ def layers_table(layers: Sequence[LayerPlan], schemes: Mapping[str, str]) -> str
     ]
     stored = ("stored",) if schemes else ()
     return format_table(("layer", "out×in", "rank", *stored, "kept", "error", "reason"), rows)
+
+
+def _rank(layer: LayerPlan) -> str:
+    if layer.is_narrower:
+        return "×".join(map(str, layer.kept_shape))
+    return "dense" if layer.rank is None else f"{layer.rank}{' pivoted' if layer.pivoted else ''}"

@@ -313,7 +313,7 @@ def _count_macs(layer: LayerPlan, module: nn.Module) -> int:
         return module.macs
     if layer.is_embedding:
         return (layer.rank or 0) * layer.in_features
-    return layer.dense_parameters
+    return math.prod(layer.kept_shape)
 
 
 def _in_words(parts: Sequence[nn.Module]) -> str | None:

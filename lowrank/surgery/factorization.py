@@ -67,7 +67,7 @@ def check_stats(seen: Inspection, plan: Plan, stats: Stats | None) -> None:
                 module = seen.model.get_submodule(each.name)
                 check_same_weight(seen, each.name, stats)
                 if not layer.is_embedding:
-                    _check_mean(module, each, stats.moments(each.name).mean)
+                    check_mean(module, each, stats.moments(each.name).mean)
     for layers in shared:
         if len({stats.sources.get(layer.name, layer.name) for layer in layers}) > 1:
             raise StatsError(
@@ -76,7 +76,7 @@ def check_stats(seen: Inspection, plan: Plan, stats: Stats | None) -> None:
             )
 
 
-def _check_mean(dense: nn.Module, layer: LayerPlan, mean: Tensor) -> None:
+def check_mean(dense: nn.Module, layer: LayerPlan, mean: Tensor) -> None:
     """Refuse a layer whose bias could not take up the mean of an error, since its mean output overflows.
 
     Raises:

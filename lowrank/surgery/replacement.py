@@ -30,8 +30,6 @@ from lowrank.nn import (
     QuantizedEmbedding,
     QuantizedLinear,
     QuantizedModule,
-    SharedDown,
-    SharedQuantizedDown,
     TiedLinear,
     layer_type_named,
     layer_type_of,
@@ -40,6 +38,7 @@ from lowrank.nn import (
 from lowrank.plans.layer_plan import LayerPlan, QuantizedWeight
 from lowrank.plans.plan import Plan
 from lowrank.plans.stored_tensors import scheme_of
+from lowrank.surgery.empty_modules import empty_embedding, empty_linear, empty_quantized
 from lowrank.surgery.factorization import (
     corrected,
     factorized,
@@ -50,6 +49,7 @@ from lowrank.surgery.factorization import (
     weight_of,
 )
 from lowrank.surgery.inheritance import adopt, check_no_hooks
+from lowrank.surgery.neurons import empty_layers, layers_to_narrow, narrower_layers
 from lowrank.surgery.quantization import even_out, quantized_module, readers_of, rotate
 from lowrank.surgery.quantization_checks import base_of
 from lowrank.surgery.validation import check_request, check_structure, layers_to_factorize
@@ -69,6 +69,7 @@ def apply_plan(
     todo = check_request(seen, plan, stats, seed)
     register_overruled(seen.model, plan)
     seen.release()
+    narrow(seen.model, plan, stats)
     factorize(seen.model, plan, todo, stats, seed=seed, progress=progress)
     quantize_weights(seen.model, plan, stats, seed=seed, progress=progress)
 
@@ -92,6 +93,18 @@ def factorize(
             with uninterrupted():
                 _factorize(model, layers, plan, joint, seed)  # whose dense weights are gone when it returns
             bar.update(len(layers))
+
+
+@without_autocast()
+def narrow(model: nn.Module, plan: Plan, stats: Stats | None = None) -> None:
+    """Replace the layers of feed-forward blocks by narrower ones, all of them or none."""
+    todo = layers_to_narrow(Inspection(model), plan, {})
+    made = [(new, model.get_submodule(new.name)) for new in narrower_layers(model, plan, todo, stats)]
+    with uninterrupted(), torch.no_grad():
+        for new, old in made:
+            replace_module(model, new.name, adopt(new.layer, old))
+            if new.bias is not None:
+                old.bias.copy_(new.bias)  # type: ignore[union-attr,operator]
 
 
 @contextlib.contextmanager
@@ -275,10 +288,12 @@ def restructure(model: nn.Module, plan: Plan) -> nn.Module:
     """
     todo, shared = check_structure(model, plan), plan.shared
     register_overruled(model, plan)
+    for name, new in list(empty_layers(model, plan)):
+        replace_module(model, name, adopt(new, model.get_submodule(name)))
     for layer in itertools.chain.from_iterable(_together(plan, todo)):
         dense = model.get_submodule(layer.name)
         if isinstance(dense, nn.Embedding):
-            replace_module(model, layer.name, adopt(_embedding_without_data(layer, dense), dense))
+            replace_module(model, layer.name, adopt(empty_embedding(layer, dense), dense))
             continue
         layer_type = layer_type_of(dense)
         assert layer_type is not None  # _validate has refused everything else
@@ -294,7 +309,7 @@ def restructure(model: nn.Module, plan: Plan) -> nn.Module:
             shared=layer.shares_down_with is not None or layer.name in shared,
             relative_error=layer.relative_error,
             added_bias=layer.added_bias,
-            base=_empty_linear(base_of(plan, layer), weight.dtype) if layer.correction else None,
+            base=empty_linear(base_of(plan, layer), weight.dtype) if layer.correction else None,
         )
         if layer.pivoted:
             new.up = PivotedUp(  # type: ignore[assignment]
@@ -306,46 +321,10 @@ def restructure(model: nn.Module, plan: Plan) -> nn.Module:
     for stored in plan.quantized:
         old = model.get_submodule(stored.name)
         if not isinstance(old, QuantizedModule):
-            replace_module(model, stored.name, adopt(_without_data(stored, old), old))
+            replace_module(model, stored.name, adopt(empty_quantized(stored, old), old))
     for owner in {layer.tied_to for layer in plan.tied}:
         _follow(model, plan, owner)  # type: ignore[arg-type]
     return model
-
-
-def _embedding_without_data(layer: LayerPlan, dense: nn.Embedding) -> LowRankEmbedding:
-    new = LowRankEmbedding(
-        *(layer.out_features, layer.in_features, layer.rank or 0, layer.has_bias),
-        padding_idx=dense.padding_idx,
-        device="meta",
-        dtype=dense.weight.dtype,
-    )
-    new.relative_error = layer.relative_error
-    return new
-
-
-def _without_data(stored: QuantizedWeight, old: nn.Module) -> QuantizedModule:
-    """Make the module that ``stored`` describes, on the meta device; a bias stays."""
-    scheme = scheme_of(stored)
-    dtype: torch.dtype = old.weight.dtype  # type: ignore[assignment,union-attr]
-    if stored.is_embedding:
-        padding: int | None = old.padding_idx  # type: ignore[assignment]
-        return QuantizedEmbedding(
-            stored.rows, stored.columns, scheme, padding_idx=padding, device="meta", dtype=dtype
-        )
-    new = _empty_linear(
-        stored, dtype, SharedQuantizedDown if isinstance(old, SharedDown) else QuantizedLinear
-    )
-    bias: nn.Parameter | None = old.bias  # type: ignore[assignment]
-    new.register_parameter("bias", bias)
-    return new
-
-
-def _empty_linear(
-    stored: QuantizedWeight, dtype: torch.dtype, cls: type[QuantizedLinear] = QuantizedLinear
-) -> QuantizedLinear:
-    flags = {"smooth_scale": stored.smooth_scale, "input_shift": stored.input_shift}
-    sizes, scheme = (stored.columns, stored.rows), scheme_of(stored)
-    return cls(*sizes, False, scheme, layer_type=stored.layer_type, **flags, device="meta", dtype=dtype)
 
 
 @without_autocast()

@@ -29,6 +29,7 @@ from lowrank.surgery.factorization import (
     check_stats,
     weight_of,
 )
+from lowrank.surgery.neurons import check_statistics, layers_to_narrow
 from lowrank.surgery.quantization_checks import check_quantized_weights
 
 _Factorized = LowRankLinear, LowRankEmbedding
@@ -43,6 +44,7 @@ def check_request(seen: Inspection, plan: Plan, stats: Stats | None, seed: int) 
     if todo:
         check_stats(seen, plan, stats)
     check_quantized_weights(seen, plan, stats, blocked)
+    check_statistics(seen, plan, layers_to_narrow(seen, plan, blocked), stats)
     return todo
 
 
@@ -55,7 +57,9 @@ def check_structure(model: nn.Module, plan: Plan) -> list[LayerPlan]:
     """Return the layers that `lowrank.surgery.replacement.restructure` would factorize; raises as it does."""
     seen = Inspection(model)
     check_quantized_weights(seen, plan, None, {}, loading=True)
-    return _validate(seen, plan, _blocked(seen, plan), loading=True)
+    blocked = _blocked(seen, plan)
+    layers_to_narrow(seen, plan, blocked, loading=True)
+    return _validate(seen, plan, blocked, loading=True)
 
 
 def _blocked(seen: Inspection, plan: Plan) -> dict[str, str]:

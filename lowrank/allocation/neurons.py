@@ -1,0 +1,153 @@
+"""Choose how many neurons each feed-forward block keeps: error curves and one budget become a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from lowrank.allocation.solver import Curve, allocate, uniform
+from lowrank.calibration.statistics import Stats
+from lowrank.config import CompressionConfig
+from lowrank.errors import BudgetError, TargetError, WeightError
+from lowrank.inspection.feed_forward import FeedForward, feed_forward_blocks
+from lowrank.inspection.inspection import Inspection
+from lowrank.linalg import ErrorCurve
+from lowrank.linalg.matmul import without_autocast
+from lowrank.linalg.neurons import neuron_removal
+from lowrank.plans.layer_plan import LayerPlan
+from lowrank.plans.patterns import is_wildcard
+from lowrank.plans.plan import Plan
+from lowrank.surgery.factorization import importance, metric_of, weight_of
+
+
+@dataclass(frozen=True)
+class Widths(Curve):
+    """The widths that one block can have; the last point leaves it as it is.
+
+    Args:
+        reader: The layer that reads the hidden features.
+        writers: The layers that write them.
+        widths: Of each point.
+        errors: The reader's error at every width.
+        loss_per_square: Factor from that to the loss, if there is one.
+    """
+
+    reader: LayerPlan
+    writers: tuple[LayerPlan, ...]
+    widths: np.ndarray[Any, Any]
+    errors: ErrorCurve
+    loss_per_square: float | None
+
+    def layers_at(self, point: int) -> list[LayerPlan]:
+        """Return the layers as they are at ``point``."""
+        width = int(self.widths[point])
+        if width == self.reader.in_features:
+            return [layer.dense("worth its parameters") for layer in (self.reader, *self.writers)]
+        chosen = "width chosen by the solver"
+        loss = self.loss_per_square
+        reader = replace(
+            self.reader,
+            kept_inputs=width,
+            reason=chosen,
+            relative_error=self.errors.relative_error(width),
+            loss_increase=None if loss is None else loss * self.errors.squared_error(width),
+        )
+        writers = (replace(x, kept_outputs=width, feeds=reader.name, reason=chosen) for x in self.writers)
+        return [reader, *writers]
+
+
+def decide_widths(
+    seen: Inspection,
+    drafted: Plan,
+    config: CompressionConfig,
+    stats: Stats | None,
+    run: Callable[[], object],
+    progress: bool,
+) -> Plan:
+    """Give every feed-forward block of targeted layers a width; all other layers stay as they are.
+
+    Args:
+        seen: The model.
+        drafted: Its layers, from `lowrank.allocation.planner.drafted`.
+        config: What the user asked for: ``keep`` counts the weights of the blocks.
+        stats: Calibration statistics, unless the metric is ``"weight"``.
+        run: Calls the model on data, so that its blocks are seen.
+        progress: Show a progress bar on a terminal.
+
+    Raises:
+        BudgetError: If there is no block, or ``keep`` is too small for any width.
+        TargetError: If a layer that a target names without wildcards is in no block.
+    """
+    blocks, reasons = feed_forward_blocks(seen, run, _ineligible(drafted, stats))
+    left = {layer.name: reasons[layer.name] for layer in drafted.targeted if layer.name in reasons}
+    for name in left:
+        if any(pattern == name and not is_wildcard(pattern) for pattern in config.targets or ()):
+            raise TargetError(f"{name}: cannot lose neurons: it {left[name]}. Take it out of targets.")
+    alone = {n: replace(drafted[n], targeted=False, reason=reason) for n, reason in left.items()}
+    drafted = drafted.with_layers(alone)
+    if not blocks:
+        said = [f"  {name}: {reason}" for name, reason in list(reasons.items())[:4]]
+        raise BudgetError("\n".join([f"No layer of {drafted.model} can lose neurons.", *said]))
+    bar = tqdm(blocks, desc="error curves", unit="block", disable=None if progress else True)
+    curves = [_widths(seen, drafted, block, config, stats) for block in bar]
+    layers = [layer for one, point in _chosen(curves, config) for layer in one.layers_at(point)]
+    return replace(
+        drafted,
+        budget=str(config.budget),
+        allocation=config.allocation,
+        round_to=config.round_to,
+        tolerance=config.tolerance,
+    ).with_layers({layer.name: layer for layer in layers})
+
+
+def _ineligible(drafted: Plan, stats: Stats | None) -> dict[str, str]:
+    """Return why layers cannot be in a block, whatever the model computes."""
+    found = {layer.name: layer.reason for layer in drafted if not layer.targeted}
+    if stats is None or drafted.metric not in ("inputs", "loss"):
+        return found
+    for layer in drafted.targeted:
+        if stats.moments(layer.name).products.ndim == 1:
+            found[layer.name] = "is so wide that only diagonals of its moments are known"
+    return found
+
+
+@without_autocast()
+def _widths(
+    seen: Inspection, drafted: Plan, block: FeedForward, config: CompressionConfig, stats: Stats | None
+) -> Widths:
+    """Return what one block can become."""
+    reader, writers = drafted[block.reader], tuple(drafted[name] for name in block.writers)
+    metric = metric_of(reader, drafted.metric, stats)
+    try:
+        errors = neuron_removal(weight_of(seen.model.get_submodule(reader.name)).detach(), metric).errors
+    except WeightError as error:
+        raise type(error)(f"{reader.name}: {error}") from error
+    known = stats.loss_per_square(reader.name) if stats is not None and drafted.metric == "loss" else None
+    hidden = reader.in_features
+    widths = np.append(np.arange(config.round_to, hidden, config.round_to), hidden)
+    return Widths(
+        costs=widths * (reader.out_features + sum(writer.in_features for writer in writers)),
+        losses=errors.tail.numpy()[widths] * errors.scale**2 * importance(reader, errors.squared_norm, known),
+        reader=reader,
+        writers=writers,
+        widths=widths,
+        errors=errors,
+        loss_per_square=known,
+    )
+
+
+def _chosen(curves: Sequence[Widths], config: CompressionConfig) -> list[tuple[Widths, int]]:
+    keep = config.budget.value
+    limit = keep * sum(float(curve.costs[-1]) for curve in curves)
+    least = sum(float(curve.costs[0]) for curve in curves)
+    if least > limit:
+        raise BudgetError(
+            f"{config.budget}: blocks of {config.round_to} neurons each keep {least / limit * keep:.3f} of "
+            "the parameters. Keep more, or let widths be multiples of less, round_to=."
+        )
+    points = uniform(curves, limit) if config.allocation == "uniform" else allocate(curves, limit)
+    return list(zip(curves, points, strict=True))
