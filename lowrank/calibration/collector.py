@@ -41,7 +41,7 @@ WAITING_TOKENS = 16_384
 ENOUGH_SAMPLES = 64
 """Samples after which no further part is tried: a mean over n of them is known to some 1/√n."""
 
-ENOUGH_TERMS = 256
+ENOUGH_TERMS = 1536
 """Terms of the objective below which its probes or labels are drawn more than once for each."""
 
 MOST_DRAWS = 16
