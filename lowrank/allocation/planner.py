@@ -243,12 +243,12 @@ def _with_held_out(drafted: Plan, name: str, curve: ErrorCurve, stats: Stats | N
     """
     if stats is None or drafted.metric != stats.best_metric() or name not in stats.held_out:
         return curve
-    layer, held = drafted[name], stats.held_out[name]
+    layer, ratios = drafted[name], stats.held_out_ratios(name)
     if curve.whole is not None:
-        return curve.with_ratios(held.ratios[0])
+        return curve.with_ratios(ratios[0])
     if layer.is_embedding or layer.has_bias != layer.bias:
-        return curve.with_ratios(held.ratios)
-    return replace(curve, held_out=held.means)
+        return curve.with_ratios(ratios)
+    return replace(curve, held_out=stats.held_out_means(name))
 
 
 def _with_held_out_of_each(drafted: Plan, group: Group, own: Mapping[str, ErrorCurve]) -> Group:

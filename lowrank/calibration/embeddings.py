@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -219,12 +219,16 @@ class EmbeddingCollector:
                 )
             sums[key] = sums[key] + value if key in sums else value
 
-    def sums(self, draws: int = 1) -> dict[str, EmbeddingStatistics]:
-        """Return the sums so far, those with gradients for one of ``draws`` of the objective."""
-        return {
-            name: EmbeddingStatistics(
-                **{part: total if part == "counts" else total / draws for part, total in sums.items()},
-                head_tokens=self._answered[name] // draws,
-            )
-            for name, sums in self._sums.items()
-        }
+    @staticmethod
+    def sums(collectors: Sequence[EmbeddingCollector], draws: int) -> dict[str, EmbeddingStatistics]:
+        """Return the sums of collectors of one model, those with gradients for one of ``draws``."""
+        found: dict[str, EmbeddingStatistics] = {}
+        for each in collectors:
+            for name, sums in each._sums.items():
+                mine = EmbeddingStatistics(
+                    **{part: total if part == "counts" else total / draws for part, total in sums.items()},
+                    head_tokens=each._answered[name] // draws,
+                )
+                known = found.get(name)
+                found[name] = mine if known is None else known + mine if mine.tokens else known
+        return found

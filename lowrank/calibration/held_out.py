@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.calibration.data import Batch
-from lowrank.calibration.moments import HeldOutErrors
+from lowrank.calibration.held_out_errors import HeldOutErrors
 from lowrank.calibration.statistics import Stats
 from lowrank.errors import StatsError
 from lowrank.inspection.contexts import hooked
@@ -162,7 +162,8 @@ class HeldOutValidation:
         self._model, self._factorizations, self._differentiate = model, factorizations, differentiate
         self._draws = draws
         self._measured: dict[str, Tensor | float] = dict.fromkeys(factorizations, 0.0)
-        self._tokens, self._squares = dict.fromkeys(factorizations, 0), dict.fromkeys(factorizations, 0)
+        self._joint: dict[str, Tensor | float] = dict.fromkeys(factorizations, 0.0)
+        self._tokens, self._samples = dict.fromkeys(factorizations, 0), dict.fromkeys(factorizations, 0)
         self.batch: Batch | None = None
 
     @contextlib.contextmanager
@@ -200,7 +201,8 @@ class HeldOutValidation:
         assert self.batch is not None
         felt = gradient @ wide(self._factorizations[name].outputs)
         parts = torch.cat([(gradient * whole).sum(-1, keepdim=True), felt * amounts], dim=-1)
-        self._add(name, _left_over(self.batch.per_sample(parts)).square(), len(self.batch.real(parts)))
+        rows, sums = self.batch.real(parts), self.batch.per_sample(parts)
+        self._add(name, _left_over(rows).square(), _left_over(sums).square(), len(sums))
 
     @without_autocast()
     def _count_tokens(self, name: str, whole: Tensor, amounts: Tensor) -> None:
@@ -213,10 +215,10 @@ class HeldOutValidation:
         whole, amounts = whole.double(), amounts.double()
         explained = 2 * (whole @ directions) * amounts - directions.square().sum(0) * amounts.square()
         parts = torch.cat([whole.square().sum(-1, keepdim=True), explained], dim=-1)
-        rows = self.batch.real(parts)
-        self._add(name, _left_over(rows).clamp(min=0), len(rows))
+        errors = _left_over(self.batch.real(parts)).clamp(min=0)
+        self._add(name, errors, errors, len(errors))
 
-    def _add(self, name: str, errors: Tensor, tokens: int) -> None:
+    def _add(self, name: str, errors: Tensor, joint: Tensor, samples: int) -> None:
         assert self.batch is not None
         measured = errors.sum(0)
         if not bool(measured.isfinite().all()):
@@ -225,22 +227,25 @@ class HeldOutValidation:
                 "It overflows, in half precision perhaps."
             )
         self._measured[name] = self._measured[name] + measured
-        self._tokens[name] += tokens
-        self._squares[name] += len(errors)
+        self._joint[name] = self._joint[name] + joint.sum(0)
+        self._tokens[name] += len(errors)
+        self._samples[name] += samples
 
     def found(self) -> dict[str, HeldOutErrors]:
         """Return what was measured by layer, and what was predicted for the same tokens."""
         held: dict[str, HeldOutErrors] = {}
         for name, factorization in self._factorizations.items():
-            measured = self._measured[name]
-            if not isinstance(measured, Tensor):
+            measured, joint = self._measured[name], self._joint[name]
+            if not isinstance(measured, Tensor) or not isinstance(joint, Tensor):
                 continue  # never called on these
             owner = factorization.embedding or name
-            tokens, squares = self._tokens[name] // self._draws, self._squares[name] // self._draws
-            predicted, measured = tokens * factorization.predicted, measured.cpu() / self._draws
+            tokens, samples = self._tokens[name] // self._draws, self._samples[name] // self._draws
+            predicted = tokens * factorization.predicted
             if owner != name:
-                tokens = squares = 0  # the embedding has counted them
-            errors = HeldOutErrors(tokens, squares, measured, predicted)
+                tokens = samples = 0  # the embedding has counted them
+            errors = HeldOutErrors(
+                tokens, samples, measured.cpu() / self._draws, joint.cpu() / self._draws, predicted
+            )
             held[owner] = held[owner] + errors if owner in held else errors
         return held
 

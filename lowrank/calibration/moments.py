@@ -1,4 +1,4 @@
-"""Sums over tokens, in float64: of what a layer reads, of its gradients, of errors on held-out tokens."""
+"""Sums over tokens, in float64: of what a layer reads, and of its gradients."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ from torch import Tensor
 
 from lowrank.linalg import Diagonal, Gram, PulledBack
 from lowrank.linalg.shrinkage import shrinkage, shrunk
-
-LARGEST_RATIO = 16.0
-"""How far a measured cost may lie from the predicted one; beyond, a few tokens decide, and mislead."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,47 +94,4 @@ class Gradients:
             self.samples + other.samples,
             self.products + other.products,
             self.pulled_back,
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class HeldOutErrors:
-    """Squared errors of trial factorizations at every rank, over tokens that these were not fitted to.
-
-    Args:
-        tokens: How many these were.
-        squares: How many squares were summed: one for each sample, or each token without a loss.
-        measured: Their sums, shape ``(min(out, in) + 1,)``, float64.
-        predicted: What the statistics of the other tokens made of them.
-    """
-
-    tokens: int
-    squares: int
-    measured: Tensor
-    predicted: Tensor
-
-    @property
-    def means(self) -> Tensor:
-        """The squared errors to expect of a token at every rank, shape ``(min(out, in) + 1,)``.
-
-        The mean of a few squares is mostly below what it is an estimate of, and made up by rare large ones:
-        of n squared normal numbers its median is (1 − 2/(9n))³ of its expectation, which is corrected here.
-        Source: Wilson & Hilferty 1931.
-        """
-        return self.measured / max(1, self.tokens) / (1 - 2 / (9 * max(1, self.squares))) ** 3
-
-    @property
-    def ratios(self) -> Tensor:
-        """Measured over predicted at every rank; 1 where nothing was predicted."""
-        predicted = self.predicted / max(1, self.tokens)
-        known = predicted > 0
-        ratios = self.means / torch.where(known, predicted, 1.0)
-        return torch.where(known, ratios.clamp(1 / LARGEST_RATIO, LARGEST_RATIO), 1.0)
-
-    def __add__(self, other: HeldOutErrors) -> HeldOutErrors:
-        return HeldOutErrors(
-            self.tokens + other.tokens,
-            self.squares + other.squares,
-            self.measured + other.measured,
-            self.predicted + other.predicted,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from lowrank.arguments import accepts, choice, flag, instance, number, path, refused, text, whole
 from lowrank.calibration.embeddings import EmbeddingStatistics
-from lowrank.calibration.moments import Gradients, HeldOutErrors, Moments
+from lowrank.calibration.held_out_errors import HELD_OUT_SUMS, HeldOutErrors, added, coherences
+from lowrank.calibration.moments import Gradients, Moments
 from lowrank.errors import CheckpointError, LowRankError, StatsError
 from lowrank.files.folders import settle, staged
 from lowrank.files.integrity import check_seal, digest_of, load_tensors, read_document, sealed
@@ -28,7 +30,6 @@ from lowrank.linalg import Diagonal, Metric
 
 STATS_FORMAT = 4
 """Version of the folder written by `Stats.save`, the only one that is read."""
-
 
 _TENSORS, _STRUCTURE = "stats.safetensors", "stats.json"
 
@@ -164,8 +165,22 @@ class Stats:
         """
         if layer not in self.held_out:
             return 1.0
-        ratios = self.held_out[layer].ratios
+        ratios = self.held_out_ratios(layer)
         return float(ratios[len(ratios) // 4])
+
+    @cached_property
+    def _coherences(self) -> dict[str, float]:
+        return coherences(self.held_out)
+
+    @accepts(layer=text(StatsError))
+    def held_out_means(self, layer: str) -> Tensor:
+        """Return the squared errors of a token to expect on other data, by rank, from 0 to the full one."""
+        return self.held_out[layer].means(self._coherences[layer])
+
+    @accepts(layer=text(StatsError))
+    def held_out_ratios(self, layer: str) -> Tensor:
+        """Return the same over the squared errors that the statistics predict, within 1/16 … 16."""
+        return self.held_out[layer].ratios(self._coherences[layer])
 
     @accepts(
         owner=text(StatsError),
@@ -249,8 +264,8 @@ class Stats:
         for name, gradients in self.gradients.items():
             tensors[f"gradients.{name}.products"] = gradients.products
         for name, held in self.held_out.items():
-            tensors[f"held_out.{name}.measured"] = held.measured
-            tensors[f"held_out.{name}.predicted"] = held.predicted
+            for part in HELD_OUT_SUMS:
+                tensors[f"held_out.{name}.{part}"] = getattr(held, part)
         for name, embedding in self.embeddings.items():
             tensors |= {f"embeddings.{name}.{part}": tensor for part, tensor in embedding.tensors.items()}
         structure = {
@@ -261,7 +276,7 @@ class Stats:
             "sources": dict(self.sources),
             "inputs": {key: moments.weight for key, moments in self.inputs.items()},
             "held_out": {
-                name: {"tokens": held.tokens, "squares": held.squares} for name, held in self.held_out.items()
+                name: {"tokens": held.tokens, "samples": held.samples} for name, held in self.held_out.items()
             },
             "gradients": {
                 name: {field: getattr(gradients, field) for field in ("tokens", "samples", "pulled_back")}
@@ -304,11 +319,6 @@ class Stats:
             raise StatsError(
                 f"{folder}: not statistics of lowrank, or damaged: {type(error).__name__}: {error}."
             ) from error
-
-
-def added(one: Mapping[str, HeldOutErrors], other: Mapping[str, HeldOutErrors]) -> dict[str, HeldOutErrors]:
-    """Return the sums by name; a name that only one has keeps what it has."""
-    return {**one, **other, **{name: one[name] + other[name] for name in one.keys() & other.keys()}}
 
 
 def nonempty_stats(name: str, value: Any) -> Stats:
@@ -357,14 +367,11 @@ def _assembled(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> S
     }
     held = {
         name: HeldOutErrors(
-            *(_COUNT(f"held-out {field} of {name}", entry[field]) for field in ("tokens", "squares")),
-            *(tensors[f"held_out.{name}.{part}"] for part in ("measured", "predicted")),
+            *(_COUNT(f"held-out {field} of {name}", entry[field]) for field in ("tokens", "samples")),
+            *(tensors[f"held_out.{name}.{part}"] for part in HELD_OUT_SUMS),
         )
         for name, entry in structure["held_out"].items()
     }
-    for name, errors in held.items():
-        if errors.measured.ndim != 1 or errors.measured.shape != errors.predicted.shape:
-            raise ValueError(f"the held-out errors of {name} are of different sizes")
     found = structure["fingerprint"]
     layers = {name: _TEXT(f"fingerprint of {name}", value) for name, value in found["layers"].items()}
     data = f"{int(_TEXT('data', found['data']), 16):016x}"

@@ -21,7 +21,7 @@ from lowrank.arguments import (
     instance,
     optional,
 )
-from lowrank.calibration.collector import warn_of_few_tokens
+from lowrank.calibration.cross_fitting import warn_of_few_tokens
 from lowrank.calibration.statistics import Stats
 from lowrank.config import CompressionConfig, configured, documented
 from lowrank.errors import BudgetError, DataError, LowRankError, ReachWarning, warn

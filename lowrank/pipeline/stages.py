@@ -17,7 +17,7 @@ from lowrank.allocation.quantization_targets import check_kernels, with_heads, w
 from lowrank.allocation.refusals import reasons
 from lowrank.allocation.selection import storage_formats
 from lowrank.arguments import optional
-from lowrank.calibration.collector import collect
+from lowrank.calibration.cross_fitting import collect
 from lowrank.calibration.data import Batch, batches
 from lowrank.calibration.statistics import Stats, nonempty_stats
 from lowrank.config import CompressionConfig

@@ -77,10 +77,11 @@ class LayerPlan:
         if self.rank is not None:
             check_rank(self.rank, where=self.name)
         check_fields(type(self), vars(self), self.name)
-        for kept, features in ((self.kept_inputs, self.in_features), (self.kept_outputs, self.out_features)):
+        for side, features in (("inputs", self.in_features), ("outputs", self.out_features)):
+            kept = getattr(self, f"kept_{side}")
             if kept is not None and (not 1 <= kept < features or self.rank is not None):
                 raise PlanError(
-                    f"{self.name}: {kept} neurons are to remain of {features:,}"
+                    f"{self.name}: kept_{side}={kept} neurons are to remain of {features:,}"
                     f"{'' if self.rank is None else f' at rank {self.rank}'}. Keep at least one and fewer "
                     "than all, in a layer without a rank; or leave the layer as it is."
                 )

@@ -130,7 +130,7 @@ def test_a_plan_that_breaks_a_block_apart_is_refused_and_nothing_changes(case):
         lowrank.apply(model, plan.with_rank("outs.0", None), stats)
     with pytest.raises(PlanError, match=r"outs\.1: is to lose inputs"):
         lowrank.apply(model, plan.with_rank("ins.1", None), stats)
-    with pytest.raises(PlanError, match="64 neurons are to remain of 64"):
+    with pytest.raises(PlanError, match="=64 neurons are to remain of 64"):
         lowrank.Plan.from_json(
             plan.to_json().replace(f'"kept_inputs": {widths(plan)[0]}', '"kept_inputs": 64')
         )

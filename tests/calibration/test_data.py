@@ -202,7 +202,7 @@ def test_an_output_that_overflows_on_held_out_data_is_refused():
     model = nn.Sequential(nn.Linear(8, 8)).half()
     nn.init.constant_(model[0].weight, 6e4)
     with pytest.raises(
-        StatsError, match="0: what it returns in batch 3, or its gradient, is NaN or infinite"
+        StatsError, match="0: what it returns in batch 0, or its gradient, is NaN or infinite"
     ):
         calibrate(model, [torch.ones(4, 8).half()] * 4, loss=None)
 

@@ -24,7 +24,7 @@ SHAPES = [(3, 10), (1, 7), (5, 33)]
 """Batch and sequence that exported models are run with; the first is what they are traced with."""
 
 SETTINGS = {
-    "shared": {"keep": 0.3, "share": "inputs"},
+    "shared": {"rank": 16, "share": "inputs"},
     "int8": {"keep": 0.5, "quantize": "int8"},
     "int4": {"rank": 32, "quantize": "int4"},
     "correction": {"rank": 16, "quantize": "int4", "correction": True},
