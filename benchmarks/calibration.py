@@ -3,7 +3,7 @@
 Every method is a metric and an allocation of this library: truncated SVD (``weight``, uniform ranks),
 ASVD-like scaling (``diagonal``, uniform), FWSVD (the Fisher information of each input row, uniform),
 DRONE and SVD-LLM's optimum (``inputs``, uniform; centred and with a bias where the layer has one), the
-same with global allocation, and ``loss``, the default. Five parts:
+same with global allocation, and ``loss``, the default. The parts:
 
 - ``prediction``: all-MiniLM-L6-v2, the loss that plans from 3 to 512 sentences predict, beside the true one.
 - ``minilm``: all-MiniLM-L6-v2, cosine to the dense embeddings and STS Benchmark (dev), and SICK.
@@ -12,6 +12,7 @@ same with global allocation, and ``loss``, the default. Five parts:
 - ``sequential``: SmolLM2 once more, block by block and with shared factors, without any training.
 - ``neurons``: MiniLM's feed-forward blocks alone, with factors, pivoted ones, or fewer neurons; nothing is
   trained.
+- ``forms``, ``forms_smollm2``: all layers, with factors, pivoted ones, or fewer neurons chosen by one solver.
 - ``sst2``: MiniLM with a classifier fine-tuned on SST-2, accuracy (dev).
 
 Calibration text is of the STS Benchmark or WikiText-2, so figures on SICK and Penn Treebank tell what it is
@@ -23,6 +24,7 @@ The folder given with ``--data`` holds ``stsb-train.csv``, ``stsb-dev.csv``, ``s
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import time
@@ -45,7 +47,7 @@ from lowrank.reports.evaluation import accuracy, embed, embedding_cosine, perple
 
 Figures = list[dict[str, Any]]
 
-PARTS = ("prediction", "minilm", "smollm2", "sequential", "neurons", "sst2")
+FORMS = (["factors"], ["factors", "pivoted"], ["factors", "neurons"], ["factors", "pivoted", "neurons"])
 
 METHODS = {
     "svd": {"metric": "weight", "allocation": "uniform"},
@@ -179,6 +181,52 @@ def neurons(data: Path) -> Figures:
             small = lowrank.compress(copy.deepcopy(dense), keep=keep, stats=stats, **options, **more)
             seconds = time.perf_counter() - start
             figures.append({"keep": keep, "method": method, "seconds": seconds, **measure(small)})
+            print(figures[-1], flush=True)
+    return figures
+
+
+def forms(data: Path) -> Figures:
+    """Let every layer of MiniLM become what loses least, of more and more forms."""
+    dense, tokenizer, train, measure = sentence_model(data)
+    figures: Figures = [{"keep": 1.0, "forms": [], **measure(dense)}]
+    stats = lowrank.calibrate(dense, train[:2000], tokenizer)
+    inputs = dict(tokenizer(train[:8], padding=True, return_tensors="pt"))
+    return figures + compare_forms(dense, stats, inputs, (0.8, 0.5, 0.3), measure)
+
+
+def forms_smollm2(data: Path) -> Figures:
+    """Do the same with SmolLM2, calibrated on 32 windows."""
+    dense, ids, measure = language_model(data)
+    figures: Figures = [{"keep": 1.0, "forms": [], **measure(dense)}]
+    stats = lowrank.calibrate(dense, [{"input_ids": pair} for pair in ids[:32].split(2)])
+    return figures + compare_forms(dense, stats, {"input_ids": ids[:1]}, (0.8, 0.6), measure, add_bias=True)
+
+
+def compare_forms(
+    dense: nn.Module,
+    stats: lowrank.Stats,
+    inputs: dict[str, Tensor],
+    keeps: tuple[float, ...],
+    measure: Callable[[nn.Module], dict[str, float]],
+    **options: Any,
+) -> Figures:
+    """Return the predicted loss and the figures of each choice of forms at each size."""
+    figures: Figures = []
+    for keep in keeps:
+        for chosen in FORMS:
+            start = time.perf_counter()
+            decided = lowrank.plan(dense, keep=keep, stats=stats, forms=chosen, inputs=inputs, **options)
+            small = lowrank.apply(copy.deepcopy(dense), decided, stats)
+            row = {
+                "keep": keep,
+                "forms": chosen,
+                "seconds": time.perf_counter() - start,
+                "pivoted": sum(layer.pivoted for layer in decided),
+                "narrower": sum(layer.is_narrower for layer in decided),
+                "factorized": sum(layer.rank is not None for layer in decided),
+                "predicted": decided.loss_increase,
+            }
+            figures.append({**row, **measure(small)})
             print(figures[-1], flush=True)
     return figures
 
@@ -321,25 +369,30 @@ def sst2(data: Path, minutes: float) -> Figures:
     return figures
 
 
+def parts(options: argparse.Namespace) -> dict[str, Callable[[], Figures]]:
+    """Return what there is to measure, by name."""
+    data, minutes, cache = options.data, options.minutes, options.stats
+    return {
+        "prediction": lambda: prediction(data),
+        "minilm": lambda: minilm(data, minutes),
+        "smollm2": lambda: smollm(data, minutes, cache),
+        "sequential": lambda: sequential(data, cache),
+        "neurons": lambda: neurons(data),
+        "forms": lambda: forms(data),
+        "forms_smollm2": lambda: forms_smollm2(data),
+        "sst2": lambda: sst2(data, minutes),
+    }
+
+
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--data", type=Path, required=True)
-    arguments.add_argument("--part", choices=PARTS, required=True)
+    names = parts(argparse.Namespace(data=None, minutes=0.0, stats=None))
+    arguments.add_argument("--part", choices=names, required=True)
     arguments.add_argument("--minutes", type=float, default=9.5, help="of recovery; 0 for none")
     arguments.add_argument("--stats", type=Path, help="keep SmolLM2's statistics in this folder")
     options = arguments.parse_args()
-    if options.part == "prediction":
-        figures = prediction(options.data)
-    elif options.part == "minilm":
-        figures = minilm(options.data, options.minutes)
-    elif options.part == "smollm2":
-        figures = smollm(options.data, options.minutes, options.stats)
-    elif options.part == "sequential":
-        figures = sequential(options.data, options.stats)
-    elif options.part == "neurons":
-        figures = neurons(options.data)
-    else:
-        figures = sst2(options.data, options.minutes)
+    figures = parts(options)[options.part]()
     print(json.dumps(figures, indent=2))
     if options.out is not None:  # one file for the parts, which take long and are run one by one
         known = json.loads(options.out.read_text()) if options.out.exists() else {}

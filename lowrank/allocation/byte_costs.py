@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from lowrank.allocation.candidates import Candidates
+from lowrank.allocation.candidates import Offer
 from lowrank.allocation.costs import Costs
 from lowrank.plans.layer_plan import QuantizedWeight
 from lowrank.plans.plan import Plan
@@ -47,25 +48,25 @@ def byte_costs(
         weight: Tensor = model.get_submodule(stored.name).weight  # type: ignore[assignment]
         fixed += quantized_bytes(stored) - _bytes([weight])
 
-    def price(candidate_list: Candidates) -> Candidates:
-        width = weights[candidate_list.layers[0].name].element_size()
+    def price(offer: Offer) -> np.ndarray[Any, Any]:
+        width = weights[offer.layers[0].name].element_size()
 
         def cost(point: int) -> int:
-            layers, codes = candidate_list.layers_at(point), candidate_list.quantized_at(point, calibrated)
+            layers, codes = offer.layers_at(point), offer.quantized_at(point, calibrated)
             own = {layer.name: [c for c in codes if _belongs(c, layer.name)] for layer in layers}
             stored = sum(layer_bytes(layer, own[layer.name], width) for layer in layers)
             return stored + sum(copies.get(x.name, 0) for x in layers if x.rank is None and not own[x.name])
 
-        costs = np.array([0 if rank else cost(point) for point, rank in enumerate(candidate_list.ranks)])
-        factors = np.flatnonzero(candidate_list.ranks)
-        pivoted = any(candidate_list.formats[point].pivoted for point in factors)
+        costs = np.array([0 if rank else cost(point) for point, rank in enumerate(offer.ranks)])
+        factors = np.flatnonzero(offer.ranks)
+        pivoted = any(offer.formats[point].pivoted for point in factors)
         if pivoted:
             costs[factors] = [cost(int(point)) for point in factors]
         elif len(factors):  # whose bytes grow linearly with the rank
             ends = factors[[0, -1]]
             known = [cost(int(point)) for point in ends]
-            costs[factors] = np.interp(candidate_list.ranks[factors], candidate_list.ranks[ends], known)
-        return candidate_list.priced(costs)
+            costs[factors] = np.interp(offer.ranks[factors], offer.ranks[ends], known)
+        return costs
 
     return Costs(max_bytes, fixed, price, lambda cost: f"{cost:,.0f} bytes")
 

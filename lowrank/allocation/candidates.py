@@ -5,12 +5,13 @@ Where weights may be quantized, a list of candidates has the ranks of each stora
 
 Of layers that may share ``down``, some may share ``down`` while others have factors of their own. Each
 way to divide them is a partition, with one list of candidates per part; which partition is best depends on
-the budget.
+the budget. That a feed-forward block loses neurons is one more partition of its layers.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -42,8 +43,34 @@ class Group(NamedTuple):
     joint: Mapping[tuple[str, ...], tuple[ErrorCurve, ...]]
 
 
+class Offer(Curve, ABC):
+    """What layers can become: choices whose costs and losses the solver compares.
+
+    Attributes:
+        layers: The layers.
+        ranks: Of each point; 0 where the layers have none.
+        formats: Of each point, how what is there is stored.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    ranks: np.ndarray[Any, Any]
+    formats: tuple[StorageFormat, ...]
+
+    @abstractmethod
+    def layers_at(self, point: int) -> list[LayerPlan]:
+        """Return the layers as they are at ``point``."""
+
+    @abstractmethod
+    def quantized_at(self, point: int, calibrated: Container[str]) -> list[QuantizedWeight]:
+        """Return what is quantized at ``point``; ``calibrated`` are the layers with statistics."""
+
+    @abstractmethod
+    def priced(self, costs: np.ndarray[Any, Any]) -> Offer:
+        """Return the same choices with other costs, less what another point beats."""
+
+
 @dataclass(frozen=True)
-class Candidates(Curve):
+class Candidates(Offer):
     """What one layer, or several with one ``down``, can become; the last point leaves the weights whole.
 
     Args:
@@ -209,7 +236,7 @@ def partitions(
             yield from ((candidate_list, *others) for others in partitions(rest, candidates))
 
 
-def best_partitions(groups: Sequence[Sequence[tuple[Candidates, ...]]], limit: float) -> list[Candidates]:
+def best_partitions(groups: Sequence[Sequence[tuple[Offer, ...]]], limit: float) -> list[Offer]:
     """Choose for each group, given all its partitions, the one that loses least within ``limit``.
 
     A Lagrangian sees only the lower convex hull of a partition's combinations. So it is the hulls that
@@ -233,7 +260,7 @@ def best_partitions(groups: Sequence[Sequence[tuple[Candidates, ...]]], limit: f
     ]
 
 
-def _hull_of_sums(candidates: Sequence[Candidates]) -> Iterator[tuple[float, float]]:
+def _hull_of_sums(candidates: Sequence[Offer]) -> Iterator[tuple[float, float]]:
     """Yield cost and loss along the lower convex hull of all combinations."""
     at = [0] * len(candidates)
     steps = [

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from lowrank.allocation.candidates import Candidates
+import numpy as np
+
+from lowrank.allocation.candidates import Offer
 
 
 @dataclass(frozen=True)
@@ -15,11 +18,11 @@ class Costs:
     Args:
         limit: What the whole model may cost.
         fixed: What everything but the targeted weights costs.
-        price: Returns a list of candidates with its costs in this unit.
+        price: Returns the cost of each choice in this unit.
         say: Puts a cost into words.
     """
 
     limit: float
     fixed: float
-    price: Callable[[Candidates], Candidates]
+    price: Callable[[Offer], np.ndarray[Any, Any]]
     say: Callable[[float], str]

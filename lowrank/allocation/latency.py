@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank import arguments
-from lowrank.allocation.candidates import Candidates
+from lowrank.allocation.candidates import Offer
 from lowrank.allocation.costs import Costs
 from lowrank.arguments import MODEL_OF, accepts, instance, number, whole
 from lowrank.errors import BudgetError, LowRankError
@@ -164,17 +164,16 @@ def latency_costs(
         points[layer.name] = [table.of(layer, count, like) for count in tokens.get(layer.name, [])]  # type: ignore[arg-type]
     dense = sum(at[0][1] for calls in points.values() for at in calls)
 
-    def price(candidate_list: Candidates) -> Candidates:
-        (layer,) = candidate_list.layers
-        costs = sum(
-            (
-                np.append(np.interp(candidate_list.ranks[:-1], *_xy(at)), at[0][1])
-                for at in points[layer.name]
-            ),
-            start=np.zeros(len(candidate_list.costs)),
-        )
+    def price(offer: Offer) -> np.ndarray[Any, Any]:
+        costs = np.array([sum(map(seconds, offer.layers_at(point))) for point in range(len(offer.costs))])
         rising = np.maximum.accumulate(costs[:-1]) + 1e-12 * np.arange(len(costs) - 1)
-        return candidate_list.priced(np.append(rising, max(costs[-1], 1e-12)))
+        return np.append(rising, max(costs[-1], 1e-12))
+
+    def seconds(layer: LayerPlan) -> float:
+        """Return the time of all calls of a layer; of a narrower one, in proportion to its width."""
+        if layer.rank is None:
+            return layer.kept_fraction * sum(at[0][1] for at in points[layer.name])
+        return sum(float(np.interp(layer.rank, *_xy(at))) for at in points[layer.name])
 
     def say(cost: float) -> str:
         return f"{cost:.4g} s, a speed-up of {whole / cost:.2f}×"

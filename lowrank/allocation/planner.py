@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from lowrank.allocation.byte_costs import byte_costs
-from lowrank.allocation.candidates import Group
+from lowrank.allocation.candidates import Group, Offer
 from lowrank.allocation.latency import LatencyTable, latency_costs
 from lowrank.allocation.quantization_losses import correction_error_curve_of, quantization_losses_of
 from lowrank.allocation.refusals import nothing_changes
@@ -151,6 +151,7 @@ def decide(
     progress: bool,
     latencies: Latencies,
     rest: Sequence[QuantizedWeight] = (),
+    blocks: Sequence[Offer] = (),
 ) -> Plan:
     """Give every targeted layer of ``drafted`` a rank, or a reason to stay dense.
 
@@ -163,6 +164,7 @@ def decide(
         progress: Show a progress bar on a terminal.
         latencies: What a ``speedup`` is measured with.
         rest: What is quantized of all that is not targeted, for a budget in bytes.
+        blocks: The widths that feed-forward blocks can have.
 
     Raises:
         LowRankError: If the request cannot be met.
@@ -189,6 +191,7 @@ def decide(
         loss_per_square=loss_per_square,
         groups=groups,
         pivotable=_pivotable(model, drafted),
+        blocks=blocks,
     )
     if config.budget.name == "max_bytes":
         calibrated = stats.sources if stats is not None else ()

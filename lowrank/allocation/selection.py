@@ -16,6 +16,7 @@ from types import MappingProxyType
 from lowrank.allocation.candidates import (
     Candidates,
     Group,
+    Offer,
     QuantizationLoss,
     best_partitions,
     candidates_of,
@@ -62,6 +63,7 @@ def select(
     calibrated: Container[str] = (),
     rest: Sequence[QuantizedWeight] = (),
     pivotable: Container[str] = (),
+    blocks: Sequence[Offer] = (),
 ) -> Plan:
     """Give every targeted layer of ``draft`` a rank, or the reason why it stays dense.
 
@@ -82,6 +84,7 @@ def select(
         calibrated: The layers with statistics of their inputs, by which quantized layers scale these.
         rest: What the plan quantizes beside the targeted layers.
         pivotable: The layers that may have pivoted factors, if ``config`` wants such.
+        blocks: What feed-forward blocks may become instead, if ``config`` wants such.
 
     Raises:
         BudgetError: If no layer would change, or ``keep`` is below what the smallest ranks need.
@@ -102,7 +105,7 @@ def select(
         layers = _sharing_within_error(draft, layers, budget, groups, round_to, tolerance)
     else:
         candidates = _candidates(
-            draft, error_curves, round_to, loss_per_square, costs, groups, quantization_losses
+            draft, error_curves, round_to, loss_per_square, costs, groups, quantization_losses, blocks
         )
         if costs is None:
             chosen = _by_keep(draft, budget.value, candidates, config.allocation, round_to)
@@ -128,7 +131,7 @@ def select(
         tolerance=tolerance,
     )
     plan = replace(plan.with_layers(measured), quantized=(*plan.quantized, *quantized, *rest))
-    if not plan.quantized and not any(layer.rank for layer in measured.values()):
+    if not plan.quantized and not any(x.rank or x.is_narrower for x in measured.values()):
         raise BudgetError(nothing_changes(plan, budget, error_curves))
     return plan
 
@@ -289,7 +292,8 @@ def _candidates(
     costs: Costs | None,
     groups: Sequence[Group],
     quantization_losses: Errors,
-) -> list[list[tuple[Candidates, ...]]]:
+    blocks: Sequence[Offer],
+) -> list[list[tuple[Offer, ...]]]:
     """List what layers can become, priced: for each layer or group the ways to divide it, as candidates."""
     weighs = loss_per_square or {}
     scales = {
@@ -306,21 +310,28 @@ def _candidates(
             if storage_format is not FLOAT and not all(name in quantization_loss for name in names):
                 continue  # its rows are not whole groups
             each = [quantization_loss.get(name, QuantizationLoss()) for name in names]
-            candidate_list = candidates_of(layers, errors, sizes, round_to, storage_format, each)
-            offers.append(candidate_list if costs is None else costs.price(candidate_list))
+            found = candidates_of(layers, errors, sizes, round_to, storage_format, each)
+            offers.append(found if costs is None else found.priced(costs.price(found)))
         candidates[names] = merged(offers) if len(offers) > 1 else offers[0]
-    grouped = {name for group in groups for name in group.names}
+    together = [tuple(layer.name for layer in block.layers) for block in blocks]
+    grouped = {name for names in (*together, *(group.names for group in groups)) for name in names}
     alone = [(x.name,) for x in draft.targeted if x.name not in grouped]
-    return [list(partitions(names, candidates)) for names in [*alone, *(group.names for group in groups)]]
+    choices: list[list[tuple[Offer, ...]]] = [
+        list(partitions(names, candidates)) for names in [*alone, *(group.names for group in groups)]
+    ]
+    for names, block in zip(together, blocks, strict=True):
+        narrower = block if costs is None else block.priced(costs.price(block))
+        choices.append([tuple(candidates[(name,)] for name in names), (narrower,)])
+    return choices
 
 
 def _by_keep(
     draft: Plan,
     keep: float,
-    candidates: Sequence[Sequence[tuple[Candidates, ...]]],
+    candidates: Sequence[Sequence[tuple[Offer, ...]]],
     allocation: str,
     round_to: int,
-) -> list[tuple[Candidates, int]]:
+) -> list[tuple[Offer, int]]:
     total = sum(layer.dense_parameters for layer in draft.targeted)
     least = int(_least(candidates))
     if least > keep * total:
@@ -336,10 +347,10 @@ def _by_keep(
 def _by_cost(
     draft: Plan,
     budget: Budget,
-    candidates: Sequence[Sequence[tuple[Candidates, ...]]],
+    candidates: Sequence[Sequence[tuple[Offer, ...]]],
     costs: Costs,
     allocation: str,
-) -> list[tuple[Candidates, int]]:
+) -> list[tuple[Offer, int]]:
     """Allocate under a cost other than parameters."""
     limit = costs.limit - costs.fixed
     least = _least(candidates)
@@ -352,7 +363,7 @@ def _by_cost(
     return _within(candidates, limit, allocation)
 
 
-def _least(candidates: Sequence[Sequence[tuple[Candidates, ...]]]) -> float:
+def _least(candidates: Sequence[Sequence[tuple[Offer, ...]]]) -> float:
     """Return the cost of the cheapest choices."""
     return sum(
         min(sum(float(candidate_list.costs[0]) for candidate_list in parts) for parts in choices)
@@ -361,8 +372,8 @@ def _least(candidates: Sequence[Sequence[tuple[Candidates, ...]]]) -> float:
 
 
 def _within(
-    candidates: Sequence[Sequence[tuple[Candidates, ...]]], limit: float, allocation: str
-) -> list[tuple[Candidates, int]]:
+    candidates: Sequence[Sequence[tuple[Offer, ...]]], limit: float, allocation: str
+) -> list[tuple[Offer, int]]:
     parts = best_partitions(candidates, limit)
     points = uniform(parts, limit) if allocation == "uniform" else allocate(parts, limit)
     return list(zip(parts, points, strict=True))

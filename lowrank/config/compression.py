@@ -133,8 +133,9 @@ class CompressionConfig:
     forms: Sequence[str] | None = option(
         None,
         "What linear layers may become: factors, two thin matrices; pivoted, the same product in fewer "
-        "numbers, r·(m + n − r) in place of r·(m + n), at any rank below the dense one; or neurons, by "
-        "itself: layers of feed-forward blocks become narrower, for a keep, on data or inputs. The solver "
+        "numbers, r·(m + n − r) in place of r·(m + n), at any rank below the dense one; neurons: layers of "
+        "feed-forward blocks become narrower, for keep (which counts only these blocks if that is the only "
+        "form) or max_bytes, as data or inputs show them. The solver "
         "chooses among those given; by default factors only. Pivoted factors stay in floating point, in "
         "float32 or float64.",
         choices=FORMS,
@@ -268,14 +269,14 @@ class CompressionConfig:
             )
 
     def _check_neurons(self) -> None:
-        if len(set(self.forms or ())) > 1:
-            raise BudgetError('forms: "neurons" stands by itself: leave out the others.')
-        given = [name for name in ("quantize", "share", "sequential", "add_bias") if getattr(self, name)]
-        given += [name for name in self._budgets() if name != "keep"]
+        others = ("add_bias",) if self.only_neurons else ()
+        budgets = ("keep",) if self.only_neurons else ("keep", "max_bytes", "speedup")
+        given = [name for name in ("quantize", "share", "sequential", *others) if getattr(self, name)]
+        given += [name for name in self._budgets() if name not in budgets]
         if given:
             raise BudgetError(
-                f'forms=["neurons"] does not go with {given[0]}=: it is for keep=. Quantize or factorize the '
-                "narrower model in a second call."
+                f'forms: "neurons" does not go with {given[0]}=: it is for {"= or ".join(budgets)}=. '
+                "Quantize the narrower model in a second call."
             )
 
     @property
@@ -299,6 +300,11 @@ class CompressionConfig:
     def removes_neurons(self) -> bool:
         """Whether feed-forward blocks are to lose neurons."""
         return "neurons" in (self.forms or ())
+
+    @property
+    def only_neurons(self) -> bool:
+        """Whether that is all that may change."""
+        return set(self.forms or ()) == {"neurons"}
 
     def _budgets(self) -> dict[str, Any]:
         asked = {name: getattr(self, name) for name in Budget.NAMES}

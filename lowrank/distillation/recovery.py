@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 
     from lowrank.config import RecoveryOptions
 
+COMPRESSED = LowRankLinear, LowRankEmbedding, QuantizedLinear
+"""Layers whose parameters are trained, whatever these are."""
+
 EVALUATIONS = 8
 """How often the held-out batches are looked at, beside the first time."""
 
@@ -127,7 +130,7 @@ def recover(
             with training_only(student), eval_mode(teacher):
                 _finish(BlockwiseTrainer(student, distillation_loss, blocks, budget, training, folder), held)
         else:
-            parameters = trainable(student)
+            parameters = trainable(student, teacher)
             if not parameters:
                 raise LowRankError(
                     f"{type(student).__name__} has no factor, bias or norm to train: its weights are "
@@ -161,21 +164,32 @@ def _finish(trainer: Trainer | BlockwiseTrainer, held: Sequence[Batch]) -> None:
         trainer.best.restore()
 
 
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """Return what recovery trains: factors, integers in training, and every vector (biases, norms)."""
-    factors = {
+def trainable(model: nn.Module, teacher: nn.Module | None = None) -> list[nn.Parameter]:
+    """Return what recovery trains: factors, integers in training, narrower weights, and every vector.
+
+    A weight is narrower if the teacher's of the same name has another shape. Vectors are biases and norms.
+    """
+    changed = {
         id(parameter)
         for module in model.modules()
-        if isinstance(module, (LowRankLinear, LowRankEmbedding, QuantizedLinear))
+        if isinstance(module, COMPRESSED)
         for parameter in module.parameters()
     }
-    return [p for p in model.parameters() if p.is_floating_point() and (id(p) in factors or p.ndim == 1)]
+    if teacher is not None:
+        changed.update(id(parameter) for parameter in _narrower(model, teacher))
+    return [p for p in model.parameters() if p.is_floating_point() and (id(p) in changed or p.ndim == 1)]
+
+
+def _narrower(model: nn.Module, teacher: nn.Module) -> list[nn.Parameter]:
+    """Return the weights of layers that have lost neurons."""
+    before = {name: parameter.shape for name, parameter in teacher.named_parameters()}
+    return [p for name, p in model.named_parameters() if p.ndim > 1 and before.get(name, p.shape) != p.shape]
 
 
 def _trainable_blocks(student: nn.Module, teacher: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Return what is trained of each block, by name; what blocks share belongs to the first."""
     names = list(find_blocks(teacher))
-    modules = dict(student.named_modules())
+    modules, dense = dict(student.named_modules()), dict(teacher.named_modules())
     found: dict[str, list[nn.Parameter]] = {}
     taken: set[int] = set()
     for name in names:
@@ -184,7 +198,7 @@ def _trainable_blocks(student: nn.Module, teacher: nn.Module) -> dict[str, list[
                 f"The compressed model has no {name}, a block of the teacher. Give the dense model that it "
                 "was made from."
             )
-        own = [parameter for parameter in trainable(modules[name]) if id(parameter) not in taken]
+        own = [parameter for parameter in trainable(modules[name], dense[name]) if id(parameter) not in taken]
         taken.update(map(id, own))
         if own:
             found[name] = own
@@ -211,11 +225,11 @@ def _check(model: nn.Module, teacher: nn.Module) -> None:
         check_has_data(check_model(one))
     if model is teacher:
         raise LowRankError("The teacher is the compressed model itself. Keep a copy of the dense model.")
-    own = LowRankLinear, LowRankEmbedding, QuantizedLinear
-    if not any(isinstance(module, own) for module in model.modules()):
+    compressed = any(isinstance(module, COMPRESSED) for module in model.modules())
+    if not compressed and not _narrower(model, teacher):
         raise LowRankError(
-            "The model has no factorized or quantized layer, so there is nothing to recover. Compress it "
-            "first."
+            "The model has no factorized, quantized or narrower layer, so there is nothing to recover. "
+            "Compress it first."
         )
 
 

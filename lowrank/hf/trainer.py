@@ -32,7 +32,7 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
     def __init__(self, *args: Any, teacher: nn.Module, hidden_weight: float = 1.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._distillation_loss = DistillationLoss(self.model, teacher.to(self.args.device), hidden_weight)
-        self._trained_parameters = trainable(self.model)
+        self._trained_parameters = trainable(self.model, teacher)
         self._best_state: Best | None = None
         chosen = {id(parameter) for parameter in self._trained_parameters}
         for parameter in self.model.parameters():

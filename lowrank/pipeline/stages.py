@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapter import adapter
-from lowrank.allocation.neurons import decide_widths
+from lowrank.allocation.neurons import decide_widths, widths_of
 from lowrank.allocation.planner import Latencies, decide, drafted
 from lowrank.allocation.quantization_targets import check_kernels, with_heads, with_quantized_weights
 from lowrank.allocation.refusals import reasons
@@ -107,9 +107,9 @@ def decided(
     latencies: Latencies,
 ) -> Plan:
     """Return the plan for ``config``: ranks and formats of the targeted layers, integers for all else."""
-    if config.removes_neurons:
-        return _narrowed(seen, layers, config, stats, progress, latencies.inputs)
     asked = seen, layers, config, stats, predict, progress, latencies
+    if config.removes_neurons:
+        return _narrowed(*asked)
     if config.quantize is None:
         return decide(*asked).without_needless_ties()
     (storage_format, *others) = storage_formats(config)
@@ -129,11 +129,12 @@ def _narrowed(
     layers: Plan,
     config: CompressionConfig,
     stats: Stats | None,
+    predict: bool,
     progress: bool,
-    inputs: Any,
+    latencies: Latencies,
 ) -> Plan:
-    """Return the plan in which feed-forward blocks, as they are seen on ``inputs``, lose neurons."""
-    if inputs is None:
+    """Return the plan in which feed-forward blocks, as they are seen on inputs, may lose neurons."""
+    if latencies.inputs is None:
         raise BudgetError(
             'forms=["neurons"] runs the model to see its feed-forward blocks: give data=, or inputs=, a '
             "batch as the model will get it."
@@ -142,8 +143,12 @@ def _narrowed(
         raise BudgetError(
             f"metric={layers.metric!r} needs statistics: pass data=, or stats=calibrate(model, data)."
         )
-    (batch,) = batches([inputs], device=device_of(seen.model))
-    return decide_widths(seen, layers, config, stats, lambda: batch.call(seen.model), progress)
+    (batch,) = batches([latencies.inputs], device=device_of(seen.model))
+    asked = seen, layers, config, stats
+    if config.only_neurons:
+        return decide_widths(*asked, lambda: batch.call(seen.model), progress)
+    blocks, _ = widths_of(*asked, lambda: batch.call(seen.model), progress)
+    return decide(*asked, predict, progress, latencies, blocks=blocks).without_needless_ties()
 
 
 def check_overruled(

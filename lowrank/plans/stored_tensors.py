@@ -68,8 +68,7 @@ def modules_of(layer: LayerPlan) -> dict[str, ModulePart]:
     if layer.tied_to is not None:
         return {}
     if rank is None:
-        whole = layer.layer_type, rows, columns, layer.bias
-        return {"": ModulePart(layer.name, *whole)}
+        return {"": ModulePart(layer.name, layer.layer_type, *layer.kept_shape, layer.bias)}
     if layer.is_embedding:
         sizes = {
             "down": (EMBEDDING, rows, rank, False),

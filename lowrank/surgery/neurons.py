@@ -157,8 +157,10 @@ def narrower_layers(
                 yield Narrower(writer.name, _with_rows(model.get_submodule(writer.name), kept))
 
 
-def empty_layers(model: nn.Module, plan: Plan) -> Iterator[tuple[str, nn.Module]]:
-    """Make the layers that take the places of those that ``plan`` narrows, on the meta device.
+def empty_layers(
+    model: nn.Module, plan: Plan, device: torch.device | str = "meta"
+) -> Iterator[tuple[str, nn.Module]]:
+    """Make the layers that take the places of those that ``plan`` narrows, of zeros where there are data.
 
     Raises:
         PlanError: If one does not fit the model.
@@ -168,8 +170,8 @@ def empty_layers(model: nn.Module, plan: Plan) -> Iterator[tuple[str, nn.Module]
         bias: nn.Parameter | None = dense.bias  # type: ignore[assignment]
         rows, columns = layer.kept_shape
         if bias is not None and layer.kept_outputs is not None:
-            bias = nn.Parameter(torch.empty(rows, device="meta", dtype=bias.dtype))
-        weight = torch.empty(rows, columns, device="meta", dtype=weight_of(dense).dtype)
+            bias = nn.Parameter(torch.zeros(rows, device=device, dtype=bias.dtype))
+        weight = torch.zeros(rows, columns, device=device, dtype=weight_of(dense).dtype)
         yield layer.name, _layer(dense, weight, bias)
 
 

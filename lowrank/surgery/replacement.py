@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from lowrank.calibration.statistics import Stats
 from lowrank.errors import LowRankError, WeightError
+from lowrank.inspection.devices import device_of
 from lowrank.inspection.inspection import Inspection
 from lowrank.inspection.interrupts import uninterrupted
 from lowrank.inspection.layers import check_holder
@@ -49,7 +50,7 @@ from lowrank.surgery.factorization import (
     weight_of,
 )
 from lowrank.surgery.inheritance import adopt, check_no_hooks
-from lowrank.surgery.neurons import empty_layers, layers_to_narrow, narrower_layers
+from lowrank.surgery.neurons import Narrower, empty_layers, layers_to_narrow, narrower_layers
 from lowrank.surgery.quantization import even_out, quantized_module, readers_of, rotate
 from lowrank.surgery.quantization_checks import base_of
 from lowrank.surgery.validation import check_request, check_structure, layers_to_factorize
@@ -69,8 +70,9 @@ def apply_plan(
     todo = check_request(seen, plan, stats, seed)
     register_overruled(seen.model, plan)
     seen.release()
-    narrow(seen.model, plan, stats)
+    narrower = _narrower(seen.model, plan, stats)
     factorize(seen.model, plan, todo, stats, seed=seed, progress=progress)
+    _narrow(seen.model, narrower)
     quantize_weights(seen.model, plan, stats, seed=seed, progress=progress)
 
 
@@ -96,12 +98,16 @@ def factorize(
 
 
 @without_autocast()
-def narrow(model: nn.Module, plan: Plan, stats: Stats | None = None) -> None:
-    """Replace the layers of feed-forward blocks by narrower ones, all of them or none."""
-    todo = layers_to_narrow(Inspection(model), plan, {})
-    made = [(new, model.get_submodule(new.name)) for new in narrower_layers(model, plan, todo, stats)]
+def _narrower(model: nn.Module, plan: Plan, stats: Stats | None) -> list[Narrower]:
+    """Make the narrower layers of feed-forward blocks, before anything of the model changes."""
+    return list(narrower_layers(model, plan, layers_to_narrow(Inspection(model), plan, {}), stats))
+
+
+def _narrow(model: nn.Module, narrower: Sequence[Narrower]) -> None:
+    """Put narrower layers in the places of those that they were made from, all of them or none."""
     with uninterrupted(), torch.no_grad():
-        for new, old in made:
+        for new in narrower:
+            old = model.get_submodule(new.name)
             replace_module(model, new.name, adopt(new.layer, old))
             if new.bias is not None:
                 old.bias.copy_(new.bias)  # type: ignore[union-attr,operator]
@@ -257,6 +263,9 @@ def sketched(seen: Inspection, plan: Plan) -> Iterator[None]:
     kept: dict[str, nn.Module] = {}
     model = seen.model
     try:
+        for name, narrower in list(empty_layers(model, plan, device_of(model))):
+            kept[name] = model.get_submodule(name)
+            replace_module(model, name, narrower.eval())
         for layer in layers_to_factorize(seen, plan):
             dense = model.get_submodule(layer.name)
             weight: Tensor = dense.weight  # type: ignore[assignment]

@@ -1,6 +1,7 @@
 """Recovery: what it trains, what it keeps, and that it never returns a worse model."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -70,6 +71,22 @@ def test_factors_biases_and_norms_are_trained_and_embeddings_are_not(tiny_bert):
     assert "encoder.layer.0.output.LayerNorm.weight" in names
     assert "embeddings.word_embeddings.weight" not in names
     assert "pooler.dense.weight" not in names
+
+
+@pytest.mark.parametrize("allocation", ["global", "uniform"])
+def test_narrower_layers_are_trained(tiny_bert, allocation):
+    """Under uniform widths they are ordinary layers, of which only the teacher tells that they changed."""
+    generator = torch.Generator().manual_seed(0)
+    data = [{"input_ids": torch.randint(0, 90, (8, 12), generator=generator)} for _ in range(8)]
+    options = {"forms": ["neurons"], "keep": 0.5, "data": data, "allocation": allocation}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lowrank.FewTokensWarning)
+        small = compress(copy.deepcopy(tiny_bert), **options)
+    before = {name: value.clone() for name, value in small.state_dict().items()}
+    recover(small, tiny_bert, data, steps=20)
+    changed = {name for name, value in small.state_dict().items() if not torch.equal(value, before[name])}
+    assert {f"encoder.layer.0.{name}.dense.weight" for name in ("intermediate", "output")} <= changed
+    assert "encoder.layer.0.attention.self.query.weight" not in changed
 
 
 def test_a_learning_rate_that_ruins_the_model_returns_it_unharmed(mlp, small, data):

@@ -8,8 +8,9 @@ from torch import nn
 
 import lowrank
 from lowrank.errors import PlanError, WeightError
+from lowrank.inspection.inspection import Inspection
 from lowrank.linalg.neurons import neuron_removal, refitted
-from lowrank.surgery.replacement import narrow
+from lowrank.surgery.neurons import layers_to_narrow, narrower_layers
 
 
 class Gated(nn.Module):
@@ -94,7 +95,7 @@ def test_a_weight_that_leaves_its_dtype_changes_nothing():
     model.half()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(WeightError, match=r"down: fitted anew to 8 neurons, its weight leaves the range of"):
-        narrow(model, plan, stats)
+        list(narrower_layers(model, plan, layers_to_narrow(Inspection(model), plan, {}), stats))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
