@@ -163,7 +163,11 @@ class QuantizedEmbedding(QuantizedModule):
         self.weight = self.weight.reshape(0, embedding_dim)  # who resizes an embedding asks for two sizes
 
     @classmethod
-    @accepts(embedding=instance(nn.Embedding, "a torch.nn.Embedding", WeightError), scheme=SCHEME)
+    @accepts(
+        embedding=instance(nn.Embedding, "a torch.nn.Embedding", WeightError),
+        scheme=SCHEME,
+        moments=optional(instance(Tensor, "a matrix (embedding_dim, embedding_dim)", WeightError)),
+    )
     def from_embedding(
         cls, embedding: nn.Embedding, scheme: Scheme, moments: Tensor | None = None
     ) -> QuantizedEmbedding:
@@ -175,6 +179,10 @@ class QuantizedEmbedding(QuantizedModule):
             moments: ``G (embedding_dim, embedding_dim)``, how much an error ``δ`` in a row counts,
                 ``δᵀ G δ``; without it every element is rounded on its own.
 
+        Raises:
+            WeightError: If the embedding has a ``max_norm``, or ``moments`` are of another shape, or not
+                finite.
+
         Example:
             >>> embedding = QuantizedEmbedding.from_embedding(nn.Embedding(10, 4), Scheme("int8"))
             >>> embedding(torch.tensor([1, 2])).shape
@@ -183,6 +191,10 @@ class QuantizedEmbedding(QuantizedModule):
         if embedding.max_norm is not None:
             raise WeightError("an embedding with max_norm changes its weight as it is read.")
         sizes = embedding.num_embeddings, embedding.embedding_dim
+        if moments is not None and (moments.shape != sizes[1:] * 2 or not bool(moments.isfinite().all())):
+            raise WeightError(
+                f"moments: of shape {tuple(moments.shape)}; give a finite matrix of {(sizes[1:] * 2)}."
+            )
         new = cls(*sizes, scheme, padding_idx=embedding.padding_idx, device="meta")
         new._take(quantize_weight(embedding.weight, scheme, moments), embedding.weight.dtype)
         return new

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 import lowrank
 from lowrank.allocation.latency import LatencyTable
+from lowrank.calibration.held_out_errors import HELD_OUT_SUMS
 from lowrank.distillation.snapshots import Snapshot
 from lowrank.errors import CheckpointError, LowRankError, PlanError, RankError, StatsError
 from lowrank.files.integrity import digest_of, sealed
@@ -158,7 +159,10 @@ def module_cases() -> tuple[Case, ...]:
     def stats_of(folder: Path) -> bytes:
         found = lowrank.Stats.load(folder)
         moments = [(m.weight, digest_of(m.total), digest_of(m.products)) for m in found.inputs.values()]
-        held = [(h.tokens, h.squares, digest_of(h.measured)) for h in found.held_out.values()]
+        held = [
+            (h.tokens, h.samples, *(digest_of(getattr(h, part)) for part in HELD_OUT_SUMS))
+            for h in found.held_out.values()
+        ]
         return told(found.fingerprint, found.sources, found.tokens, found.terms, held, moments)
 
     def snapshot_of(folder: Path) -> bytes:
