@@ -123,6 +123,9 @@ class _Calibration:
             for batch in waiting:
                 if not batch.held_out:
                     self._collect(collector, batch)
+        if not last:
+            _warn_of_nothing_held_out()
+            return Collector.stats([collector], self._tokenizer)
         validation = self._trial([collector], collector.draws)
         with validation.listening(), collector.listening():
             for batch in last:
@@ -150,10 +153,8 @@ class _Calibration:
                     self._run(batch, tried, refuse=False)
             held = added(held, validation.found())
         if len(parts) == 1:
-            _warn_of_one_batch()
-        return replace(
-            Collector.stats(list(collectors.values()) or [self._collector()], self._tokenizer), held_out=held
-        )
+            _warn_of_nothing_held_out()
+        return replace(Collector.stats(list(collectors.values()), self._tokenizer), held_out=held)
 
     def _collect(self, collector: Collector, batch: Batch) -> None:
         collector.start(batch)
@@ -230,10 +231,10 @@ def _all_but_few(stream: Iterable[Batch], waiting: list[Batch]) -> Iterator[Batc
             yield batch
 
 
-def _warn_of_one_batch() -> None:
+def _warn_of_nothing_held_out() -> None:
     warn(
-        "Calibration has got one batch, so nothing is held out to tell how far its predictions hold on other "
-        "data. Give more data, or smaller batches.",
+        "Calibration has held out no batch, so nothing tells how far its predictions hold on other data. "
+        "Give more data, or smaller batches.",
         FewTokensWarning,
     )
 

@@ -7,8 +7,8 @@ import torch
 from random_tensors import gaussian
 from torch import Tensor, nn
 
-from lowrank import apply, calibrate, plan
-from lowrank.calibration.cross_fitting import ENOUGH_SAMPLES
+from lowrank import FewTokensWarning, apply, calibrate, plan
+from lowrank.calibration.cross_fitting import ENOUGH_SAMPLES, WAITING_TOKENS
 from lowrank.linalg import truncated_svd
 
 pytestmark = pytest.mark.filterwarnings("ignore::lowrank.FewTokensWarning")  # few tokens are the subject
@@ -142,3 +142,11 @@ def test_a_layer_that_a_part_of_the_data_does_not_reach_is_calibrated_on_the_oth
     stats = calibrate(Either(), data)
     assert (stats.moments("first").weight, stats.moments("second").weight) == (9, 2)
     assert set(stats.held_out) == {"first"}  # of the second nothing was known when its part was tried
+
+
+def test_batches_too_large_to_wait_are_calibrated_on_and_that_nothing_is_held_out_is_said():
+    data = [torch.randint(0, 9, (4, WAITING_TOKENS // 3)) for _ in range(2)]
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4))
+    with pytest.warns(FewTokensWarning, match="has held out no batch"):
+        stats = calibrate(model, data, loss=None)
+    assert stats.moments("1").weight == sum(batch.numel() for batch in data) and not stats.held_out

@@ -232,7 +232,7 @@ def test_few_tokens_are_said_with_the_layer_and_the_numbers(mlp):
 
 def test_one_batch_is_said(mlp):
     (message,) = caught(lambda: calibrate(mlp, [gaussian(400, 64)]))
-    assert message.startswith("Calibration has got one batch, so nothing is held out")
+    assert message.startswith("Calibration has held out no batch")
     assert caught(lambda: calibrate(mlp, [gaussian(200, 64, seed=i) for i in range(2)])) == []
 
 
