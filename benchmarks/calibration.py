@@ -28,7 +28,7 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +199,9 @@ def forms_smollm2(data: Path) -> Figures:
     dense, ids, measure = language_model(data)
     figures: Figures = [{"keep": 1.0, "forms": [], **measure(dense)}]
     stats = lowrank.calibrate(dense, [{"input_ids": pair} for pair in ids[:32].split(2)])
-    return figures + compare_forms(dense, stats, {"input_ids": ids[:1]}, (0.8, 0.6), measure, add_bias=True)
+    few = [FORMS[0], FORMS[1], FORMS[-1]]
+    inputs = {"input_ids": ids[:1]}
+    return figures + compare_forms(dense, stats, inputs, (0.8, 0.6), measure, few, add_bias=True)
 
 
 def compare_forms(
@@ -208,12 +210,13 @@ def compare_forms(
     inputs: dict[str, Tensor],
     keeps: tuple[float, ...],
     measure: Callable[[nn.Module], dict[str, float]],
+    choices: Sequence[list[str]] = FORMS,
     **options: Any,
 ) -> Figures:
     """Return the predicted loss and the figures of each choice of forms at each size."""
     figures: Figures = []
     for keep in keeps:
-        for chosen in FORMS:
+        for chosen in choices:
             start = time.perf_counter()
             decided = lowrank.plan(dense, keep=keep, stats=stats, forms=chosen, inputs=inputs, **options)
             small = lowrank.apply(copy.deepcopy(dense), decided, stats)
