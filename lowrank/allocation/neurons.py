@@ -157,7 +157,7 @@ def _ineligible(drafted: Plan, stats: Stats | None) -> dict[str, str]:
     if stats is None or drafted.metric not in ("inputs", "loss"):
         return found
     for layer in drafted.targeted:
-        if stats.moments(layer.name).products.ndim == 1:
+        if not layer.is_embedding and stats.moments(layer.name).products.ndim == 1:
             found[layer.name] = "is so wide that only diagonals of its moments are known"
     return found
 

@@ -135,7 +135,7 @@ class CompressionConfig:
         "What linear layers may become: factors, two thin matrices; pivoted, the same product in fewer "
         "numbers, r·(m + n − r) in place of r·(m + n), at any rank below the dense one; neurons: layers of "
         "feed-forward blocks become narrower, for keep (which counts only these blocks if that is the only "
-        "form) or max_bytes, as data or inputs show them. The solver "
+        "form), max_bytes or speedup, as data or inputs show them. The solver "
         "chooses among those given; by default factors only. Pivoted factors stay in floating point, in "
         "float32 or float64.",
         choices=FORMS,

@@ -1,6 +1,7 @@
 """Widths of feed-forward blocks, chosen from their error curves."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -224,3 +225,16 @@ def test_a_failing_factorization_leaves_the_blocks_as_they_were(case, monkeypatc
         lowrank.apply(other, plan, stats)
     for name, value in other.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_an_embedding_may_be_a_target_beside_blocks_that_lose_neurons(tiny_bert):
+    generator = torch.Generator().manual_seed(0)
+    data = [{"input_ids": torch.randint(0, 90, (8, 12), generator=generator)} for _ in range(8)]
+    targets = ["embeddings.word_embeddings", "*.intermediate.dense", "*.output.dense"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lowrank.FewTokensWarning)
+        small = lowrank.compress(
+            copy.deepcopy(tiny_bert), keep=0.4, data=data, targets=targets, forms=["factors", "neurons"]
+        )
+    assert small(**data[0]).last_hidden_state.isfinite().all()
+    assert small.num_parameters() < tiny_bert.num_parameters()
