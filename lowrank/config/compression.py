@@ -271,7 +271,7 @@ class CompressionConfig:
     def _check_neurons(self) -> None:
         others = ("add_bias",) if self.only_neurons else ()
         budgets = ("keep",) if self.only_neurons else ("keep", "max_bytes", "speedup")
-        given = [name for name in ("quantize", "share", "sequential", *others) if getattr(self, name)]
+        given = [name for name in ("quantize", "share", *others) if getattr(self, name)]
         given += [name for name in self._budgets() if name not in budgets]
         if given:
             raise BudgetError(

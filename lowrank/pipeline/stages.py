@@ -21,7 +21,7 @@ from lowrank.calibration.cross_fitting import collect
 from lowrank.calibration.data import Batch, batches
 from lowrank.calibration.statistics import Stats, nonempty_stats
 from lowrank.config import CompressionConfig
-from lowrank.errors import BudgetError, DataError, LowRankError, PlanError, TargetError
+from lowrank.errors import BudgetError, DataError, LowRankError, TargetError
 from lowrank.inspection.devices import device_of
 from lowrank.inspection.inspection import Inspection
 from lowrank.linalg import Scheme
@@ -200,8 +200,6 @@ def carried_out(
         if data is None:
             apply_plan(seen, plan, stats, seed=seed, progress=progress)
         else:
-            if any(layer.is_narrower for layer in plan):
-                raise PlanError("sequential=True fits factors; the plan removes neurons. Apply it without.")
             folder = Path(offload_folder) if offload_folder is not None else None
             stream = stream_of(model, data, tokenizer, batch_size=_enough_batches(data))
             fitted = apply_sequentially(

@@ -70,14 +70,12 @@ def apply_plan(
     todo = check_request(seen, plan, stats, seed)
     register_overruled(seen.model, plan)
     seen.release()
-    narrower = _narrower(seen.model, plan, stats)
-    factorize(seen.model, plan, todo, stats, seed=seed, progress=progress)
-    _narrow(seen.model, narrower)
+    replace_layers(seen.model, plan, todo, stats, seed=seed, progress=progress)
     quantize_weights(seen.model, plan, stats, seed=seed, progress=progress)
 
 
 @without_autocast()
-def factorize(
+def replace_layers(
     model: nn.Module,
     plan: Plan,
     todo: Sequence[LayerPlan],
@@ -86,7 +84,23 @@ def factorize(
     seed: int = 0,
     progress: bool = False,
 ) -> None:
-    """Replace the layers of ``todo``, which `check_request` has accepted, by their factors."""
+    """Replace the layers of ``todo`` by their factors, and those of ``plan`` by narrower ones that are to be.
+
+    `check_request` has accepted both. Narrower layers are made before anything changes.
+    """
+    narrower = list(narrower_layers(model, plan, layers_to_narrow(Inspection(model), plan, {}), stats))
+    _factorize_all(model, plan, todo, stats, seed, progress)
+    _narrow(model, narrower)
+
+
+def _factorize_all(
+    model: nn.Module,
+    plan: Plan,
+    todo: Sequence[LayerPlan],
+    stats: Stats | None,
+    seed: int,
+    progress: bool,
+) -> None:
     joint = merged(stats, plan)
     bar = tqdm(total=len(todo), desc="factorizing", unit="layer", disable=None if progress else True)
     with bar, _all_or_none(model, plan, todo):
@@ -95,12 +109,6 @@ def factorize(
             with uninterrupted():
                 _factorize(model, layers, plan, joint, seed)  # whose dense weights are gone when it returns
             bar.update(len(layers))
-
-
-@without_autocast()
-def _narrower(model: nn.Module, plan: Plan, stats: Stats | None) -> list[Narrower]:
-    """Make the narrower layers of feed-forward blocks, before anything of the model changes."""
-    return list(narrower_layers(model, plan, layers_to_narrow(Inspection(model), plan, {}), stats))
 
 
 def _narrow(model: nn.Module, narrower: Sequence[Narrower]) -> None:

@@ -12,7 +12,8 @@ where y + r is of the dense stream, x̂ and r̂ are what there is in the compres
 factor before. So it makes up for the whole error of the stream, as far as its input can tell. These sums
 are normalized before anything reads them, hence a token weighs ``w = 1/‖y + r‖²``. Other layers stay as
 they are: fitting them to compressed inputs shrinks what they say towards its mean, and made language
-models worse. In a block that adds nothing, all layers are fitted, to their own dense outputs.
+models worse. In a block that adds nothing, all layers are fitted, to their own dense outputs. A layer that
+reads fewer neurons than it did has no first factor: its whole weight is fitted, with ``z = x̂``.
 
 λ is chosen by the error on held-out batches, L₀ among the candidates. Memory: two hidden states of all
 batches, and what else their blocks are called with (masks); one dense block; the moments of one layer's
@@ -43,10 +44,11 @@ from lowrank.inspection.blocks import find_blocks
 from lowrank.inspection.contexts import eval_mode
 from lowrank.inspection.inspection import Inspection
 from lowrank.linalg.ridge import Regression
-from lowrank.nn import LowRankEmbedding, LowRankLinear
+from lowrank.nn import LowRankEmbedding, LowRankLinear, features_before
 from lowrank.plans.plan import Plan
+from lowrank.surgery.factorization import weight_of
 from lowrank.surgery.hidden_states import CachedHiddenStates
-from lowrank.surgery.replacement import factorize, register_overruled
+from lowrank.surgery.replacement import register_overruled, replace_layers
 from lowrank.surgery.residual_adds import ResidualAddRecorder
 from lowrank.surgery.validation import check_request
 
@@ -74,8 +76,9 @@ def apply_sequentially(
     blocks = find_blocks(model)
     seen.release()
     _check_can_go_through(model, plan, blocks)
-    inside = {x.name: name for x in plan.factorized for name in blocks if x.name.startswith(f"{name}.")}
-    _check_shared(plan, inside)
+    changed = [layer for layer in plan if layer.rank is not None or layer.is_narrower]
+    inside = {x.name: name for x in changed for name in blocks if x.name.startswith(f"{name}.")}
+    _check_together(plan, inside)
     fitted: set[str] = set()
     with contextlib.ExitStack() as stack:
         folder = None if offload_folder is None else stack.enter_context(_folder_in(offload_folder))
@@ -90,9 +93,9 @@ def apply_sequentially(
                 each.enter(model, list(blocks.values()), to_the_end=number == 0)
             _check_sums(blocks, inside, cached[0])
         register_overruled(model, plan)
-        outside = [layer.name for layer in plan.factorized if layer.name not in inside]
+        outside = [layer.name for layer in changed if layer.name not in inside]
         if outside:
-            _factorize(model, _part(plan, outside), stats, seed)
+            _replace(model, _part(plan, outside), stats, seed)
             with torch.no_grad(), eval_mode(model):
                 for each in cached:
                     each.enter_compressed(model, list(blocks.values()))
@@ -100,11 +103,10 @@ def apply_sequentially(
         for number, (name, block) in enumerate(bar):
             dense = copy.deepcopy(block)
             names = [layer for layer, home in inside.items() if home == name]
-            _factorize(model, _part(plan, names), stats, seed)
+            _replace(model, _part(plan, names), stats, seed)
+            fits = [layer.removeprefix(f"{name}.") for layer in names if plan[layer].kept_outputs is None]
             with torch.no_grad(), eval_mode(block), eval_mode(dense):
-                done = _refit(
-                    dense, block, [layer.removeprefix(f"{name}.") for layer in names], cached, number
-                )
+                done = _refit(dense, block, fits, cached, number)
                 fitted |= {f"{name}.{layer}" for layer in done}
                 for each in cached:
                     each.advance(dense, block, number)
@@ -118,10 +120,10 @@ def _check_can_go_through(model: nn.Module, plan: Plan, blocks: Mapping[str, nn.
             f"sequential=True goes through a stack of repeated blocks, and {type(model).__name__} has none. "
             "Leave it out."
         )
-    if any(isinstance(module, LowRankLinear) for module in model.modules()):
+    if any(isinstance(module, LowRankLinear) or features_before(module) for module in model.modules()):
         raise LowRankError(
-            "sequential=True needs the dense model to compare with; this one has factorized layers. Start "
-            "from the dense checkpoint."
+            "sequential=True needs the dense model to compare with; this one has factorized or narrower "
+            "layers. Start from the dense checkpoint."
         )
     if any(layer.correction for layer in plan.factorized):
         raise LowRankError(
@@ -152,11 +154,11 @@ def _folder_in(offload_folder: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def _factorize(model: nn.Module, plan: Plan, stats: Stats | None, seed: int) -> None:
+def _replace(model: nn.Module, plan: Plan, stats: Stats | None, seed: int) -> None:
     """Replace the layers of a part of the plan, which has been checked as a whole."""
     done = LowRankLinear, LowRankEmbedding
     todo = [x for x in plan.factorized if not isinstance(model.get_submodule(x.name), done)]
-    factorize(model, plan, todo, stats, seed=seed)
+    replace_layers(model, plan, todo, stats, seed=seed)
 
 
 def _part(plan: Plan, names: Sequence[str]) -> Plan:
@@ -164,8 +166,14 @@ def _part(plan: Plan, names: Sequence[str]) -> Plan:
     return replace(plan, layers=layers, quantized=())
 
 
-def _check_shared(plan: Plan, inside: Mapping[str, str]) -> None:
-    """Refuse a ``down`` that is shared by layers of several blocks: these are factorized one by one."""
+def _check_together(plan: Plan, inside: Mapping[str, str]) -> None:
+    """Refuse layers of several blocks that change together: blocks are gone through one by one."""
+    for layer in plan:
+        if layer.kept_outputs is not None and inside.get(layer.name) != inside.get(layer.feeds or ""):
+            raise PlanError(
+                f"{layer.name}: loses neurons that {layer.feeds} reads, which is in another block. Plan "
+                "without neurons among forms, or leave out sequential."
+            )
     for name, layers in plan.shared.items():
         for layer in layers:
             if inside.get(layer.name) != inside.get(name):
@@ -214,7 +222,7 @@ def _refit(
             here.run(lambda each=each: each.call_small(small, number))  # type: ignore[misc]
             for name in stage:
                 if _alike(name, there, here):
-                    fit = fits.setdefault(name, _Fit(small.get_submodule(name)))  # type: ignore[arg-type]
+                    fit = fits.setdefault(name, _Fit(small.get_submodule(name)))
                     fit.add(name, there, here, each.batch)
         done += [name for name, fit in fits.items() if fit.finish()]
     return done
@@ -250,17 +258,23 @@ def _stages(
 
 
 class _Fit:
-    """The regression of one layer's second factor and bias."""
+    """The regression of one layer's second factor and bias, or of the weight of a narrower layer."""
 
-    def __init__(self, layer: LowRankLinear) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         self._layer = layer
-        make = layer.rank, layer.out_features, layer.up.weight.device
+        self._second: nn.Module = layer.up if isinstance(layer, LowRankLinear) else layer
+        self._weight = weight_of(self._second).detach()
+        self._bias: nn.Parameter | None = self._second.bias  # type: ignore[assignment]
+        make = self._weight.shape[1], self._weight.shape[0], self._weight.device
         self._fitted, self._held = Regression.empty(*make), Regression.empty(*make)
         self._centre: tuple[Tensor, Tensor] | None = None
 
     def add(self, name: str, dense: ResidualAddRecorder, small: ResidualAddRecorder, batch: Batch) -> None:
         """Add the tokens of one batch."""
-        z = batch.real(nn.functional.linear(small.inputs[name], self._layer.down.weight)).float()
+        read = small.inputs[name]
+        if isinstance(self._layer, LowRankLinear):
+            read = nn.functional.linear(read, self._layer.down.weight)
+        z = batch.real(read).float()
         if not len(z):
             return  # an expert that this batch has no token for
         y = batch.real(dense.outputs[name]).float()
@@ -271,7 +285,7 @@ class _Fit:
             weight = 1 / total.square().mean(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
             y = total - here
         if self._centre is None:  # near the mean, so that little cancels; nothing where there is no bias
-            some = (z.mean(0), y.mean(0)) if self._layer.bias is not None else (z[0] * 0, y[0] * 0)
+            some = (z.mean(0), y.mean(0)) if self._bias is not None else (z[0] * 0, y[0] * 0)
             self._centre = some
         sums = self._held if batch.held_out else self._fitted
         sums.add(z - self._centre[0], y - self._centre[1], weight)
@@ -284,17 +298,16 @@ class _Fit:
         """
         if self._centre is None or not self._fitted.weight > 0:
             return False
-        up, intercept = self._layer.up, self._layer.bias is not None
-        before = up.weight.double()
+        before, intercept = self._weight.double(), self._bias is not None
         tried = {ridge: self._fitted.solve(ridge, before, intercept) for ridge in RIDGES}
         chosen = min(tried, key=lambda ridge: self._held.error(*tried[ridge]))
         left, bias = (self._fitted + self._held).solve(chosen, before, intercept)
         if not bool(left.isfinite().all() and bias.isfinite().all()):
             return False  # the compressed model overflows on these data
-        up.weight.copy_(left)
-        if up.bias is not None:
+        self._weight.copy_(left)
+        if self._bias is not None:
             z, y = (mean.double() for mean in self._centre)
-            up.bias.copy_(bias + y - left @ z)
-        if chosen < math.inf:
+            self._bias.copy_(bias + y - left @ z)
+        if chosen < math.inf and isinstance(self._layer, LowRankLinear):
             self._layer.relative_error = None  # of the factor before; this one has another aim
         return chosen < math.inf

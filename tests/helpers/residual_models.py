@@ -4,6 +4,8 @@ import torch
 from transformers import (
     BertConfig,
     BertModel,
+    GPT2Config,
+    GPT2Model,
     LlamaConfig,
     LlamaForCausalLM,
 )
@@ -19,6 +21,12 @@ def llama(**more):
     torch.manual_seed(0)
     size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3}
     return LlamaForCausalLM(LlamaConfig(vocab_size=100, num_key_value_heads=2, **size, **more)).eval()
+
+
+def gpt2():
+    torch.manual_seed(0)
+    size = {"n_embd": 32, "n_layer": 3, "n_head": 2, "n_positions": 32}
+    return GPT2Model(GPT2Config(vocab_size=100, bos_token_id=0, eos_token_id=0, **size)).eval()
 
 
 def ids(count=8, first=0):

@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 from closeness import CANCELLED32, LAYERS32
-from residual_models import bert, hidden, ids, llama
+from residual_models import bert, gpt2, hidden, ids, llama
 from torch import nn
 from transformers import (
     T5Config,
@@ -132,6 +132,69 @@ def test_models_of_transformers_come_nearer_to_the_dense_one(build, share, tmp_p
     assert (hidden(small) - wanted).norm() < (hidden(alone) - wanted).norm()
     small.save_pretrained(tmp_path)
     assert torch.equal(hidden(type(dense).from_pretrained(tmp_path)), hidden(small))
+
+
+def test_a_narrower_weight_is_the_ridge_regression_of_all_tokens(monkeypatch):
+    monkeypatch.setattr("lowrank.surgery.sequential.RIDGES", (0.05, 0.05))
+    dense, data = Model(blocks=2), rows()
+    stats = calibrate(dense, data)
+    decided = plan(dense, keep=0.5, stats=stats, forms=["neurons"], inputs=data[0], round_to=1)
+    before = apply(copy.deepcopy(dense), decided, stats)
+    small = apply(copy.deepcopy(dense), decided, stats, sequential=True, data=data)
+    layer, prior = small.blocks[1].second, before.blocks[1].second.weight.double()
+    assert layer.in_features == decided["blocks.1.second"].kept_inputs
+
+    x = torch.cat(data)
+    with torch.no_grad():
+        here, there = small.blocks[0](x), dense.blocks[0](x)
+        z = small.blocks[1].first(small.blocks[1].norm(here)).tanh().double()
+        total = dense.blocks[1](there).double()
+        share = 1 / total.square().mean(1, keepdim=True)
+        share, y = share / share.sum(), total - here
+        z0, y0 = (share * z).sum(0), (share * y).sum(0)
+        zz = (z - z0).T @ (share * (z - z0))
+        added = 0.05 * torch.diag(zz.diagonal())
+        yz = (y - y0).T @ (share * (z - z0))
+        expected = torch.linalg.solve(zz + added, (yz + prior @ added).T).T
+    torch.testing.assert_close(layer.weight.double(), expected, rtol=CANCELLED32, atol=LAYERS32)
+    torch.testing.assert_close(layer.bias.double(), y0 - expected @ z0, rtol=CANCELLED32, atol=LAYERS32)
+    with pytest.raises(LowRankError, match="has factorized or narrower layers"):
+        apply(before, decided, stats, sequential=True, data=data)
+
+
+@pytest.mark.parametrize("forms", [["neurons"], ["factors", "pivoted", "neurons"]], ids=str)
+@pytest.mark.parametrize("build", [bert, llama, gpt2])
+def test_models_that_lose_neurons_come_nearer_to_the_dense_one(build, forms, tmp_path):
+    dense, data = build(), ids(32)
+    stats = calibrate(dense, data)
+    decided = plan(dense, keep=0.5, stats=stats, forms=forms, inputs=data[0])
+    assert any(layer.is_narrower for layer in decided)
+    alone = apply(copy.deepcopy(dense), decided, stats)
+    small = apply(copy.deepcopy(dense), decided, stats, sequential=True, data=data)
+    wanted = hidden(dense)
+    assert (hidden(small) - wanted).norm() < (hidden(alone) - wanted).norm()
+    small.save_pretrained(tmp_path)
+    assert torch.equal(hidden(type(dense).from_pretrained(tmp_path)), hidden(small))
+
+
+def test_neurons_between_blocks_are_refused():
+    dense, data = Model(blocks=2), rows()
+    stats = calibrate(dense, data)
+    decided = plan(dense, keep=0.5, stats=stats, forms=["neurons"], inputs=data[0], round_to=1)
+    width = decided["blocks.0.second"].kept_inputs
+    broken = decided.with_layers(
+        {
+            "blocks.0.first": dataclasses.replace(
+                decided["blocks.0.first"], feeds="blocks.1.second", kept_outputs=width
+            ),
+            "blocks.0.second": decided["blocks.0.second"].dense("stays"),
+            "blocks.1.first": decided["blocks.1.first"].dense("stays"),
+            "blocks.1.second": dataclasses.replace(decided["blocks.1.second"], kept_inputs=width),
+        }
+    )
+    with pytest.raises(PlanError, match=r"first: loses neurons that blocks\.1\.second reads, which is in"):
+        apply(dense, broken, stats, sequential=True, data=data)
+    assert dense.blocks[0].first.out_features == 24
 
 
 def test_compress_does_it_in_one_call_also_with_an_iterator():
