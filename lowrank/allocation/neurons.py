@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lowrank.allocation.candidates import Offer
+from lowrank.allocation.selection import rank_step
 from lowrank.allocation.solver import allocate, uniform
 from lowrank.calibration.statistics import Stats
 from lowrank.config import CompressionConfig
@@ -177,7 +178,8 @@ def _widths(
     if stats is not None and drafted.metric == stats.best_metric() and reader.name in stats.held_out:
         errors = errors.with_ratios(_ratios(errors, stats, reader.name))
     hidden = reader.in_features
-    widths = np.append(np.arange(config.round_to, hidden, config.round_to), hidden)
+    step = rank_step(config)
+    widths = np.append(np.arange(step, hidden, step), hidden)
     counts = errors.scale**2 * importance(reader, errors.squared_norm, known)
     return Widths(
         costs=widths * (reader.out_features + sum(writer.in_features for writer in writers)),

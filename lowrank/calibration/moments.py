@@ -53,6 +53,12 @@ class Moments:
         """The second moment about zero as one side of a metric."""
         return _side(self.second(centred=False), self.weight)
 
+    def of(self, features: Tensor) -> Moments:
+        """Return the moments of some features alone, of which ``features`` are the indices."""
+        products = self.products[features]
+        some = products if products.ndim == 1 else products[:, features]
+        return Moments(self.weight, self.total[features], some)
+
     def __add__(self, other: Moments) -> Moments:
         return Moments(self.weight + other.weight, self.total + other.total, self.products + other.products)
 

@@ -271,12 +271,14 @@ class CompressionConfig:
     def _check_neurons(self) -> None:
         others = ("add_bias",) if self.only_neurons else ()
         budgets = ("keep",) if self.only_neurons else ("keep", "max_bytes", "speedup")
-        given = [name for name in ("quantize", "share", *others) if getattr(self, name)]
+        if self.quantize is not None:
+            budgets = ("keep",)
+        given = [name for name in ("share", *others) if getattr(self, name)]
         given += [name for name in self._budgets() if name not in budgets]
         if given:
+            also = "" if self.quantize is None else ", with quantize="
             raise BudgetError(
-                f'forms: "neurons" does not go with {given[0]}=: it is for {"= or ".join(budgets)}=. '
-                "Quantize the narrower model in a second call."
+                f'forms: "neurons" does not go with {given[0]}={also}: it is for {"= or ".join(budgets)}=.'
             )
 
     @property

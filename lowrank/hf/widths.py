@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lowrank.nn import features_before, forget_features_before, layer_type_of
+from lowrank.nn import QuantizedModule, features_before, forget_features_before, layer_type_of
 
 
 def say_widths_in_config(model: PreTrainedModel) -> None:
@@ -18,10 +18,12 @@ def say_widths_in_config(model: PreTrainedModel) -> None:
 
     It can where a model that is built from it has the very tensors of ``model``, by name and shape; which
     fields of the config mean the width is found by trying those with the old one. The layers are then
-    ordinary ones of a smaller model. Where it cannot, since blocks differ or other layers are factorized,
-    nothing changes, and the plan in the config holds the widths.
+    ordinary ones of a smaller model. Where it cannot, since blocks differ or layers are factorized or
+    quantized, nothing changes, and the plan in the config holds the widths.
     """
     narrow = [module for module in model.modules() if features_before(module) is not None]
+    if any(isinstance(module, QuantizedModule) for module in narrow):
+        return
     widths = set(itertools.chain.from_iterable(map(_widths, narrow)))
     if len(widths) != 1:
         return

@@ -63,6 +63,14 @@ def ineligible_embeddings(seen: Inspection, doubts: Mapping[str, str]) -> dict[s
     return found
 
 
+def lost_neurons(module: nn.Module) -> str | None:
+    """Return why a layer that has lost neurons is not factorized; ``None`` if it has lost none."""
+    before = features_before(module)
+    if before is None:
+        return None
+    return f"has lost neurons already: its weight was (out={before[0]}, in={before[1]})"
+
+
 def ineligible_modules(
     seen: Inspection, tied_to: Mapping[str, str], doubts: Mapping[str, str]
 ) -> dict[str, str]:
@@ -81,7 +89,11 @@ def find_equals(seen: Inspection, wanted: Collection[str], doubts: Mapping[str, 
         members: list[str] = []
         while members != group:  # one that must stay holds those back that are tied to it
             members, shared = group, frozenset(f"{name}.weight" for name in group)
-            group = [n for n in group if not _reason(seen, doubts, n, seen.modules[n], shared)]
+            group = [
+                n
+                for n in group
+                if not (_reason(seen, doubts, n, seen.modules[n], shared) or lost_neurons(seen.modules[n]))
+            ]
         found |= dict.fromkeys(members[1:], members[0]) if members else {}
     return found
 
@@ -113,9 +125,6 @@ def _reason(
         return f"is quantized already ({module.scheme.name}); decompress(model) undoes that"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "has a max_norm, so that reading changes it"
-    before = features_before(module)
-    if before is not None:
-        return f"has lost neurons already: its weight was (out={before[0]}, in={before[1]})"
     others = [other for other in seen.names[id(module)] if other != name]
     if others:
         return f"is used twice, also as {others[0]}"

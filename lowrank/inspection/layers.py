@@ -120,9 +120,8 @@ def dense_elements(layer: nn.Module) -> int:
     if isinstance(layer, (LowRankLinear, TiedLinear)):
         return layer.in_features * layer.out_features
     weight: Tensor = layer.weight  # type: ignore[assignment]
-    if isinstance(layer, QuantizedModule):
-        return math.prod(layer.shape)
-    return math.prod(features_before(layer) or weight.shape)
+    now = layer.shape if isinstance(layer, QuantizedModule) else weight.shape
+    return math.prod(features_before(layer) or now)
 
 
 def other_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:

@@ -17,7 +17,7 @@ from torch import nn
 
 from lowrank.arguments import patterns
 from lowrank.errors import TargetError
-from lowrank.inspection.eligibility import find_equals, ineligible_embeddings, ineligible_layers
+from lowrank.inspection.eligibility import find_equals, ineligible_embeddings, ineligible_layers, lost_neurons
 from lowrank.inspection.heads import heads_of
 from lowrank.inspection.inspection import Inspection
 from lowrank.inspection.layers import linear_layers
@@ -97,7 +97,7 @@ def draft(
             was_copy = is_copy(seen.modules, name, users[name]) if name in owners_of_equal else plan.was_copy
             plans[name] = replace(_following(plan, users[name]), was_copy=was_copy)
             continue
-        reason = blocked.get(name)
+        reason = blocked.get(name) or lost_neurons(module)
         if reason and name in (targets or ()):
             tried = (
                 " If reading the code is mistaken there, overrule= tries it." if name in seen.doubts else ""
@@ -106,7 +106,8 @@ def draft(
                 f"{name}: this layer cannot be factorized: it {reason}. "
                 f"Take it out of targets; it stays as it is.{tried}"
             )
-        reason = reason or not_wanted(name, targets, ignore or (), in_heads)
+        unwanted = not_wanted(name, targets, ignore or (), in_heads)
+        reason = blocked.get(name) or unwanted or reason
         plans[name] = replace(plan, reason=reason or "", targeted=reason is None)
     return _in_order(model, plans)
 
@@ -220,17 +221,23 @@ def _describe(name: str, module: nn.Module, owners: Mapping[int, str]) -> LayerP
     if isinstance(module, (QuantizedLinear, TiedLinear)):
         sizes = module.in_features, module.out_features
         was_copy = isinstance(module, TiedLinear) and module.was_copy
-        return LayerPlan(name, module.layer_type, *sizes, module.bias is not None, was_copy=was_copy)
+        plan = LayerPlan(name, module.layer_type, *sizes, module.bias is not None, was_copy=was_copy)
+        return _as_narrower(plan, module)
     layer_type = layer_type_of(module)
     bias = module.bias is not None
     assert layer_type is not None  # of a linear layer
     if not layer_type.certain:  # its weight may be packed
         return LayerPlan(name, layer_type.name, module.in_features, module.out_features, bias)  # type: ignore[arg-type]
     rows, columns = layer_type.weight(module).shape
-    plan = LayerPlan(name, layer_type.name, columns, rows, bias)
+    return _as_narrower(LayerPlan(name, layer_type.name, columns, rows, bias), module)
+
+
+def _as_narrower(plan: LayerPlan, module: nn.Module) -> LayerPlan:
+    """Return ``plan``, which has the sizes of now, with those before the layer lost neurons, if it did."""
     before = features_before(module)
     if before is None:
         return plan
+    rows, columns = plan.out_features, plan.in_features
     return replace(
         plan,
         out_features=before[0],

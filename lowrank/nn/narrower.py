@@ -27,6 +27,13 @@ def features_before(layer: nn.Module) -> tuple[int, int] | None:
     return vars(layer).get(_SIZES)
 
 
+def as_narrow(new: nn.Module, old: nn.Module) -> None:
+    """Let ``new``, which stands for the weight of ``old`` otherwise, know what ``old`` does of its sizes."""
+    before = features_before(old)
+    if before is not None:
+        object.__setattr__(new, _SIZES, before)
+
+
 def forget_features_before(layer: nn.Module) -> None:
     """Make a narrower layer one like any other."""
     vars(layer).pop(_SIZES, None)

@@ -23,11 +23,13 @@ from lowrank.calibration.statistics import Stats, nonempty_stats
 from lowrank.config import CompressionConfig
 from lowrank.errors import BudgetError, DataError, LowRankError, TargetError
 from lowrank.inspection.devices import device_of
+from lowrank.inspection.eligibility import lost_neurons
 from lowrank.inspection.inspection import Inspection
 from lowrank.linalg import Scheme
 from lowrank.nn import TiedLinear
 from lowrank.plans.plan import Plan
 from lowrank.plans.storage_formats import INT8
+from lowrank.surgery.neurons import statistics_of_kept
 from lowrank.surgery.overruled import check_reads, check_subclasses
 from lowrank.surgery.quantization_checks import without_shared_input_shifts
 from lowrank.surgery.replacement import apply_plan, pivot_layers, quantize_weights
@@ -72,6 +74,9 @@ def calibrated(
     layers = drafted(seen, patterns, None, embeddings=True)
     stream = stream_of(model, data, tokenizer, device, batch_size, max_length)
     names = [layer.name for layer in layers.targeted]
+    names += [
+        x.name for x in layers if x.is_narrower and x.reason == lost_neurons(model.get_submodule(x.name))
+    ]
     names += [name for name in layers.owners if not isinstance(model.get_submodule(name), TiedLinear)]
     if not names:
         raise TargetError("\n".join([f"No layer of {layers.model} is there to calibrate.", *reasons(layers)]))
@@ -108,14 +113,13 @@ def decided(
 ) -> Plan:
     """Return the plan for ``config``: ranks and formats of the targeted layers, integers for all else."""
     asked = seen, layers, config, stats, predict, progress, latencies
-    if config.removes_neurons:
-        return _narrowed(*asked)
+    choose = _narrowed if config.removes_neurons else decide
     if config.quantize is None:
-        return decide(*asked).without_needless_ties()
+        return choose(*asked).without_needless_ties()
     (storage_format, *others) = storage_formats(config)
     scheme = INT8 if others or storage_format.scheme is None else storage_format.scheme
     if config.max_bytes is None:
-        return quantized_plan(seen, decide(*asked), scheme, None, config.ignore, stats)
+        return quantized_plan(seen, choose(*asked), scheme, None, config.ignore, stats)
     ignored = [*(config.ignore or ()), *(layer.name for layer in layers.targeted)]
     rest = quantized_plan(
         seen, replace(layers, quantized=()), scheme, None, ignored, stats, optional=True
@@ -148,7 +152,7 @@ def _narrowed(
     if config.only_neurons:
         return decide_widths(*asked, lambda: batch.call(seen.model), progress)
     blocks, _ = widths_of(*asked, lambda: batch.call(seen.model), progress)
-    return decide(*asked, predict, progress, latencies, blocks=blocks).without_needless_ties()
+    return decide(*asked, predict, progress, latencies, blocks=blocks)
 
 
 def check_overruled(
@@ -205,9 +209,13 @@ def carried_out(
             fitted = apply_sequentially(
                 seen, plan, stats, stream, seed=seed, offload_folder=folder, progress=progress
             )
-            quantize_weights(model, plan, stats, seed=seed, progress=progress)
+            now = statistics_of_kept(stats, fitted.kept)
+            quantize_weights(model, plan, now, seed=seed, progress=progress)
             plan = plan.with_layers(
-                {name: replace(plan[name], reason=f"{plan[name].reason}; fitted anew") for name in fitted}
+                {
+                    name: replace(plan[name], reason=f"{plan[name].reason}; fitted anew")
+                    for name in fitted.layers
+                }
             )
     except LowRankError:
         raise  # nothing has changed

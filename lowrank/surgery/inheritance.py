@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.module import _WrappedHook
 
 from lowrank.errors import LowRankError
-from lowrank.nn import QuantizedModule, SharedDown, SharedQuantizedDown, TiedLinear
+from lowrank.nn import QuantizedModule, SharedDown, SharedQuantizedDown, TiedLinear, as_narrow
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -17,7 +17,8 @@ HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
 
 
 def adopt(new: _Module, old: nn.Module) -> _Module:
-    """Carry over what is known of the old layer: training mode, frozen weights, hooks, who reads a factor."""
+    """Carry over what is known of the old layer: mode, frozen weights, hooks, sizes, readers of a factor."""
+    as_narrow(new, old)
     if isinstance(new, SharedQuantizedDown) and isinstance(old, (SharedDown, SharedQuantizedDown)):
         new.expect(old.readers)
     trainable = _is_trainable(old)

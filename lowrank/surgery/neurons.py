@@ -7,6 +7,7 @@ a calibrated metric its bias takes up the mean of the error, ``b' = b + W μ −
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from lowrank.errors import PlanError, WeightError
 from lowrank.inspection.inspection import Inspection
 from lowrank.linalg.neurons import neuron_removal, refitted
 from lowrank.linalg.svd import checked_weight
-from lowrank.nn import features_before, layer_type_of, narrower_layer
+from lowrank.nn import QuantizedLinear, features_before, layer_type_of, narrower_layer
 from lowrank.plans.layer_plan import LayerPlan
 from lowrank.plans.plan import Plan
 from lowrank.surgery.factorization import check_mean, check_same_weight, metric_of, weight_of
@@ -30,11 +31,13 @@ class Narrower(NamedTuple):
         name: The name of that one.
         layer: The narrower layer; the bias of a reader is the same parameter.
         bias: New values of that bias; ``None`` where it keeps its own.
+        kept: Which inputs remain of a reader; ``None`` of a writer.
     """
 
     name: str
     layer: nn.Module
     bias: Tensor | None = None
+    kept: Tensor | None = None
 
 
 def layers_to_narrow(
@@ -52,6 +55,8 @@ def layers_to_narrow(
         if not layer.is_narrower:
             continue
         module = modules.get(layer.name)
+        if module is not None and features_before(module) is not None and _shape(module) == layer.kept_shape:
+            continue
         layer_type = None if module is None else layer_type_of(module)
         if module is None or layer_type is None or layer_type.name != layer.layer_type:
             found = "no such layer" if module is None else f"a {type(module).__name__} there"
@@ -59,9 +64,7 @@ def layers_to_narrow(
                 f"{layer.name}: is to lose neurons of a {layer.layer_type}, and {type(seen.model).__name__} "
                 f"has {found}. Make a plan for this model."
             )
-        shape = tuple(weight_of(module).shape)
-        if features_before(module) is not None and shape == layer.kept_shape:
-            continue
+        shape = _shape(module)
         if shape != (layer.out_features, layer.in_features):
             raise PlanError(
                 f"{layer.name}: the plan is for a weight (out={layer.out_features}, in={layer.in_features}), "
@@ -73,6 +76,14 @@ def layers_to_narrow(
     if not loading:
         _check_blocks(plan, todo)
     return todo
+
+
+def _shape(layer: nn.Module) -> tuple[int, int]:
+    """Return ``(out, in)`` of a linear layer, which may be quantized."""
+    if isinstance(layer, QuantizedLinear):
+        return layer.shape
+    rows, columns = weight_of(layer).shape
+    return rows, columns
 
 
 def check_statistics(seen: Inspection, plan: Plan, todo: list[LayerPlan], stats: Stats | None) -> None:
@@ -151,7 +162,7 @@ def narrower_layers(
                 f"{reader.name}: fitted anew to {reader.kept_inputs} neurons, its weight leaves the range of "
                 f"{weight.dtype}. Keep more neurons, or compress in float32."
             )
-        yield Narrower(reader.name, _layer(dense, new, bias), values)
+        yield Narrower(reader.name, _layer(dense, new, bias), values, kept)
         for writer in todo:
             if writer.feeds == reader.name:
                 yield Narrower(writer.name, _with_rows(model.get_submodule(writer.name), kept))
@@ -173,6 +184,18 @@ def empty_layers(
             bias = nn.Parameter(torch.zeros(rows, device=device, dtype=bias.dtype))
         weight = torch.zeros(rows, columns, device=device, dtype=weight_of(dense).dtype)
         yield layer.name, _layer(dense, weight, bias)
+
+
+def statistics_of_kept(stats: Stats | None, kept: Mapping[str, Tensor]) -> Stats | None:
+    """Return ``stats`` for layers that read only the ``kept`` of their inputs, by layer name."""
+    if stats is None:
+        return None
+    inputs, sources = dict(stats.inputs), dict(stats.sources)
+    for name, indices in kept.items():
+        if name in sources:
+            inputs[f"{name}, narrower"] = stats.moments(name).of(indices.cpu())
+            sources[name] = f"{name}, narrower"
+    return replace(stats, inputs=inputs, sources=sources)
 
 
 def _with_rows(dense: nn.Module, kept: Tensor) -> nn.Module:

@@ -21,7 +21,7 @@ from lowrank.nn import (
 from lowrank.plans.layer_plan import EMBEDDING, LayerPlan, QuantizedWeight
 from lowrank.plans.plan import Plan
 from lowrank.plans.stored_tensors import ModulePart, modules_of, scheme_of
-from lowrank.surgery.factorization import check_same_weight
+from lowrank.surgery.factorization import check_same_weight, weight_of
 
 FACTORS = ("base", "down", "up")
 """What a `LowRankLinear` can hold that is quantized on its own, by its name within the layer."""
@@ -175,6 +175,8 @@ def _module_after(modules: Mapping[str, nn.Module], plan: Plan, name: str) -> Mo
     if layer_type is None:
         return None
     rows, columns = layer_type.weight(module).shape
+    if name in plan and plan[name].is_narrower:
+        rows, columns = plan[name].kept_shape
     return ModulePart(name, layer_type.name, rows, columns, module.bias is not None)
 
 
@@ -190,9 +192,11 @@ def _check_stats(stored: QuantizedWeight, seen: Inspection, plan: Plan, stats: S
         )
     if layer_type_of(seen.modules[reader]) is not None:
         check_same_weight(seen, reader, stats)
-    features = len(stats.inputs[stats.sources[reader]].total)
-    if features != stored.columns:
+    features, read = len(stats.inputs[stats.sources[reader]].total), stored.columns
+    if reader in plan and plan[reader].kept_inputs is not None:  # as many as before, if it is to lose some
+        read = weight_of(seen.modules[reader]).shape[1]
+    if features != read:
         raise StatsError(
-            f"{stored.name}: reads {stored.columns} features, but in the statistics it has {features}. "
+            f"{stored.name}: reads {read} features, but in the statistics it has {features}. "
             "They are of another model: calibrate this one's dense form."
         )

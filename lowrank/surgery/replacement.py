@@ -50,7 +50,13 @@ from lowrank.surgery.factorization import (
     weight_of,
 )
 from lowrank.surgery.inheritance import adopt, check_no_hooks
-from lowrank.surgery.neurons import Narrower, empty_layers, layers_to_narrow, narrower_layers
+from lowrank.surgery.neurons import (
+    Narrower,
+    empty_layers,
+    layers_to_narrow,
+    narrower_layers,
+    statistics_of_kept,
+)
 from lowrank.surgery.quantization import even_out, quantized_module, readers_of, rotate
 from lowrank.surgery.quantization_checks import base_of
 from lowrank.surgery.validation import check_request, check_structure, layers_to_factorize
@@ -70,8 +76,8 @@ def apply_plan(
     todo = check_request(seen, plan, stats, seed)
     register_overruled(seen.model, plan)
     seen.release()
-    replace_layers(seen.model, plan, todo, stats, seed=seed, progress=progress)
-    quantize_weights(seen.model, plan, stats, seed=seed, progress=progress)
+    kept = replace_layers(seen.model, plan, todo, stats, seed=seed, progress=progress)
+    quantize_weights(seen.model, plan, statistics_of_kept(stats, kept), seed=seed, progress=progress)
 
 
 @without_autocast()
@@ -83,14 +89,18 @@ def replace_layers(
     *,
     seed: int = 0,
     progress: bool = False,
-) -> None:
+) -> dict[str, Tensor]:
     """Replace the layers of ``todo`` by their factors, and those of ``plan`` by narrower ones that are to be.
 
     `check_request` has accepted both. Narrower layers are made before anything changes.
+
+    Returns:
+        By name of the layers that now read fewer inputs, which of the old ones these are.
     """
     narrower = list(narrower_layers(model, plan, layers_to_narrow(Inspection(model), plan, {}), stats))
     _factorize_all(model, plan, todo, stats, seed, progress)
     _narrow(model, narrower)
+    return {new.name: new.kept for new in narrower if new.kept is not None}
 
 
 def _factorize_all(

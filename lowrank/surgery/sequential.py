@@ -32,6 +32,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,18 @@ RIDGES = (1e-3, 1e-2, 1e-1, math.inf)
 """Candidates for λ; at infinity the factor stays as it was."""
 
 
+class Fitted(NamedTuple):
+    """What going through the blocks has done.
+
+    Attributes:
+        layers: Those that were fitted anew.
+        kept: By name of the layers that read fewer inputs, which of the old ones these are.
+    """
+
+    layers: set[str]
+    kept: dict[str, Tensor]
+
+
 def apply_sequentially(
     seen: Inspection,
     plan: Plan,
@@ -65,12 +78,8 @@ def apply_sequentially(
     seed: int = 0,
     offload_folder: Path | None = None,
     progress: bool = False,
-) -> set[str]:
-    """Carry out ``plan`` block by block; see `lowrank.apply` for the arguments and errors.
-
-    Returns:
-        The layers that were fitted anew.
-    """
+) -> Fitted:
+    """Carry out ``plan`` block by block; see `lowrank.apply` for the arguments and errors."""
     model = seen.model
     check_request(seen, plan, stats, seed)
     blocks = find_blocks(model)
@@ -79,7 +88,7 @@ def apply_sequentially(
     changed = [layer for layer in plan if layer.rank is not None or layer.is_narrower]
     inside = {x.name: name for x in changed for name in blocks if x.name.startswith(f"{name}.")}
     _check_together(plan, inside)
-    fitted: set[str] = set()
+    fitted = Fitted(set(), {})
     with contextlib.ExitStack() as stack:
         folder = None if offload_folder is None else stack.enter_context(_folder_in(offload_folder))
         cached = [CachedHiddenStates(batch, folder) for batch in batches]
@@ -95,7 +104,7 @@ def apply_sequentially(
         register_overruled(model, plan)
         outside = [layer.name for layer in changed if layer.name not in inside]
         if outside:
-            _replace(model, _part(plan, outside), stats, seed)
+            fitted.kept.update(_replace(model, _part(plan, outside), stats, seed))
             with torch.no_grad(), eval_mode(model):
                 for each in cached:
                     each.enter_compressed(model, list(blocks.values()))
@@ -103,11 +112,11 @@ def apply_sequentially(
         for number, (name, block) in enumerate(bar):
             dense = copy.deepcopy(block)
             names = [layer for layer, home in inside.items() if home == name]
-            _replace(model, _part(plan, names), stats, seed)
+            fitted.kept.update(_replace(model, _part(plan, names), stats, seed))
             fits = [layer.removeprefix(f"{name}.") for layer in names if plan[layer].kept_outputs is None]
             with torch.no_grad(), eval_mode(block), eval_mode(dense):
                 done = _refit(dense, block, fits, cached, number)
-                fitted |= {f"{name}.{layer}" for layer in done}
+                fitted.layers.update(f"{name}.{layer}" for layer in done)
                 for each in cached:
                     each.advance(dense, block, number)
     return fitted
@@ -154,11 +163,11 @@ def _folder_in(offload_folder: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def _replace(model: nn.Module, plan: Plan, stats: Stats | None, seed: int) -> None:
+def _replace(model: nn.Module, plan: Plan, stats: Stats | None, seed: int) -> dict[str, Tensor]:
     """Replace the layers of a part of the plan, which has been checked as a whole."""
     done = LowRankLinear, LowRankEmbedding
     todo = [x for x in plan.factorized if not isinstance(model.get_submodule(x.name), done)]
-    replace_layers(model, plan, todo, stats, seed=seed)
+    return replace_layers(model, plan, todo, stats, seed=seed)
 
 
 def _part(plan: Plan, names: Sequence[str]) -> Plan:

@@ -11,7 +11,7 @@ from torch import nn
 from lowrank.calibration.statistics import Stats
 from lowrank.errors import PlanError, WeightError
 from lowrank.inspection.contexts import check_can_train
-from lowrank.inspection.eligibility import ineligible_modules
+from lowrank.inspection.eligibility import ineligible_modules, lost_neurons
 from lowrank.inspection.inspection import Inspection
 from lowrank.linalg.pivots import RESOLVING
 from lowrank.linalg.svd import check_options, checked_weight
@@ -94,8 +94,9 @@ def _validate(
         if isinstance(module, _Factorized):
             _check_as_planned(module, layer, quantizes=f"{layer.name}.up" in quantized)
             continue
-        if layer.name in blocked:
-            raise PlanError(f"{layer.name}: this layer must stay dense: it {blocked[layer.name]}.")
+        why = blocked.get(layer.name) or lost_neurons(module)
+        if why:
+            raise PlanError(f"{layer.name}: this layer must stay dense: it {why}.")
         _check_layer(module, layer, shared=layer.shares_down_with is not None or layer.name in shared)
         alone = layer.shares_down_with is None and layer.name not in shared
         if layer.pivoted:

@@ -118,7 +118,7 @@ def test_what_does_not_go_with_neurons_is_refused(case):
         lowrank.CompressionConfig(error=0.5, forms=["neurons", "factors"])
     with pytest.raises(BudgetError, match="'factors', 'pivoted', 'neurons'"):
         lowrank.CompressionConfig(keep=0.5, forms=["heads"])
-    for option in ({"quantize": "int8"}, {"share": "inputs"}):
+    for option in ({"share": "inputs"},):
         with pytest.raises(BudgetError, match=f"does not go with {next(iter(option))}="):
             lowrank.CompressionConfig(keep=0.5, forms=["neurons"], **option)
     with pytest.raises(BudgetError, match="give data=, or inputs="):
