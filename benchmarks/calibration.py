@@ -12,7 +12,9 @@ same with global allocation, and ``loss``, the default. The parts:
 - ``sequential``: SmolLM2 once more, block by block and with shared factors, without any training.
 - ``neurons``: MiniLM's feed-forward blocks alone, with factors, pivoted ones, or fewer neurons; nothing is
   trained.
-- ``forms``, ``forms_smollm2``: all layers, with factors, pivoted ones, or fewer neurons chosen by one solver.
+- ``forms``, ``forms_smollm2``: all layers, with factors, pivoted ones, or fewer neurons chosen by one solver;
+  the last also fitted block by block, and then trained.
+- ``speedup``: MiniLM on 8 × 128 tokens, as fast as asked, by factors and by fewer neurons.
 - ``sst2``: MiniLM with a classifier fine-tuned on SST-2, accuracy (dev).
 
 Calibration text is of the STS Benchmark or WikiText-2, so figures on SICK and Penn Treebank tell what it is
@@ -33,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import environment, parser, smollm2
+from common import environment, interleaved_medians, parser, smollm2
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -185,17 +187,52 @@ def neurons(data: Path) -> Figures:
     return figures
 
 
-def forms(data: Path) -> Figures:
+def forms(data: Path, minutes: float) -> Figures:
     """Let every layer of MiniLM become what loses least, of more and more forms."""
     dense, tokenizer, train, measure = sentence_model(data)
     figures: Figures = [{"keep": 1.0, "forms": [], **measure(dense)}]
     stats = lowrank.calibrate(dense, train[:2000], tokenizer)
     inputs = dict(tokenizer(train[:8], padding=True, return_tensors="pt"))
-    return figures + compare_forms(dense, stats, inputs, (0.8, 0.5, 0.3), measure)
+    for keep in (0.8, 0.5, 0.3):
+        figures += compare_forms(dense, stats, inputs, keep, measure)
+        decided = lowrank.plan(dense, keep=keep, stats=stats, forms=FORMS[-1], inputs=inputs)
+        small = lowrank.apply(
+            copy.deepcopy(dense), decided, stats, sequential=True, data=train[:2000], tokenizer=tokenizer
+        )
+        row = {"keep": keep, "forms": FORMS[-1], "sequential": True}
+        figures.append({**row, **measure(small)})
+        print(figures[-1], flush=True)
+        if minutes:
+            lowrank.recover(small, dense, train, tokenizer, minutes=minutes)
+            figures.append({**row, "minutes": minutes, **measure(small)})
+            print(figures[-1], flush=True)
+    return figures
+
+
+def speedup(data: Path) -> Figures:
+    """Make MiniLM as fast as is asked on 8 texts of 128 tokens; measure both models in turn afterwards."""
+    dense, tokenizer, train, measure = sentence_model(data)
+    figures: Figures = [{"speedup": 1.0, "forms": [], **measure(dense)}]
+    stats = lowrank.calibrate(dense, train[:2000], tokenizer)
+    ids = torch.randint(1000, 30000, (8, 128), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    for asked in (1.5, 2.0, 3.0):
+        for chosen in (FORMS[0], FORMS[2]):
+            small = lowrank.compress(
+                copy.deepcopy(dense), speedup=asked, stats=stats, inputs=inputs, forms=chosen
+            )
+            with torch.no_grad():
+                seconds = interleaved_medians(
+                    {"dense": lambda: dense(**inputs), "small": lambda small=small: small(**inputs)}, 25
+                )
+            row = {"speedup": asked, "forms": chosen, "reached": seconds["dense"] / seconds["small"]}
+            figures.append({**row, **measure(small)})
+            print(figures[-1], flush=True)
+    return figures
 
 
 def forms_smollm2(data: Path) -> Figures:
-    """Do the same with SmolLM2, calibrated on 16 windows, measured on 12 others and on 12 of unlike text."""
+    """Do as `forms` with SmolLM2, calibrated on 16 windows, measured on 12 others and 12 of unlike text."""
     dense, tokenizer = smollm2()
     ids = windows(read_text(data / "wikitext2-valid.txt"), tokenizer)
     treebank = windows(read_text(data / "ptb-dev.txt"), tokenizer)[:12].flatten()
@@ -210,34 +247,35 @@ def forms_smollm2(data: Path) -> Figures:
     stats = lowrank.calibrate(dense, [{"input_ids": pair} for pair in ids[:16].split(2)])
     few = [FORMS[0], FORMS[1], FORMS[-1]]
     inputs = {"input_ids": ids[:1]}
-    return figures + compare_forms(dense, stats, inputs, (0.8, 0.6), measure, few, add_bias=True)
+    for keep in (0.8, 0.6):
+        figures += compare_forms(dense, stats, inputs, keep, measure, few, add_bias=True)
+    return figures
 
 
 def compare_forms(
     dense: nn.Module,
     stats: lowrank.Stats,
     inputs: dict[str, Tensor],
-    keeps: tuple[float, ...],
+    keep: float,
     measure: Callable[[nn.Module], dict[str, float]],
     choices: Sequence[list[str]] = FORMS,
     **options: Any,
 ) -> Figures:
-    """Return the predicted loss and the figures of each choice of forms at each size."""
+    """Return the predicted loss and the figures of each choice of forms at one size."""
     figures: Figures = []
-    for keep in keeps:
-        for chosen in choices:
-            decided = lowrank.plan(dense, keep=keep, stats=stats, forms=chosen, inputs=inputs, **options)
-            small = lowrank.apply(copy.deepcopy(dense), decided, stats)
-            row = {
-                "keep": keep,
-                "forms": chosen,
-                "pivoted": sum(layer.pivoted for layer in decided),
-                "narrower": sum(layer.is_narrower for layer in decided),
-                "factorized": sum(layer.rank is not None for layer in decided),
-                "predicted": decided.loss_increase,
-            }
-            figures.append({**row, **measure(small)})
-            print(figures[-1], flush=True)
+    for chosen in choices:
+        decided = lowrank.plan(dense, keep=keep, stats=stats, forms=chosen, inputs=inputs, **options)
+        small = lowrank.apply(copy.deepcopy(dense), decided, stats)
+        row = {
+            "keep": keep,
+            "forms": chosen,
+            "pivoted": sum(layer.pivoted for layer in decided),
+            "narrower": sum(layer.is_narrower for layer in decided),
+            "factorized": sum(layer.rank is not None for layer in decided),
+            "predicted": decided.loss_increase,
+        }
+        figures.append({**row, **measure(small)})
+        print(figures[-1], flush=True)
     return figures
 
 
@@ -388,7 +426,8 @@ def parts(options: argparse.Namespace) -> dict[str, Callable[[], Figures]]:
         "smollm2": lambda: smollm(data, minutes, cache),
         "sequential": lambda: sequential(data, cache),
         "neurons": lambda: neurons(data),
-        "forms": lambda: forms(data),
+        "forms": lambda: forms(data, minutes),
+        "speedup": lambda: speedup(data),
         "forms_smollm2": lambda: forms_smollm2(data),
         "sst2": lambda: sst2(data, minutes),
     }

@@ -28,6 +28,7 @@ from lowrank.files.json_file import read_json
 from lowrank.inspection.contexts import hooked
 from lowrank.inspection.devices import device_of, dtype_of
 from lowrank.inspection.timing import seconds_of, timed
+from lowrank.linalg import linear
 from lowrank.plans.layer_plan import LayerPlan
 from lowrank.plans.plan import Plan
 
@@ -186,11 +187,10 @@ def _xy(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
 
 
 def _measure(layer: LayerPlan, tokens: int, ranks: list[int], like: Tensor) -> list[tuple[int, float]]:
-    """Time one shape, dense (rank 0) and at each rank, in turn."""
+    """Time one shape, dense (rank 0) and at each rank, in turn, by the products that each computes with."""
     m, n = layer.out_features, layer.in_features
-    linear = nn.functional.linear
     inputs, weight, bias = like.new_zeros(tokens, n), like.new_zeros(m, n), like.new_zeros(m)
-    runs: dict[int, Callable[[], Any]] = {0: lambda: linear(inputs, weight, bias)}
+    runs: dict[int, Callable[[], Any]] = {0: lambda: nn.functional.linear(inputs, weight, bias)}
     for rank in ranks:
         down, up = like.new_zeros(rank, n), like.new_zeros(m, rank)
         runs[rank] = lambda down=down, up=up: linear(linear(inputs, down), up, bias)  # type: ignore[misc]

@@ -44,8 +44,22 @@ def test_the_whole_model_is_as_fast_as_asked_and_hardly_faster(wide, clock, spee
     apply(wide, decided)
     before = clock[0]
     wide(inputs)
-    assert speedup <= dense / (clock[0] - before) < 1.25 * speedup
+    assert speedup <= dense / (clock[0] - before) < 1.1 * speedup
     assert f"speedup={speedup}" in decided.budget
+
+
+def test_layers_that_are_faster_than_their_timings_keep_what_they_can(wide, clock):
+    """A table that says twice the time of all factors would make the model needlessly small."""
+    inputs = torch.zeros(8, 256)
+    table = LatencyTable.here(wide)
+    plan(wide, speedup=1.5, inputs=inputs, latencies=table)
+    table.seconds = {
+        shape: [(rank, seconds * (2 if rank else 1)) for rank, seconds in points]
+        for shape, points in table.seconds.items()
+    }
+    wary = plan(wide, speedup=1.5, inputs=inputs, latencies=table)
+    faster = 2 * 256 * 512 / sum(layer.parameters for layer in wary)
+    assert 1.5 <= faster < 1.5 * 1.05  # it was 1.75; the clock counts products
 
 
 def test_planning_leaves_the_model_as_it_was(wide, clock):
