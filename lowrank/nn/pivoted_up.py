@@ -57,6 +57,13 @@ class PivotedUp(nn.Module):
         new.order = found.order
         return new
 
+    def plain(self) -> nn.Linear:
+        """Return the layer that computes the same by one product, with the same bias."""
+        new = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        new.weight = nn.Parameter(self.weight.detach())
+        new.register_parameter("bias", self.bias)
+        return new
+
     @property
     def stored_bytes(self) -> int:
         """Bytes of ``A`` and the order; the bias is the layer's."""

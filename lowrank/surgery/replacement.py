@@ -158,14 +158,6 @@ def _all_or_none(model: nn.Module, plan: Plan, todo: Sequence[LayerPlan]) -> Ite
         raise
 
 
-def plain_up(up: PivotedUp) -> nn.Linear:
-    """Return the layer that computes what ``up`` does by one product, with the same bias."""
-    new = nn.Linear(up.in_features, up.out_features, bias=False, device="meta")
-    new.weight = nn.Parameter(up.weight.detach())
-    new.register_parameter("bias", up.bias)
-    return new
-
-
 @without_autocast()
 @torch.no_grad()
 def pivot_layers(model: nn.Module, plan: Plan) -> None:
@@ -194,7 +186,7 @@ def quantize_weights(
     names = {stored.name: scheme_of(stored) for stored in todo}
     for name, module in model.named_modules():
         if isinstance(module, LowRankLinear) and isinstance(module.up, PivotedUp) and f"{name}.up" in names:
-            module.up = adopt(plain_up(module.up), module.up)
+            module.up = adopt(module.up.plain(), module.up)
     for name, module in model.named_modules():
         if isinstance(module, _Factorized) and {f"{name}.down", f"{name}.up"} <= names.keys():
             readers = readers_of(model, module) if isinstance(module, LowRankLinear) else {name: module}
