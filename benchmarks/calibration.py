@@ -9,7 +9,8 @@ same with global allocation, and ``loss``, the default. The parts:
 - ``minilm``: all-MiniLM-L6-v2, cosine to the dense embeddings and STS Benchmark (dev), and SICK.
 - ``smollm2``: SmolLM2-135M, perplexity of WikiText-2 text that calibration has not seen, and of text unlike
   it: captions and Penn Treebank.
-- ``sequential``: SmolLM2 once more, block by block and with shared factors, without any training.
+- ``sequential``: SmolLM2 once more, block by block and with shared factors, then with all forms of layers,
+  without any training.
 - ``neurons``: MiniLM's feed-forward blocks alone, with factors, pivoted ones, or fewer neurons; nothing is
   trained.
 - ``forms``, ``forms_smollm2``: all layers, with factors, pivoted ones, or fewer neurons chosen by one solver;
@@ -356,6 +357,14 @@ def sequential(data: Path, cache: Path | None) -> Figures:
         seconds = time.perf_counter() - start
         figures.append({"keep": keep, "method": "sequential", "seconds": seconds, **measure(small)})
         print(figures[-1], flush=True)
+        decided = lowrank.plan(
+            dense, keep=keep, stats=stats, add_bias=True, forms=FORMS[-1], inputs={"input_ids": ids[:1]}
+        )
+        for options in ({}, {"sequential": True, "data": batches}):
+            small = lowrank.apply(copy.deepcopy(dense), decided, stats, **options)
+            method = ", ".join([*FORMS[-1], *list(options)[:1]])
+            figures.append({"keep": keep, "method": method, **measure(small)})
+            print(figures[-1], flush=True)
     return figures
 
 
