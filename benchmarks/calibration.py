@@ -207,6 +207,14 @@ def forms(data: Path, minutes: float) -> Figures:
             lowrank.recover(small, dense, train, tokenizer, minutes=minutes)
             figures.append({**row, "minutes": minutes, **measure(small)})
             print(figures[-1], flush=True)
+    for scheme in ("int8", "int4"):
+        for chosen in (FORMS[0], FORMS[2]):
+            options = {"forms": chosen, "inputs": inputs, "quantize": scheme, "on_missing_kernel": "allow"}
+            small = lowrank.compress(copy.deepcopy(dense), keep=0.5, stats=stats, **options)
+            megabytes = lowrank.report(small).checkpoint_bytes / 1e6
+            row = {"keep": 0.5, "forms": chosen, "quantize": scheme, "megabytes": megabytes}
+            figures.append({**row, **measure(small)})
+            print(figures[-1], flush=True)
     return figures
 
 

@@ -54,7 +54,7 @@ class Moments:
         return _side(self.second(centred=False), self.weight)
 
     def of(self, features: Tensor) -> Moments:
-        """Return the moments of some features alone, of which ``features`` are the indices."""
+        """Return the moments of some features alone; ``features (k,)`` are their indices, int64."""
         products = self.products[features]
         some = products if products.ndim == 1 else products[:, features]
         return Moments(self.weight, self.total[features], some)

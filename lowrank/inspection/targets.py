@@ -106,8 +106,7 @@ def draft(
                 f"{name}: this layer cannot be factorized: it {reason}. "
                 f"Take it out of targets; it stays as it is.{tried}"
             )
-        unwanted = not_wanted(name, targets, ignore or (), in_heads)
-        reason = blocked.get(name) or unwanted or reason
+        reason = blocked.get(name) or not_wanted(name, targets, ignore or (), in_heads) or reason
         plans[name] = replace(plan, reason=reason or "", targeted=reason is None)
     return _in_order(model, plans)
 

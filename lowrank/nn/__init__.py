@@ -9,7 +9,7 @@ from lowrank.nn.layer_types import (
     register_layer_type,
 )
 from lowrank.nn.linear import LowRankLinear
-from lowrank.nn.narrower import as_narrow, features_before, forget_features_before, narrower_layer
+from lowrank.nn.narrower import features_before, forget_features_before, narrower_layer, take_features_before
 from lowrank.nn.pivoted_up import PivotedUp
 from lowrank.nn.quantized import QuantizedEmbedding, QuantizedModule
 from lowrank.nn.quantized_linear import QuantizedLinear
@@ -27,7 +27,6 @@ __all__ = [
     "SharedDown",
     "SharedQuantizedDown",
     "TiedLinear",
-    "as_narrow",
     "features_before",
     "find_layer_type",
     "forget_features_before",
@@ -35,4 +34,5 @@ __all__ = [
     "layer_type_of",
     "narrower_layer",
     "register_layer_type",
+    "take_features_before",
 ]

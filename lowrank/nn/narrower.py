@@ -27,8 +27,8 @@ def features_before(layer: nn.Module) -> tuple[int, int] | None:
     return vars(layer).get(_SIZES)
 
 
-def as_narrow(new: nn.Module, old: nn.Module) -> None:
-    """Let ``new``, which stands for the weight of ``old`` otherwise, know what ``old`` does of its sizes."""
+def take_features_before(new: nn.Module, old: nn.Module) -> None:
+    """Let ``new``, which takes the place of ``old``, know the features that it had before neurons went."""
     before = features_before(old)
     if before is not None:
         object.__setattr__(new, _SIZES, before)

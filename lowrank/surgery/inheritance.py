@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.module import _WrappedHook
 
 from lowrank.errors import LowRankError
-from lowrank.nn import QuantizedModule, SharedDown, SharedQuantizedDown, TiedLinear, as_narrow
+from lowrank.nn import QuantizedModule, SharedDown, SharedQuantizedDown, TiedLinear, take_features_before
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -18,7 +18,7 @@ HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
 
 def adopt(new: _Module, old: nn.Module) -> _Module:
     """Carry over what is known of the old layer: mode, frozen weights, hooks, sizes, readers of a factor."""
-    as_narrow(new, old)
+    take_features_before(new, old)
     if isinstance(new, SharedQuantizedDown) and isinstance(old, (SharedDown, SharedQuantizedDown)):
         new.expect(old.readers)
     trainable = _is_trainable(old)

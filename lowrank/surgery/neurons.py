@@ -187,7 +187,12 @@ def empty_layers(
 
 
 def statistics_of_kept(stats: Stats | None, kept: Mapping[str, Tensor]) -> Stats | None:
-    """Return ``stats`` for layers that read only the ``kept`` of their inputs, by layer name."""
+    """Return ``stats`` for layers that read only some of their inputs.
+
+    Args:
+        stats: Statistics of the model before, if there are any.
+        kept: By layer name the indices of the inputs that remain, ``(width,)``, int64.
+    """
     if stats is None:
         return None
     inputs, sources = dict(stats.inputs), dict(stats.sources)

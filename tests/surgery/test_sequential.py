@@ -120,18 +120,23 @@ def test_a_layer_that_nothing_is_lost_before_keeps_its_factor_where_that_is_best
     )
 
 
+def assert_nearer_and_saved(dense, decided, stats, data, folder):
+    """Assert that going block by block helps, and that a checkpoint of that is exact."""
+    alone = apply(copy.deepcopy(dense), decided, stats)
+    small = apply(copy.deepcopy(dense), decided, stats, sequential=True, data=data)
+    wanted = hidden(dense)
+    assert (hidden(small) - wanted).norm() < (hidden(alone) - wanted).norm()
+    small.save_pretrained(folder)
+    assert torch.equal(hidden(type(dense).from_pretrained(folder)), hidden(small))
+
+
 @pytest.mark.parametrize("share", [None, "inputs"])
 @pytest.mark.parametrize("build", [bert, llama])
 def test_models_of_transformers_come_nearer_to_the_dense_one(build, share, tmp_path):
     dense, data = build(), ids(32)
     stats = calibrate(dense, data)
     decided = plan(dense, rank=8, stats=stats, add_bias=True, share=share)
-    alone = apply(copy.deepcopy(dense), decided, stats)
-    small = apply(copy.deepcopy(dense), decided, stats, sequential=True, data=data)
-    wanted = hidden(dense)
-    assert (hidden(small) - wanted).norm() < (hidden(alone) - wanted).norm()
-    small.save_pretrained(tmp_path)
-    assert torch.equal(hidden(type(dense).from_pretrained(tmp_path)), hidden(small))
+    assert_nearer_and_saved(dense, decided, stats, data, tmp_path)
 
 
 def test_a_narrower_weight_is_the_ridge_regression_of_all_tokens(monkeypatch):
@@ -169,12 +174,7 @@ def test_models_that_lose_neurons_come_nearer_to_the_dense_one(build, forms, tmp
     stats = calibrate(dense, data)
     decided = plan(dense, keep=0.5, stats=stats, forms=forms, inputs=data[0])
     assert any(layer.is_narrower for layer in decided)
-    alone = apply(copy.deepcopy(dense), decided, stats)
-    small = apply(copy.deepcopy(dense), decided, stats, sequential=True, data=data)
-    wanted = hidden(dense)
-    assert (hidden(small) - wanted).norm() < (hidden(alone) - wanted).norm()
-    small.save_pretrained(tmp_path)
-    assert torch.equal(hidden(type(dense).from_pretrained(tmp_path)), hidden(small))
+    assert_nearer_and_saved(dense, decided, stats, data, tmp_path)
 
 
 def test_neurons_between_blocks_are_refused():
